@@ -1,0 +1,79 @@
+"""The attention seam, and the simplest backend behind it: recompute everything, remember nothing.
+
+The model hands over the new tokens' queries, keys and values, packed without padding, and asks for the
+attention output. Where keys and values of earlier tokens come from is the backend's business alone.
+Here they come from nowhere: the engine runs the whole sequence again at each step.
+
+T tokens in the step, B sequences, H_q / H_kv query / key-value heads, D head size.
+"""
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .request import Sequence
+
+
+@dataclass(frozen=True)
+class ScheduledSequence:
+    """Run tokens [num_computed_tokens, num_computed_tokens + num_tokens) of `sequence` in this step."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def end(self) -> int:
+        """Length of the sequence once the step is done."""
+        return self.sequence.num_computed_tokens + self.num_tokens
+
+    @property
+    def reaches_newest(self) -> bool:
+        """Whether the step computes the newest token, so that the next one can be sampled."""
+        return self.end == self.sequence.num_tokens
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """Where each sequence's tokens lie in the packed batch: rows [start[i], start[i + 1]) are sequence i's."""
+
+    query_start_loc: list[int]              # B + 1
+
+
+class AttentionBackend(ABC):
+    """How attention is computed, and where keys and values are kept."""
+
+    @abstractmethod
+    def build_metadata(self, scheduled: list[ScheduledSequence]) -> AttentionMetadata:
+        """Everything `forward` needs to know about the batch; built once per step, used by every layer."""
+
+    @abstractmethod
+    def forward(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """q [T, H_q, D]; k, v [T, H_kv, D] -> [T, H_q, D]. Stores k and v (where it keeps them), then attends."""
+
+
+def query_start_loc(scheduled: list[ScheduledSequence]) -> list[int]:
+    """B + 1 offsets: the running sum of the sequences' token counts, starting with 0."""
+    return [0, *accumulate(s.num_tokens for s in scheduled)]
+
+
+class FullAttention(AttentionBackend):
+    """Causal attention of each sequence over itself; nothing is kept between steps."""
+
+    def build_metadata(self, scheduled: list[ScheduledSequence]) -> AttentionMetadata:
+        assert all(s.sequence.num_computed_tokens == 0 for s in scheduled), "nothing is kept, so nothing is computed"
+        return AttentionMetadata(query_start_loc(scheduled))
+
+    def forward(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
+        out = torch.empty_like(q)
+        starts = metadata.query_start_loc
+        for start, stop in zip(starts[:-1], starts[1:], strict=True):
+            # SDPA wants [heads, tokens, D]; enable_gqa lets H_q / H_kv query heads read one key-value head.
+            qi, ki, vi = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+            oi = F.scaled_dot_product_attention(qi, ki, vi, is_causal=True, enable_gqa=True)
+            out[start:stop] = oi.squeeze(0).transpose(0, 1)
+        return out

@@ -1,0 +1,147 @@
+"""The public face of every milestone: `generate`, `chat` and `stream` over whatever engine it composes.
+
+Names and shapes of the results are vLLM's, so that what is written here runs there.
+"""
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tqdm import tqdm
+
+from .config import ConfigError, EngineConfig
+from .engine import Engine
+from .input_processor import InputProcessor, Prompt, is_token_ids
+from .model_spec import ModelSpec
+from .outputs import RequestOutput
+from .request import Request
+from .sampling_params import SamplingParams
+from .tokenizer import Message, Tokenizer
+
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+class BaseLLM(ABC):
+    """Offline inference. A milestone's `LLM` builds the parts in its constructor and hands them to this one."""
+
+    config_class: type[EngineConfig] = EngineConfig
+    default_sampling_params = SamplingParams()
+
+    def __init__(self, config: EngineConfig, engine: Engine, spec: ModelSpec, tokenizer: Tokenizer | None) -> None:
+        assert config.model_config.max_model_len is not None
+        self.config = config
+        self.engine = engine
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.input_processor = InputProcessor(spec, tokenizer, config.model_config.max_model_len,
+                                              config.model_config.seed)
+        self._mailboxes: dict[str, list[RequestOutput]] = {}
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises ConfigError where none was loaded."""
+        if self.tokenizer is None:
+            raise ConfigError("no tokenizer was loaded: skip_tokenizer_init is set")
+        return self.tokenizer
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None,
+                 use_tqdm: bool = True) -> list[RequestOutput]:
+        """Complete each prompt: text, {"prompt": ...}, {"prompt_token_ids": [...]}, token ids, or a list of them.
+
+        One SamplingParams serves all prompts, a list gives one to each. Every prompt is checked before the
+        first is run; the error names the bad one. Outputs come in the order of the prompts.
+        """
+        single = isinstance(prompts, (str, dict)) or is_token_ids(prompts)
+        many: Any = [prompts] if single else list(prompts)
+        return self._run(many, sampling_params, use_tqdm, True)
+
+    def chat(self, messages: Sequence[Message] | Sequence[Sequence[Message]], sampling_params: Params = None,
+             use_tqdm: bool = True, add_generation_prompt: bool = True) -> list[RequestOutput]:
+        """Answer one conversation, or each of a list of them, through the model's chat template."""
+        if not messages:
+            raise ConfigError("messages is empty; allowed: at least one message")
+        conversations: Any = [messages] if isinstance(messages[0], dict) else messages
+        tokenizer = self.get_tokenizer()
+        prompts = [tokenizer.apply_chat_template(c, add_generation_prompt) for c in conversations]
+        return self._run(prompts, sampling_params, use_tqdm, False)
+
+    def stream(self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None,
+               ) -> Iterator[RequestOutput]:
+        """Yield what each step adds: `outputs[i].text` and `.token_ids` hold only the new part.
+
+        A list of messages is a chat. Closing the iterator early aborts the request.
+        """
+        params = sampling_params or self.default_sampling_params
+        special = True
+        if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], dict):
+            prompt, special = self.get_tokenizer().apply_chat_template(prompt), False
+        checked: Any = prompt
+        request = self.input_processor.process(checked, params, stream=True, add_special_tokens=special)
+        self._add(request)
+        return self._deltas(request)
+
+    def _deltas(self, request: Request) -> Iterator[RequestOutput]:
+        seen: dict[int, tuple[int, int]] = {}
+        try:
+            finished = False
+            while not finished:
+                for output in self._next_outputs(request.request_id):
+                    deltas = []
+                    for part in output.outputs:
+                        chars, tokens = seen.get(part.index, (0, 0))
+                        seen[part.index] = (len(part.text), len(part.token_ids))
+                        deltas.append(replace(part, text=part.text[chars:], token_ids=part.token_ids[tokens:],
+                                              logprobs=part.logprobs and part.logprobs[tokens:]))
+                    finished = output.finished
+                    yield replace(output, outputs=deltas)
+        finally:
+            self.engine.abort_request(request.request_id)
+            self._mailboxes.pop(request.request_id, None)
+
+    def _run(self, prompts: Sequence[Prompt], sampling_params: Params, use_tqdm: bool,
+             special: bool) -> list[RequestOutput]:
+        requests = self._requests(prompts, sampling_params, special)
+        outputs: dict[str, RequestOutput] = {}
+        try:
+            for request in requests:
+                self._add(request)
+            with tqdm(total=len(requests), desc="prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
+                for request in requests:
+                    while request.request_id not in outputs:
+                        for output in self._next_outputs(request.request_id):
+                            outputs[output.request_id] = output
+                    bar.update()
+        finally:
+            for request in requests:
+                self.engine.abort_request(request.request_id)
+                self._mailboxes.pop(request.request_id, None)
+        return [outputs[request.request_id] for request in requests]
+
+    def _requests(self, prompts: Sequence[Prompt], sampling_params: Params, special: bool) -> list[Request]:
+        if isinstance(sampling_params, Sequence):
+            if len(sampling_params) != len(prompts):
+                raise ConfigError(f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; "
+                                  "allowed: one, or one for each prompt")
+            params = list(sampling_params)
+        else:
+            params = [sampling_params or self.default_sampling_params] * len(prompts)
+        requests = []
+        for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+            try:
+                requests.append(self.input_processor.process(prompt, p, add_special_tokens=special))
+            except ConfigError as error:
+                raise type(error)(f"prompts[{i}]: {error}") from error
+        return requests
+
+    def _add(self, request: Request) -> None:
+        self.engine.add_request(request)
+        self._mailboxes[request.request_id] = []
+
+    def _next_outputs(self, request_id: str) -> list[RequestOutput]:
+        """Step the engine until this request has news. Others' news waits in their mailboxes."""
+        while not self._mailboxes[request_id]:
+            for output in self.engine.step():
+                self._mailboxes[output.request_id].append(output)
+        news, self._mailboxes[request_id] = self._mailboxes[request_id], []
+        return news

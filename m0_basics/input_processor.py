@@ -1,0 +1,79 @@
+"""The user's edge: from a prompt and its parameters to a request that the engine can trust."""
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeGuard
+
+from .config import ConfigError, reject
+from .model_spec import ModelSpec
+from .request import Request
+from .sampling_params import SamplingParams
+from .tokenizer import Tokenizer
+
+Prompt = str | Mapping[str, Any] | Sequence[int]        # text, {"prompt": ...}, {"prompt_token_ids": [...]}, or ids
+
+
+class InputError(ConfigError):
+    """A prompt that cannot be run."""
+
+
+def is_token_ids(prompt: object) -> TypeGuard[Sequence[int]]:
+    """Whether `prompt` is one prompt in token ids (and not a list of prompts)."""
+    return isinstance(prompt, (list, tuple)) and len(prompt) > 0 and isinstance(prompt[0], int)
+
+
+class InputProcessor:
+    """Tokenises and checks prompts against one model."""
+
+    def __init__(self, spec: ModelSpec, tokenizer: Tokenizer | None, max_model_len: int, seed: int) -> None:
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.max_model_len = max_model_len
+        self._seeds = random.Random(seed)           # draws the seed of each request that brings none
+        self._counter = itertools.count()
+
+    def process(self, prompt: Prompt, params: SamplingParams, stream: bool = False,
+                add_special_tokens: bool = True) -> Request:
+        """Return a checked Request. Raises InputError or ConfigError; the engine is not touched."""
+        text, token_ids = self._tokenise(prompt, add_special_tokens)
+        self._check_tokens("prompt", token_ids)
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            self._check_tokens(name, getattr(params, name) or [])
+        if not token_ids:
+            raise InputError("the prompt is empty; allowed: at least one token")
+        if len(token_ids) >= self.max_model_len:
+            raise InputError(f"the prompt has {len(token_ids)} tokens; allowed: at most {self.max_model_len - 1}, "
+                             f"so that one more fits into max_model_len={self.max_model_len}")
+        if self.tokenizer is None and (params.stop or params.bad_words or params.structured_outputs):
+            raise InputError("stop, bad_words and structured_outputs need a tokenizer; allowed: none of them where "
+                             "skip_tokenizer_init is set")
+        seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
+        return Request(str(next(self._counter)), text, token_ids, params, seed, self.spec.eos_token_ids, stream)
+
+    def _tokenise(self, prompt: Prompt, add_special_tokens: bool) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            keys = set(prompt) & {"prompt", "prompt_token_ids"}
+            if not keys or set(prompt) - {"prompt", "prompt_token_ids"}:
+                raise InputError(f"prompt has the keys {sorted(prompt)}; allowed: prompt (text), prompt_token_ids")
+            if prompt.get("prompt_token_ids") is not None:
+                return prompt.get("prompt"), self._token_list(prompt["prompt_token_ids"])
+            prompt = prompt["prompt"]
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InputError('the prompt is text, but skip_tokenizer_init is set; allowed: '
+                                 '{"prompt_token_ids": [...]}')
+            return prompt, self.tokenizer.encode(prompt, add_special_tokens)
+        return None, self._token_list(prompt)
+
+    @staticmethod
+    def _token_list(token_ids: Any) -> list[int]:
+        if not isinstance(token_ids, (list, tuple)) or not all(type(i) is int for i in token_ids):
+            raise InputError(f"prompt of type {type(token_ids).__name__} is not valid; allowed: text, a list of token "
+                             'ids, {"prompt": text} or {"prompt_token_ids": list of integers}')
+        return list(token_ids)
+
+    def _check_tokens(self, name: str, token_ids: Iterable[int]) -> None:
+        if bad := [i for i in token_ids if not 0 <= i < self.spec.vocab_size]:
+            raise reject(f"{name} token id", bad[0], f"0 to {self.spec.vocab_size - 1}, the model's vocabulary")

@@ -1,0 +1,67 @@
+"""The sampler seam, and the simplest sampler: always the most probable token."""
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import reject
+from .outputs import Logprob
+from .request import Sequence
+from .sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class SamplerOutput:
+    """One token per sequence, and its log-probabilities where they were asked for."""
+
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob] | None]       # the chosen token is always among the keys
+
+    @classmethod
+    def of_tokens(cls, token_ids: list[int]) -> SamplerOutput:
+        return cls(token_ids, [None] * len(token_ids))
+
+
+class Sampler(ABC):
+    """Turns logits into tokens. Keeps no state of its own between calls."""
+
+    supported: Iterable[str]        # the SamplingParams fields that it, or the engine around it, obeys
+
+    @abstractmethod
+    def __call__(self, logits: Tensor, sequences: list[Sequence]) -> SamplerOutput:
+        """logits [R, vocab] (float32, may be overwritten), the R sequences they belong to -> one token each."""
+
+    def check(self, params: SamplingParams) -> None:
+        """Raise ConfigError for a parameter that this sampler would ignore."""
+        params.require_supported(self.supported, type(self).__name__)
+
+
+class GreedySampler(Sampler):
+    """argmax. The request has to ask for it: temperature 0."""
+
+    supported = frozenset({"temperature", "max_tokens", "min_tokens", "ignore_eos", "stop_token_ids", "seed",
+                           "detokenize", "skip_special_tokens"})
+
+    def check(self, params: SamplingParams) -> None:
+        super().check(params)
+        if params.sampling_type.name != "GREEDY":
+            raise reject("temperature", params.temperature, "0 (this sampler is greedy)")
+
+    def __call__(self, logits: Tensor, sequences: list[Sequence]) -> SamplerOutput:
+        for row, sequence in enumerate(sequences):
+            if banned := tokens_too_early(sequence):
+                logits[row, torch.tensor(banned, device=logits.device)] = float("-inf")
+        return SamplerOutput.of_tokens(logits.argmax(dim=-1).tolist())
+
+
+def tokens_too_early(sequence: Sequence) -> list[int]:
+    """Token ids that would end the sequence before `min_tokens`; none once that many have come."""
+    params = sequence.sampling_params
+    if len(sequence.output_token_ids) >= params.min_tokens:
+        return []
+    assert params.stop_token_ids is not None
+    return [*sequence.eos_token_ids, *params.stop_token_ids]
