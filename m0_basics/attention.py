@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,7 @@ class FullAttention(AttentionBackend):
     def forward(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
         out = torch.empty_like(q)
         starts = metadata.query_start_loc
-        for start, stop in zip(starts[:-1], starts[1:], strict=True):
+        for start, stop in pairwise(starts):
             # SDPA wants [heads, tokens, D]; enable_gqa lets H_q / H_kv query heads read one key-value head.
             qi, ki, vi = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
             oi = F.scaled_dot_product_attention(qi, ki, vi, is_causal=True, enable_gqa=True)

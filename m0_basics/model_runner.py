@@ -60,7 +60,7 @@ class ModelRunner:
         first = len(sequence.prompt_logprobs)                   # the next prompt token without an entry
         for begin in range(first, min(s.end + 1, len(prompt)), _PROMPT_ROWS):
             end = min(begin + _PROMPT_ROWS, s.end + 1, len(prompt))
-            offset = 1 + sequence.num_computed_tokens           # the token at `begin` is predicted by row begin - offset
+            offset = 1 + sequence.num_computed_tokens       # the token at `begin` is predicted by row begin - offset
             assert begin >= offset, "the rows that predict these tokens were skipped"
             logits = self.model.compute_logits(hidden[begin - offset:end - offset])
             sequence.prompt_logprobs += top_logprobs(logits, prompt[begin:end], k)

@@ -71,7 +71,7 @@ class ModelSpec:
         family = FAMILIES[architecture]
         for switch in ("use_sliding_window", "mlp_bias"):
             if config.get(switch):
-                raise ConfigError(f"{switch}={config[switch]!r} of this {architecture} is not supported; allowed: false")
+                raise ConfigError(f"{switch}={config[switch]!r} of {architecture} is not supported; allowed: false")
         if (activation := config.get("hidden_act", "silu")) != "silu":
             raise ConfigError(f"hidden_act={activation!r} is not supported; allowed: silu")
         if missing := [key for key in _REQUIRED if key not in config]:

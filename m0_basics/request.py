@@ -52,7 +52,7 @@ LEGAL_TRANSITIONS: dict[SequenceStatus, frozenset[SequenceStatus]] = {
 }
 
 
-class IllegalTransition(RuntimeError):
+class IllegalTransitionError(RuntimeError):
     """A bug in an engine: a sequence was moved between two states that have no arrow between them."""
 
 
@@ -120,10 +120,10 @@ class Sequence:
         return self.status.is_finished
 
     def set_status(self, status: SequenceStatus) -> None:
-        """Move to another state. Raises IllegalTransition where the state machine has no such arrow."""
+        """Move to another state. Raises IllegalTransitionError where the state machine has no such arrow."""
         if status not in LEGAL_TRANSITIONS[self.status]:
             allowed = ", ".join(sorted(s.name for s in LEGAL_TRANSITIONS[self.status])) or "none, it is final"
-            raise IllegalTransition(f"sequence {self.seq_id}: {self.status.name} -> {status.name}; allowed: {allowed}")
+            raise IllegalTransitionError(f"sequence {self.seq_id}: {self.status.name} -> {status.name}; allowed: {allowed}")
         self.status = status
 
     def append_token_id(self, token_id: int) -> None:
