@@ -123,7 +123,8 @@ class Sequence:
         """Move to another state. Raises IllegalTransitionError where the state machine has no such arrow."""
         if status not in LEGAL_TRANSITIONS[self.status]:
             allowed = ", ".join(sorted(s.name for s in LEGAL_TRANSITIONS[self.status])) or "none, it is final"
-            raise IllegalTransitionError(f"sequence {self.seq_id}: {self.status.name} -> {status.name}; allowed: {allowed}")
+            raise IllegalTransitionError(
+                f"sequence {self.seq_id}: {self.status.name} -> {status.name}; allowed: {allowed}")
         self.status = status
 
     def append_token_id(self, token_id: int) -> None:
