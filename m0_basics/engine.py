@@ -85,7 +85,10 @@ class NaiveEngine(Engine):
             return []
         params = sequence.sampling_params
         if self.tokenizer is not None and params.detokenize:
-            text = self.tokenizer.decode(sequence.output_token_ids, params.skip_special_tokens)
+            # The token that ended the output is no part of its text.
+            token_ids = sequence.output_token_ids[:-1] if status is SequenceStatus.FINISHED_STOPPED else (
+                sequence.output_token_ids)
+            text = self.tokenizer.decode(token_ids, params.skip_special_tokens)
             # A character whose bytes span tokens is not complete yet: hold it back until it is.
             sequence.output_text = text if status else text.rstrip("\ufffd")
         return [RequestOutput.from_request(request)]

@@ -63,19 +63,20 @@ class ModelRunner:
             offset = 1 + sequence.num_computed_tokens       # the token at `begin` is predicted by row begin - offset
             assert begin >= offset, "the rows that predict these tokens were skipped"
             logits = self.model.compute_logits(hidden[begin - offset:end - offset])
-            sequence.prompt_logprobs += top_logprobs(logits, prompt[begin:end], k)
+            sequence.prompt_logprobs += top_logprobs(logits, prompt[begin:end], [k] * (end - begin))
 
 
-def top_logprobs(logits: Tensor, token_ids: list[int], k: int) -> list[dict[int, Logprob]]:
-    """logits [R, vocab], one chosen token per row -> per row the top k and the chosen token, best first."""
+def top_logprobs(logits: Tensor, token_ids: list[int], ks: list[int]) -> list[dict[int, Logprob]]:
+    """logits [R, vocab], one chosen token and one k per row -> per row its top k and the chosen token, best first."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1))
     ranks = (logprobs > chosen).sum(dim=1).add(1).tolist()
-    values, ids = logprobs.topk(k, dim=-1)
+    values, ids = logprobs.topk(min(max(ks), logprobs.shape[1]), dim=-1)
     result = []
-    for row in zip(token_ids, chosen[:, 0].tolist(), ranks, values.tolist(), ids.tolist(), strict=True):
-        token_id, logprob, rank, top_values, top_ids = row
-        entry = {i: Logprob(v, r) for r, (i, v) in enumerate(zip(top_ids, top_values, strict=True), start=1)}
+    rows = zip(token_ids, ks, chosen[:, 0].tolist(), ranks, values.tolist(), ids.tolist(), strict=True)
+    for token_id, k, logprob, rank, top_values, top_ids in rows:
+        top = zip(top_ids[:k], top_values[:k], strict=True)
+        entry = {i: Logprob(v, r) for r, (i, v) in enumerate(top, start=1)}
         entry.setdefault(token_id, Logprob(logprob, rank))
         result.append(entry)
     return result

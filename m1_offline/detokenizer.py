@@ -1,0 +1,86 @@
+"""From tokens to text, one token at a time, without ever taking back a character.
+
+Two things stand in the way. A token may end in the middle of a character, so its last bytes have to wait for
+the next token. And a stop string may be spread over tokens, so text that could be the beginning of one has to
+wait as well.
+"""
+from __future__ import annotations
+
+from m0_basics.tokenizer import Tokenizer
+
+_REPLACEMENT = "\ufffd"         # what a decoder writes for bytes that form no character
+
+
+class IncrementalDetokenizer:
+    """Text of a growing list of tokens, in pieces.
+
+        token_ids  [ ...done... | context | window .......... ]
+                                ^start    ^read
+
+    Only `token_ids[start:]` is decoded at each step. The context (the tokens of the last finished piece) is
+    there for decoders that treat the first token of a text differently.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._token_ids: list[int] = []
+        self._start = self._read = 0
+        self._emitted = 0               # characters of the decoded window that were returned already
+
+    def push(self, token_id: int) -> str:
+        """Add a token; return the characters that are now certain."""
+        self._token_ids.append(token_id)
+        text = self._decode(self._start, len(self._token_ids))
+        if text.endswith(_REPLACEMENT):
+            # Only the last character can still change: an incomplete character decodes to one replacement.
+            return self._advance(text[:-1])
+        new = self._advance(text)
+        self._start, self._read = self._read, len(self._token_ids)
+        self._emitted = len(self._decode(self._start, self._read))
+        return new
+
+    def flush(self) -> str:
+        """The characters still held back; no token follows."""
+        return self._advance(self._decode(self._start, len(self._token_ids)))
+
+    def _advance(self, text: str) -> str:
+        new = text[self._emitted:]
+        self._emitted = max(self._emitted, len(text))
+        return new
+
+    def _decode(self, start: int, stop: int) -> str:
+        return self._tokenizer.decode(self._token_ids[start:stop], self._skip)
+
+
+class StopChecker:
+    """Finds stop strings in growing text, and says how much of the text is safe to show."""
+
+    def __init__(self, stop: list[str], include_stop_str_in_output: bool) -> None:
+        self._stop = stop
+        self._include = include_stop_str_in_output
+        self._longest = max(map(len, stop), default=0)
+        self._searched = 0              # a match has to end after this many characters
+
+    def find(self, text: str) -> tuple[str, int] | None:
+        """Return (stop string, length to cut the text to) for the first match that ends in new text."""
+        begin = max(0, self._searched - self._longest + 1)
+        found = [(at, s) for s in self._stop if (at := text.find(s, begin)) >= 0 and at + len(s) > self._searched]
+        self._searched = len(text)
+        if not found:
+            return None
+        at, stop = min(found, key=lambda match: match[0])
+        return stop, at + len(stop) if self._include else at
+
+    def skip(self, text: str) -> None:
+        """Take `text` as searched: what is in it must not stop the output."""
+        self._searched = len(text)
+
+    def safe_length(self, text: str) -> int:
+        """Length of the text without an end that may turn out to be the beginning of a stop string."""
+        if self._include:
+            return len(text)
+        for held in range(min(self._longest - 1, len(text)), 0, -1):
+            if any(s.startswith(text[-held:]) for s in self._stop):
+                return len(text) - held
+        return len(text)
