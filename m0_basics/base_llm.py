@@ -129,7 +129,9 @@ class BaseLLM(ABC):
         requests = []
         for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
             try:
-                requests.append(self.input_processor.process(prompt, p, add_special_tokens=special))
+                request = self.input_processor.process(prompt, p, add_special_tokens=special)
+                self.engine.check_request(request)
+                requests.append(request)
             except ConfigError as error:
                 raise type(error)(f"prompts[{i}]: {error}") from error
         return requests

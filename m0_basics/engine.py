@@ -18,8 +18,12 @@ class Engine(ABC):
     """Requests in, outputs out, one step at a time."""
 
     @abstractmethod
+    def check_request(self, request: Request) -> None:
+        """Raise ConfigError for a request that this engine could never serve."""
+
+    @abstractmethod
     def add_request(self, request: Request) -> None:
-        """Queue a request. Raises ConfigError, and changes nothing, for one that it could never serve."""
+        """Queue a request. Raises ConfigError, and changes nothing, where `check_request` does."""
 
     @abstractmethod
     def abort_request(self, request_id: str) -> None:
@@ -46,8 +50,11 @@ class NaiveEngine(Engine):
         self.max_model_len = config.model_config.max_model_len
         self.waiting: deque[Request] = deque()
 
-    def add_request(self, request: Request) -> None:
+    def check_request(self, request: Request) -> None:
         self.sampler.check(request.sampling_params)
+
+    def add_request(self, request: Request) -> None:
+        self.check_request(request)
         self.waiting.append(request)
 
     def abort_request(self, request_id: str) -> None:

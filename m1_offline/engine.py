@@ -34,12 +34,15 @@ class OfflineEngine(Engine):
         self.max_num_seqs = rows.num_free
         self.waiting: deque[Request] = deque()
 
-    def add_request(self, request: Request) -> None:
+    def check_request(self, request: Request) -> None:
         params = request.sampling_params
         self.sampler.check(params)
         if (params.best_of or 1) > self.max_num_seqs:
             raise reject("best_of" if params.best_of != params.n else "n", params.best_of,
                          f"at most max_num_seqs={self.max_num_seqs}, the rows of the cache")
+
+    def add_request(self, request: Request) -> None:
+        self.check_request(request)
         self.waiting.append(request)
 
     def abort_request(self, request_id: str) -> None:
