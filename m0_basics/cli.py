@@ -17,6 +17,7 @@ from .batch_file import run_batch_file
 from .cli_options import engine_flags, sampling_flags, with_flags
 from .config import ConfigError
 from .exercise import exercise_app
+from .factbook import Facts
 from .outputs import RequestOutput
 from .run_stats import RunStats
 from .sampling_params import SamplingParams
@@ -105,15 +106,22 @@ def build_app(package: str) -> typer.Typer:
         max_tokens: Annotated[int, typer.Option(help="Tokens to compare.", min=1)] = 100,
     ) -> None:
         """Explain the first token at which this engine and transformers differ."""
-        from .divergence import print_divergences
-        print_divergences(llm_class(**engine_options), prompt or [], max_tokens)
+        from .divergence import DEFAULT_PROMPTS, compare_with_transformers
+        prompts = prompt or list(DEFAULT_PROMPTS)
+        for text, found in zip(prompts, compare_with_transformers(llm_class(**engine_options), prompts, max_tokens),
+                               strict=True):
+            typer.secho(f"prompt {text!r}", bold=True)
+            typer.echo(found.report() if found else f"  the same {max_tokens} tokens, or the same tokens up to the end")
 
     def facts(
-        measure: Annotated[bool, typer.Option(help="Measure again and store the result.")] = False,
+        measure: Annotated[list[str] | None, typer.Option(
+            help="Measure this group again and store it (all: every group); may be repeated.")] = None,
     ) -> None:
         """Print, as JSON, every number that this milestone's documents quote."""
-        book = importlib.import_module(f"{package}.facts").FACTS
-        typer.echo(book.to_json(measure=measure))
+        book: Facts = importlib.import_module(f"{package}.facts").FACTS
+        if measure:
+            book.measure(None if "all" in measure else measure)
+        typer.echo(book.to_json())
 
     add(generate, engine_options=engine_for_requests, sampling_options=sampling)
     add(chat, engine_options=engine_for_requests, sampling_options=sampling)
