@@ -38,6 +38,7 @@ class FullSampler(Sampler):
     def __init__(self, tokenizer: Tokenizer | None = None) -> None:
         self.tokenizer = tokenizer          # for bad_words, which are given as text
 
+    @torch.inference_mode()     # the runner's logits come from there, and may be changed only there
     def __call__(self, logits: Tensor, sequences: list[Sequence]) -> SamplerOutput:
         wanted = [i for i, s in enumerate(sequences) if num_logprobs(s.sampling_params) is not None]
         raw = logits[wanted] if wanted else None        # a copy: log-probabilities are those of the model
@@ -116,7 +117,8 @@ def draw(logits: Tensor, sequences: list[Sequence]) -> list[int]:
 def _draw_truncated(logits: Tensor, top_ks: Tensor, top_ps: Tensor, numbers: Tensor) -> Tensor:
     """Draw from the top-k / top-p candidates of each row, sorting no more of the vocabulary than needed."""
     vocab = logits.shape[1]
-    width = min(vocab, max(_CANDIDATES, int(top_ks[top_ks < vocab].max()) if bool((top_ks < vocab).any()) else 0))
+    # A row with top-k needs k candidates; one with top-p alone does not say how many, so it gets a first guess.
+    width = min(vocab, max(k if k < vocab else _CANDIDATES for k in top_ks.tolist()))
     probabilities, ids, complete = candidates(logits, top_ks, top_ps, width)
     tokens = ids.gather(1, _invert(probabilities, numbers).unsqueeze(1)).squeeze(1)
     if width < vocab and not bool(complete.all()):
@@ -136,7 +138,9 @@ def candidates(logits: Tensor, top_ks: Tensor, top_ps: Tensor, width: int) -> tu
     rank = torch.arange(width, device=logits.device)
     values = values.masked_fill(rank >= top_ks.unsqueeze(1), float("-inf"))
     # Mass to which top_p refers: what top-k left, or everything where there is no top-k.
-    everything = torch.where(top_ks < logits.shape[1], values.logsumexp(dim=-1), logits.logsumexp(dim=-1))
+    everything, has_top_k = values.logsumexp(dim=-1), top_ks < logits.shape[1]
+    if not bool(has_top_k.all()):
+        everything = torch.where(has_top_k, everything, logits.logsumexp(dim=-1))
     probabilities = (values.double() - everything.double().unsqueeze(1)).exp()
     cumulative = probabilities.cumsum(dim=-1)
     # The nucleus is the smallest set with mass >= top_p, so the token that crosses top_p is in it.
