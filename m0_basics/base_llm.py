@@ -52,7 +52,7 @@ class BaseLLM(ABC):
         One SamplingParams serves all prompts, a list gives one to each. Every prompt is checked before the
         first is run; the error names the bad one. Outputs come in the order of the prompts.
         """
-        single = isinstance(prompts, (str, dict)) or is_token_ids(prompts)
+        single = isinstance(prompts, str) or not isinstance(prompts, Sequence) or is_token_ids(prompts)
         many: Any = [prompts] if single else list(prompts)
         return self._run(many, sampling_params, use_tqdm, True)
 

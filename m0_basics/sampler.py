@@ -51,6 +51,7 @@ class GreedySampler(Sampler):
         if params.sampling_type.name != "GREEDY":
             raise reject("temperature", params.temperature, "0 (this sampler is greedy)")
 
+    @torch.inference_mode()     # the runner's logits come from there, and may be changed only there
     def __call__(self, logits: Tensor, sequences: list[Sequence]) -> SamplerOutput:
         for row, sequence in enumerate(sequences):
             if banned := tokens_too_early(sequence):

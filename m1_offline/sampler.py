@@ -16,6 +16,7 @@ import struct
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from m0_basics.model_runner import top_logprobs
@@ -27,6 +28,7 @@ from m0_basics.tokenizer import Tokenizer
 
 from .logits_processing import adjust_logits
 
+_BLOCK = 256            # columns of a row whose masses are added up first
 _CANDIDATES = 512       # tokens first tried for a nucleus; rows whose nucleus is larger are sorted in full
 
 
@@ -150,12 +152,29 @@ def candidates(logits: Tensor, top_ks: Tensor, top_ps: Tensor, width: int) -> tu
 
 
 def _invert(probabilities: Tensor, numbers: Tensor) -> Tensor:
-    """probabilities [R, n] (any positive scale), numbers [R] in [0, 1) -> the column each number falls into."""
-    cumulative = probabilities.double().cumsum(dim=-1)
+    """probabilities [R, n] (any positive scale), numbers [R] in [0, 1) -> the column each number falls into.
+
+    A long row is searched in two steps, first for the block of columns and then inside it, so that the running
+    sum in double precision is never taken over the whole vocabulary.
+    """
+    num_rows, n = probabilities.shape
+    if n <= _BLOCK:
+        return _find(probabilities.double(), numbers)[0]
+    blocks = F.pad(probabilities, (0, -n % _BLOCK)).view(num_rows, -1, _BLOCK)
+    block, rest = _find(blocks.sum(dim=-1, dtype=torch.float64), numbers)
+    inside = blocks[torch.arange(num_rows, device=block.device), block].double()
+    return block * _BLOCK + _find(inside, rest)[0]
+
+
+def _find(weights: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """weights [R, n] -> the column each number falls into, and how far into it, both [R]; the latter in [0, 1)."""
+    cumulative = weights.cumsum(dim=-1)
     target = (numbers * cumulative[:, -1]).unsqueeze(1)
     # right=True: the first column whose cumulative mass exceeds the target, so a column of mass 0 is never hit.
-    column = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    return column.clamp_(max=probabilities.shape[1] - 1)
+    column = torch.searchsorted(cumulative, target, right=True).clamp_(max=weights.shape[1] - 1)
+    weight = weights.gather(1, column)
+    into = (target - (cumulative.gather(1, column) - weight)) / weight
+    return column.squeeze(1), into.clamp_(0, 1 - 2.0 ** -53).squeeze(1)
 
 
 def distribution(logits: Tensor, params: SamplingParams) -> Tensor:

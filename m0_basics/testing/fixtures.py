@@ -1,0 +1,46 @@
+"""Fixtures that every milestone's tests share; the `conftest.py` at the top of the repository loads them."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from .tiny_models import FAMILIES_UNDER_TEST, save_parrot_model, save_tiny_model
+
+TinyModels = Callable[[str], Path]
+
+# Bytes that all differ: characters of one, two, three and four bytes.
+PARROT_TEXT = "aé中😀z?"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """Name of a variant -> its folder, made when it is first asked for.
+
+    Besides the variants of FAMILIES_UNDER_TEST: "parrot" recites PARROT_TEXT for ever, "parrot_eos" once.
+    """
+    root = tmp_path_factory.mktemp("tiny_models")
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            if name in ("parrot", "parrot_eos"):
+                made[name] = save_parrot_model(root / name, PARROT_TEXT, then_eos=name == "parrot_eos")
+            else:
+                tiny = FAMILIES_UNDER_TEST[name]
+                made[name] = save_tiny_model(root / name, tiny.family, tie=tiny.tie, **tiny.overrides)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_for_tiny_models(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A tiny product takes microseconds, and waking a second thread on a busy machine takes milliseconds."""
+    threads = torch.get_num_threads()
+    if request.node.get_closest_marker("real_model") is None:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
