@@ -194,8 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     spec, hardware = SPECS[options.model], HARDWARE[options.hardware]
     print(format_table(roofline_table(spec, hardware, prompt_len=options.prompt_len, context=options.context)))
     context = memory_bound_context(spec, hardware)
-    print(f"\nridge point {hardware.ridge_point():,.0f} FLOP/byte ({hardware.source}); from a context of {context} tokens "
-          "on, decode is bound by memory at every batch size")
+    print(f"\nridge point {hardware.ridge_point():,.0f} FLOP/byte ({hardware.source}); from a context of {context} "
+          "tokens on, decode is bound by memory at every batch size")
 
 
 if __name__ == "__main__":
