@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from m0_basics import LLM as NaiveLLM
+import m0_basics
 from m0_basics import SamplingParams
 from m0_basics.testing.tiny_models import save_tiny_model
 from m1_offline import LLM
@@ -25,7 +25,7 @@ def test_gpu_tokens_equal_cpu_tokens(tmp_path, family):
     options = {"dtype": "float32", "max_model_len": 128, "skip_tokenizer_init": True}
     expected = tokens(LLM(folder, device="cpu", **options))
     assert tokens(LLM(folder, device="cuda", **options)) == expected
-    assert tokens(NaiveLLM(folder, device="cuda", **options)) == expected
+    assert tokens(m0_basics.LLM(folder, device="cuda", **options)) == expected
 
 
 def test_sampling_on_the_gpu_is_reproducible(tmp_path):
