@@ -70,20 +70,25 @@ class BaseLLM(ABC):
                ) -> Iterator[RequestOutput]:
         """Yield what each step adds: `outputs[i].text` and `.token_ids` hold only the new part.
 
-        A list of messages is a chat. Closing the iterator early aborts the request.
+        A list of messages is a chat. With best_of above n everything comes at the end: which outputs are returned
+        is not known before. Closing the iterator early, or dropping it, aborts the request.
         """
         params = sampling_params or self.default_sampling_params
         special = True
         if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], dict):
             prompt, special = self.get_tokenizer().apply_chat_template(prompt), False
         checked: Any = prompt
-        request = self.input_processor.process(checked, params, stream=True, add_special_tokens=special)
-        self._add(request)
-        return self._deltas(request)
+        request = self.input_processor.process(checked, params, stream=params.best_of == params.n,
+                                               add_special_tokens=special)
+        deltas = self._deltas(request)
+        next(deltas)        # into the `try`: a generator that was never started would not abort when it is dropped
+        return deltas
 
     def _deltas(self, request: Request) -> Iterator[RequestOutput]:
         seen: dict[int, tuple[int, int]] = {}
         try:
+            self._add(request)
+            yield RequestOutput.from_request(request)       # taken by `stream`
             finished = False
             while not finished:
                 for output in self._next_outputs(request.request_id):

@@ -110,6 +110,9 @@ def parse_line(number: int, text: str, is_json: bool, defaults: dict[str, Any]) 
         raise ConfigError(f"it is not valid; allowed: an object with one of {', '.join(kinds)}")
     kind = next(k for k in kinds if k in data)
     prompt = data.pop(kind)
+    if isinstance(bias := data.get("logit_bias"), dict):
+        # JSON has text for keys; what is no number is left for the check to name.
+        data["logit_bias"] = {int(k) if k.isdecimal() else k: v for k, v in bias.items()}
     params = SamplingParams.from_options(**(defaults | data))
     if kind == "messages":
         return Job(number, prompt, params, is_chat=True)

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 from .config import ConfigError, reject
 from .model_spec import ModelSpec
 from .request import Request
-from .sampling_params import SamplingParams
+from .sampling_params import SamplingParams, is_utf8
 from .tokenizer import Tokenizer
 
 Prompt = str | Mapping[str, Any] | Sequence[int]        # text, {"prompt": ...}, {"prompt_token_ids": [...]}, or ids
@@ -64,6 +64,9 @@ class InputProcessor:
             if self.tokenizer is None:
                 raise InputError('the prompt is text, but skip_tokenizer_init is set; allowed: '
                                  '{"prompt_token_ids": [...]}')
+            if not is_utf8(prompt):
+                raise InputError("the prompt holds half a character (a lone surrogate); allowed: text that UTF-8 can "
+                                 "write")
             return prompt, self.tokenizer.encode(prompt, add_special_tokens)
         return None, self._token_list(prompt)
 

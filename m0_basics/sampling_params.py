@@ -68,6 +68,7 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = option(None, "A JSON schema, regex or choice to obey.")
 
     def __post_init__(self) -> None:
+        self._check_types()
         normalise = {
             "stop": [self.stop] if isinstance(self.stop, str) else list(self.stop or []),
             "stop_token_ids": list(self.stop_token_ids or []),
@@ -81,6 +82,18 @@ class SamplingParams:
         self._check_numbers()
         self._check_tokens()
         self._check_together()
+
+    def _check_types(self) -> None:
+        for name, allowed in (("stop", "text, or a list of it"), ("bad_words", "a list of text"),
+                              ("stop_token_ids", "a list of token ids"), ("allowed_token_ids", "a list of token ids")):
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, (list, tuple)) or (name == "stop" and isinstance(value, str))):
+                raise reject(name, value, f"None, {allowed}")
+        if not isinstance(self.logit_bias, Mapping | None):
+            raise reject("logit_bias", self.logit_bias, "a dict of token id -> finite number")
+        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise reject(name, getattr(self, name), "True or False")
 
     def _check_counts(self) -> None:
         check_int("n", self.n, 1)
@@ -117,7 +130,7 @@ class SamplingParams:
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise reject("allowed_token_ids", [], "None, or at least one token id")
         for name in ("stop", "bad_words"):
-            if not all(isinstance(text, str) and text for text in getattr(self, name)):
+            if not all(isinstance(text, str) and text and is_utf8(text) for text in getattr(self, name)):
                 raise reject(name, getattr(self, name), "non-empty text, or a list of it")
         for token, bias in (self.logit_bias or {}).items():
             if not is_token(token) or not isinstance(bias, (int, float)) or not math.isfinite(bias):
@@ -174,6 +187,18 @@ class BeamSearchParams:
     def __post_init__(self) -> None:
         check_int("beam_width", self.beam_width, 1)
         check_int("max_tokens", self.max_tokens, 1)
+        penalty = self.length_penalty
+        if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not math.isfinite(penalty):
+            raise reject("length_penalty", penalty, "a finite number (1 ranks by the mean log-probability)")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can write `text`: a lone surrogate, which Python and JSON can hold, is no character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_batch(options: Iterable[Mapping[str, Any]]) -> list[SamplingParams]:

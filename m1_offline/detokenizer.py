@@ -17,8 +17,8 @@ class IncrementalDetokenizer:
         token_ids  [ ...done... | context | window .......... ]
                                 ^start    ^read
 
-    Only `token_ids[start:]` is decoded at each step. The context (the tokens of the last finished piece) is
-    there for decoders that treat the first token of a text differently.
+    Only `token_ids[start:]` is decoded at each step. The context (the tokens of the last finished piece) is there
+    for decoders that treat the first token of a text differently: SentencePiece's drop its leading space.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
@@ -26,25 +26,34 @@ class IncrementalDetokenizer:
         self._skip = skip_special_tokens
         self._token_ids: list[int] = []
         self._start = self._read = 0
-        self._emitted = 0               # characters of the decoded window that were returned already
+        self._context = ""              # text of token_ids[start:read]
+        self._emitted = 0               # characters of the window that were returned already
 
     def push(self, token_id: int) -> str:
         """Add a token; return the characters that are now certain."""
         self._token_ids.append(token_id)
-        text = self._decode(self._start, len(self._token_ids))
-        if text.endswith(_REPLACEMENT):
-            # Only the last character can still change: an incomplete character decodes to one replacement.
-            return self._advance(text[:-1])
-        new = self._advance(text)
-        self._start, self._read = self._read, len(self._token_ids)
-        self._emitted = len(self._decode(self._start, self._read))
+        text = self._window()
+        # A byte-level decoder writes one replacement for a character that is not complete, byte fallback one for
+        # each of its bytes: whichever it is, what stands before them cannot change any more.
+        certain = text.rstrip(_REPLACEMENT)
+        new = self._emit(certain)
+        if text and text == certain:            # a token without text, such as a special one, is no context
+            self._start, self._read, self._emitted = self._read, len(self._token_ids), 0
+            self._context = self._decode(self._start, self._read)
         return new
 
     def flush(self) -> str:
         """The characters still held back; no token follows."""
-        return self._advance(self._decode(self._start, len(self._token_ids)))
+        return self._emit(self._window())
 
-    def _advance(self, text: str) -> str:
+    def _window(self) -> str:
+        text = self._decode(self._start, len(self._token_ids))
+        if text.startswith(self._context):
+            return text[len(self._context):]
+        # Byte fallback judges a run of bytes as a whole: broken ones spoil the context, which was shown already.
+        return self._decode(self._read, len(self._token_ids))
+
+    def _emit(self, text: str) -> str:
         new = text[self._emitted:]
         self._emitted = max(self._emitted, len(text))
         return new
@@ -60,17 +69,24 @@ class StopChecker:
         self._stop = stop
         self._include = include_stop_str_in_output
         self._longest = max(map(len, stop), default=0)
-        self._searched = 0              # a match has to end after this many characters
+        self._searched = 0              # a match has to end after this many characters of the text
 
     def find(self, text: str) -> tuple[str, int] | None:
-        """Return (stop string, length to cut the text to) for the first match that ends in new text."""
-        begin = max(0, self._searched - self._longest + 1)
-        found = [(at, s) for s in self._stop if (at := text.find(s, begin)) >= 0 and at + len(s) > self._searched]
+        """Return (stop string, length to cut the text to) for the match that ends first, and after what was searched.
+
+        Of several that end at the same place it is the longest: so the result does not depend on the pieces in
+        which the text grew.
+        """
+        matches = []
+        for stop in self._stop:
+            at = text.find(stop, max(0, self._searched - len(stop) + 1))
+            if at >= 0:
+                matches.append((at + len(stop), at, stop))
         self._searched = len(text)
-        if not found:
+        if not matches:
             return None
-        at, stop = min(found, key=lambda match: match[0])
-        return stop, at + len(stop) if self._include else at
+        end, at, stop = min(matches)
+        return stop, end if self._include else at
 
     def skip(self, text: str) -> None:
         """Take `text` as searched: what is in it must not stop the output."""

@@ -56,7 +56,8 @@ class OutputProcessor:
         if status is not None:
             state.text += state.detokenizer.flush()
         if params.stop:
-            if len(sequence.output_token_ids) < params.min_tokens:
+            if len(sequence.output_token_ids) <= params.min_tokens:
+                # As with stop tokens: none of the first `min_tokens` tokens ends the output.
                 state.stop.skip(state.text)
             elif found := state.stop.find(state.text):
                 sequence.stop_reason, length = found

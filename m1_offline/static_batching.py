@@ -22,7 +22,7 @@ from torch import Tensor
 
 from m0_basics.attention import AttentionBackend, AttentionMetadata, ScheduledSequence
 from m0_basics.base_llm import BaseLLM
-from m0_basics.config import DEFAULT_MODEL, reject
+from m0_basics.config import DEFAULT_MODEL, DTYPES, reject
 from m0_basics.engine import Engine
 from m0_basics.loader import load_model, load_tokenizer
 from m0_basics.model import CausalLM
@@ -47,12 +47,12 @@ class PaddedMetadata(AttentionMetadata):
 class PaddedAttention(AttentionBackend):
     """A rectangle of keys and values, [layers, B, S_max, H_kv, D], padding included."""
 
-    def __init__(self, model: CausalLM, num_rows: int, num_columns: int) -> None:
+    def __init__(self, model: CausalLM, num_rows: int, num_columns: int, dtype: torch.dtype) -> None:
         spec = model.spec
         shape = (spec.num_hidden_layers, num_rows, num_columns, spec.num_key_value_heads, spec.head_dim)
         # Zeroed, because padding is read: masked scores are dropped, but 0 * NaN would not be.
-        self.k = torch.zeros(shape, dtype=model.dtype, device=model.device)
-        self.v = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self.k = torch.zeros(shape, dtype=dtype, device=model.device)
+        self.v = torch.zeros(shape, dtype=dtype, device=model.device)
 
     def build_metadata(self, scheduled: list[ScheduledSequence]) -> AttentionMetadata:
         raise TypeError("a padded batch is a rectangle; use build_padded_metadata")
@@ -70,9 +70,9 @@ class PaddedAttention(AttentionBackend):
         assert isinstance(metadata, PaddedMetadata)
         num_rows, _, length, end = metadata.mask.shape
         columns = slice(metadata.first_column, end)
-        self.k[layer_idx, :num_rows, columns] = k.view(num_rows, length, *k.shape[1:])
-        self.v[layer_idx, :num_rows, columns] = v.view(num_rows, length, *v.shape[1:])
-        keys, values = (x[layer_idx, :num_rows, :end].transpose(1, 2) for x in (self.k, self.v))   # [B, H_kv, S, D]
+        self.k[layer_idx, :, columns] = k.view(num_rows, length, *k.shape[1:])
+        self.v[layer_idx, :, columns] = v.view(num_rows, length, *v.shape[1:])
+        keys, values = (x[layer_idx, :, :end].to(q.dtype).transpose(1, 2) for x in (self.k, self.v))  # [B, H_kv, S, D]
         if length == 1:
             # As in ContiguousAttention: the heads of a group take the place of the query dimension.
             grouped = q.view(num_rows, keys.shape[1], -1, q.shape[-1])
@@ -94,6 +94,7 @@ class StaticBatchEngine(Engine):
         self.output_processor = output_processor
         self.max_num_seqs = config.scheduler_config.max_num_seqs
         self.max_model_len = config.scheduler_config.max_model_len
+        self.kv_cache_dtype = DTYPES.get(config.cache_config.kv_cache_dtype, model.dtype)
         self.backend: PaddedAttention | None = None
         self.waiting: deque[Request] = deque()
         self.batch: list[Request] = []
@@ -103,9 +104,11 @@ class StaticBatchEngine(Engine):
 
     def check_request(self, request: Request) -> None:
         self.sampler.check(request.sampling_params)
-        for name in ("best_of", "prompt_logprobs"):
-            if getattr(request.sampling_params, name) not in (1, None):
-                raise reject(name, getattr(request.sampling_params, name), "its default (a row holds one output)")
+        params = request.sampling_params
+        if params.best_of != 1:
+            raise reject("best_of" if params.best_of != params.n else "n", params.best_of, "1 (a row holds one output)")
+        if params.prompt_logprobs is not None:
+            raise reject("prompt_logprobs", params.prompt_logprobs, "None (padded prompts keep no logits)")
 
     def add_request(self, request: Request) -> None:
         self.check_request(request)
@@ -121,11 +124,13 @@ class StaticBatchEngine(Engine):
                 self.waiting.remove(request)
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self.waiting or self.batch)
+        return bool(self.waiting) or not all(_is_aborted(r) for r in self.batch)
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
         """Run the next column of the batch; start a batch where none runs."""
+        if self.batch and all(r.is_finished for r in self.batch):
+            return self._finish_batch()             # its last running rows were aborted since the last step
         tokens = self._next_column() if self.batch else self._start_batch()
         num_rows, num_tokens = tokens.shape
         assert self.backend is not None
@@ -144,9 +149,10 @@ class StaticBatchEngine(Engine):
         self.batch = [self.waiting.popleft() for _ in range(min(self.max_num_seqs, len(self.waiting)))]
         prompts = [r.prompt_token_ids for r in self.batch]
         width = max(map(len, prompts))
-        outputs = [r.sampling_params.max_tokens or self.max_model_len for r in self.batch]
-        num_columns = min(width + max(outputs), width + self.max_model_len)
-        self.backend = PaddedAttention(self.model, len(prompts), num_columns)
+        # The last token of an output is never run.
+        outputs = [min(r.sampling_params.max_tokens or self.max_model_len, self.max_model_len - len(p)) - 1
+                   for r, p in zip(self.batch, prompts, strict=True)]
+        self.backend = PaddedAttention(self.model, len(prompts), width + max(outputs), self.kv_cache_dtype)
         self.column = 0
         self.padding = torch.tensor([width - len(p) for p in prompts], device=self.model.device)
         now = time.perf_counter()
@@ -163,9 +169,6 @@ class StaticBatchEngine(Engine):
 
     def _update(self, logits: Tensor) -> list[RequestOutput]:
         running = [(i, r) for i, r in enumerate(self.batch) if not r.sequences[0].is_finished]
-        if not running:                             # all were aborted
-            self.batch = []
-            return []
         sequences: list[Sequence] = [r.sequences[0] for _, r in running]
         sampled = self.sampler(logits[[i for i, _ in running]], sequences)
         now = time.perf_counter()
@@ -175,12 +178,17 @@ class StaticBatchEngine(Engine):
             if request.is_finished:
                 request.metrics.finished_time = now
         outputs = [RequestOutput.from_request(r) for _, r in running if r.stream and not r.is_finished]
-        if all(r.is_finished for r in self.batch):
-            # The batch returns as one: that is what makes it static.
-            outputs += [RequestOutput.from_request(r) for r in self.batch
-                        if r.sequences[0].status is not SequenceStatus.FINISHED_ABORTED]
-            self.batch = []
+        return outputs + (self._finish_batch() if all(r.is_finished for r in self.batch) else [])
+
+    def _finish_batch(self) -> list[RequestOutput]:
+        """The batch returns as one: that is what makes it static."""
+        outputs = [RequestOutput.from_request(r) for r in self.batch if not _is_aborted(r)]
+        self.batch, self.backend = [], None
         return outputs
+
+
+def _is_aborted(request: Request) -> bool:
+    return request.sequences[0].status is SequenceStatus.FINISHED_ABORTED
 
 
 class StaticBatchLLM(BaseLLM):
@@ -193,9 +201,12 @@ class StaticBatchLLM(BaseLLM):
         weights = load_model(config.model_config)
         tokenizer = load_tokenizer(config.model_config)
         config = config.with_max_model_len(weights.spec.max_position_embeddings)
-        num_rows, row_size = config.scheduler_config.max_num_seqs, config.scheduler_config.max_model_len
-        assert row_size is not None
-        check_memory(kv_cache_bytes(weights.spec, num_rows * row_size, weights.dtype), config.cache_config, num_rows,
-                     row_size)
-        engine = StaticBatchEngine(weights, FullSampler(tokenizer), OutputProcessor(tokenizer, row_size), config)
+        num_rows, longest = config.scheduler_config.max_num_seqs, config.scheduler_config.max_model_len
+        assert longest is not None
+        # At worst a long prompt pads a short one whose output is as long again.
+        num_columns = 2 * longest
+        dtype = DTYPES.get(config.cache_config.kv_cache_dtype, weights.dtype)
+        check_memory(kv_cache_bytes(weights.spec, num_rows * num_columns, dtype), config.cache_config, num_rows,
+                     num_columns)
+        engine = StaticBatchEngine(weights, FullSampler(tokenizer), OutputProcessor(tokenizer, longest), config)
         super().__init__(config, engine, weights.spec, tokenizer)
