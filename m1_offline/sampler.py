@@ -119,8 +119,9 @@ def draw(logits: Tensor, sequences: list[Sequence]) -> list[int]:
 def _draw_truncated(logits: Tensor, top_ks: Tensor, top_ps: Tensor, numbers: Tensor) -> Tensor:
     """Draw from the top-k / top-p candidates of each row, sorting no more of the vocabulary than needed."""
     vocab = logits.shape[1]
-    # A row with top-k needs k candidates; one with top-p alone does not say how many, so it gets a first guess.
-    width = min(vocab, max(k if k < vocab else _CANDIDATES for k in top_ks.tolist()))
+    # A row with top-k needs k candidates, and one more to see that it is no equal of the k-th; one with top-p alone
+    # does not say how many, so it gets a first guess.
+    width = min(vocab, max(k + 1 if k < vocab else _CANDIDATES for k in top_ks.tolist()))
     probabilities, ids, complete = candidates(logits, top_ks, top_ps, width)
     tokens = ids.gather(1, _invert(probabilities, numbers).unsqueeze(1)).squeeze(1)
     if width < vocab and not bool(complete.all()):
@@ -134,21 +135,36 @@ def candidates(logits: Tensor, top_ks: Tensor, top_ps: Tensor, width: int) -> tu
     """The `width` best tokens of each row, cut to top-k and then to the nucleus of what is left.
 
     Returns probabilities [R, width] (not normalised, 0 for tokens cut off), token ids [R, width], and [R] whether
-    the row is complete, that is, whether no token beyond `width` belongs to it.
+    the row is complete, that is, whether no token beyond `width` belongs to it, or is the equal of one that does.
     """
-    values, ids = logits.topk(width, dim=-1)
-    rank = torch.arange(width, device=logits.device)
-    values = values.masked_fill(rank >= top_ks.unsqueeze(1), float("-inf"))
+    vocab, rank = logits.shape[1], torch.arange(width, device=logits.device)
+    best, ids = _best(logits, width)
+    values = best.masked_fill(rank >= top_ks.unsqueeze(1), float("-inf"))
     # Mass to which top_p refers: what top-k left, or everything where there is no top-k.
-    everything, has_top_k = values.logsumexp(dim=-1), top_ks < logits.shape[1]
+    everything, has_top_k = values.logsumexp(dim=-1), top_ks < vocab
     if not bool(has_top_k.all()):
         everything = torch.where(has_top_k, everything, logits.logsumexp(dim=-1))
     probabilities = (values.double() - everything.double().unsqueeze(1)).exp()
     cumulative = probabilities.cumsum(dim=-1)
     # The nucleus is the smallest set with mass >= top_p, so the token that crosses top_p is in it.
-    in_nucleus = cumulative - probabilities < top_ps.double().unsqueeze(1)
-    complete = (top_ks <= width) | ((top_ps < 1) & (cumulative[:, -1] >= top_ps))
-    return probabilities * in_nucleus, ids, complete
+    probabilities = probabilities * (cumulative - probabilities < top_ps.double().unsqueeze(1))
+    last = probabilities.count_nonzero(dim=-1).clamp(min=1) - 1
+    complete = (best.gather(1, last.unsqueeze(1)).squeeze(1) > best[:, -1]) & ((top_ks <= width) | ~has_top_k)
+    return probabilities, ids, complete | (width == vocab)
+
+
+def _best(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` largest logits of each row and their token ids, equal ones in order of their ids.
+
+    16-bit logits are often equal. `topk` orders equals as it likes, which depends on `width`, and that on what else
+    is in the batch: a request would draw other tokens in other company.
+    """
+    if width == logits.shape[1]:
+        return logits.sort(dim=-1, descending=True, stable=True)
+    values, ids = logits.topk(width, dim=-1, sorted=False)
+    ids, by_id = ids.sort(dim=-1)
+    values, by_value = values.gather(1, by_id).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(1, by_value)
 
 
 def _invert(probabilities: Tensor, numbers: Tensor) -> Tensor:
@@ -182,7 +198,7 @@ def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
     probabilities = torch.softmax(logits.double() / params.temperature, dim=-1)
     keep = probabilities >= params.min_p * probabilities.max()
     probabilities = probabilities * keep / (probabilities * keep).sum()
-    order = probabilities.argsort(descending=True)
+    order = probabilities.argsort(descending=True, stable=True)         # equals in order of their ids
     if params.top_k > 0:
         probabilities[order[params.top_k:]] = 0
         probabilities = probabilities / probabilities.sum()
