@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from . import calculators as calc
-from . import cpu_roofline, microbench, roofline
+from . import cpu_roofline, format_facts, microbench, roofline
 from .factbook import Fact, Facts, merge
 from .model_spec import ModelSpec
 from .model_specs import SPECS
@@ -40,6 +40,11 @@ def model_facts(spec: ModelSpec) -> dict[str, Fact]:
         "params.embedding_share": Fact((count.embedding + count.lm_head) / count.total, "ratio"),
         "params.mlp_share_of_layer": Fact(count.mlp / count.per_layer, "ratio"),
         "layers": Fact(spec.num_hidden_layers),
+        "hidden_size": Fact(spec.hidden_size),
+        "vocab_size": Fact(spec.vocab_size),
+        "query_heads": Fact(spec.num_attention_heads),
+        "kv_heads": Fact(spec.num_key_value_heads),
+        "head_dim": Fact(spec.head_dim),
         "query_heads_per_kv_head": Fact(spec.num_attention_heads / spec.num_key_value_heads, "ratio"),
         "kv_bytes_per_token": Fact(right, "B"),
         "kv_bytes_per_token.float32": Fact(calc.kv_bytes_per_token(spec, "float32"), "B"),
@@ -127,5 +132,7 @@ def measure_this_cpu() -> dict[str, Fact]:
 
 
 FACTS = Facts(Path(__file__).parent,
-              computed={"models": all_models, "hardware": all_hardware, "roofline": all_pairs},
+              computed={"models": all_models, "hardware": all_hardware, "roofline": all_pairs,
+                        "dtypes": format_facts.number_formats, "gguf": format_facts.gguf_blocks,
+                        "rotary": format_facts.rotary_frequencies, "tokens_run": format_facts.tokens_run},
               measured={"microbench": microbench.run_all, "cpu_roofline": measure_this_cpu})
