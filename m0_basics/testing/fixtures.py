@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from .real_model import RealReference, real_reference
 from .tiny_models import FAMILIES_UNDER_TEST, save_parrot_model, save_tiny_model
 
 TinyModels = Callable[[str], Path]
@@ -44,3 +45,9 @@ def _one_thread_for_tiny_models(request: pytest.FixtureRequest) -> Iterator[None
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def default_model_reference(pytestconfig: pytest.Config) -> RealReference:
+    """What transformers makes of the default model, kept in `.cache` at the top of the repository."""
+    return real_reference(pytestconfig.rootpath / ".cache")
