@@ -119,9 +119,9 @@ def draw(logits: Tensor, sequences: list[Sequence]) -> list[int]:
 def _draw_truncated(logits: Tensor, top_ks: Tensor, top_ps: Tensor, numbers: Tensor) -> Tensor:
     """Draw from the top-k / top-p candidates of each row, sorting no more of the vocabulary than needed."""
     vocab = logits.shape[1]
-    # A row with top-k needs k candidates, and one more to see that it is no equal of the k-th; one with top-p alone
-    # does not say how many, so it gets a first guess.
-    width = min(vocab, max(k + 1 if k < vocab else _CANDIDATES for k in top_ks.tolist()))
+    # A row with top-k needs k candidates, and more, to get past the equals of the k-th (16-bit logits have many);
+    # one with top-p alone does not say how many, so it gets a first guess.
+    width = min(vocab, max(2 * k + 64 if k < vocab else _CANDIDATES for k in top_ks.tolist()))
     probabilities, ids, complete = candidates(logits, top_ks, top_ps, width)
     tokens = ids.gather(1, _invert(probabilities, numbers).unsqueeze(1)).squeeze(1)
     if width < vocab and not bool(complete.all()):
