@@ -28,6 +28,7 @@ class BadInputConformance(Conformance):
         ({"text": "x"}, r"\['text'\]; allowed: prompt"),
         ({"prompt": "x", "other": 1}, r"'other'.*allowed: prompt"),
         ({"prompt_token_ids": "abc"}, r"type str is not valid; allowed: text, a list of token ids"),
+        ("half \ud83d", r"lone surrogate.*allowed: text that UTF-8 can write"),
         ([1, 2.5], r"allowed: text, a list of token ids"),
         ([None], r"prompts\[0\].*NoneType.*allowed: text"),
         (7, r"int.*allowed: text"),
@@ -50,6 +51,7 @@ class BadInputConformance(Conformance):
         ({"n": 3, "best_of": 2}, r"best_of=2 is not valid; allowed: at least n, 3"),
         ({"n": 2, "temperature": 0}, r"n=2 is not valid; allowed: 1 where temperature is 0"),
         ({"stop": ["x"], "detokenize": False}, r"detokenize=False is not valid; allowed: True where stop"),
+        ({"stop": ["x", ""]}, r"stop=\['x', ''\] is not valid; allowed: non-empty text"),
         ({"temprature": 1.0}, r"unknown sampling parameter temprature; allowed: .*temperature"),
     ])
     def test_bad_parameter(self, settings: dict[str, Any], message: str) -> None:

@@ -10,6 +10,7 @@ through the public face (`generate`, `chat`, `stream`) or through the methods of
 """
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -262,6 +263,17 @@ class StreamingConformance(Conformance):
         stream.close()
         assert not llm.engine.has_unfinished_requests()
         assert_same_tokens(ids_of(self.run(llm, PROMPTS)), self.reference(PROMPTS))
+
+    @pytest.mark.parametrize("steps", [0, 1])
+    def test_dropping_the_iterator_frees_the_request(self, steps: int) -> None:
+        llm = self.make()
+        stream = llm.stream(PROMPTS[0], greedy(100))
+        for _ in range(steps):
+            next(stream)
+        assert llm.engine.has_unfinished_requests()
+        del stream
+        gc.collect()
+        assert not llm.engine.has_unfinished_requests()
 
     def test_streams_side_by_side(self) -> None:
         llm = self.make()

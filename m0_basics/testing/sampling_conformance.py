@@ -27,8 +27,29 @@ def sampled(**settings: Any) -> SamplingParams:
     return SamplingParams(**{"temperature": 1.0, "max_tokens": NUM_TOKENS, "ignore_eos": True, **settings})
 
 
-class SamplingConformance(Conformance):
-    """For engines with a full sampler."""
+class ReferenceRows(Conformance):
+    """What the mixins need of the reference."""
+
+    def rows(self, prompt: list[int], ids: list[int], variant: str = "qwen3") -> Tensor:
+        """The reference's logits that predict each token of `ids` -> [len(ids), vocab]."""
+        return reference_logits(self.tiny_model(variant), [*prompt, *ids])[len(prompt) - 1:-1]
+
+    def logprobs_of(self, prompt: list[int], ids: list[int]) -> list[float]:
+        logprobs = self.rows(prompt, ids).log_softmax(-1)
+        return logprobs.gather(1, torch.tensor(ids).unsqueeze(1)).squeeze(1).tolist()
+
+    def check_logprobs(self, prompt: list[int], output: CompletionOutput, k: int) -> None:
+        assert output.logprobs is not None
+        assert len(output.logprobs) == len(output.token_ids)
+        for row, entry, token in zip(self.rows(prompt, output.token_ids).log_softmax(-1), output.logprobs,
+                                     output.token_ids, strict=True):
+            check_entry(row, entry, token, k)
+        total = sum(entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True))
+        assert output.cumulative_logprob == pytest.approx(total, abs=1e-6)
+
+
+class TokenSamplingConformance(ReferenceRows):
+    """Drawing one token after the other, for engines with a full sampler."""
 
     def test_a_seed_reproduces(self) -> None:
         llm = self.make()
@@ -70,43 +91,6 @@ class SamplingConformance(Conformance):
                 assert token in allowed_set(logits, **settings)
                 chosen_other_than_greedy += token != int(logits.argmax())
         assert chosen_other_than_greedy >= 5
-
-    def test_n_outputs(self) -> None:
-        llm = self.make()
-        outputs, again = (self.run(llm, PROMPTS[:2], sampled(n=3, seed=5, temperature=2.0)) for _ in range(2))
-        for output, other in zip(outputs, again, strict=True):
-            assert [part.index for part in output.outputs] == [0, 1, 2]
-            assert len({tuple(part.token_ids) for part in output.outputs}) == 3
-            assert_same_tokens([p.token_ids for p in other.outputs], [p.token_ids for p in output.outputs])
-        one = self.run(llm, PROMPTS[0], sampled(seed=5, temperature=2.0))[0].outputs[0]
-        assert outputs[0].outputs[0].token_ids == one.token_ids, "the first of n is the only one of 1"
-
-    def test_n_outputs_in_tiny_memory(self) -> None:
-        params = sampled(n=3, seed=5, temperature=2.0)
-        roomy, tight = (self.run(llm, PROMPTS, params) for llm in (self.make(), self.make(**self.tiny_memory_options)))
-        for a, b in zip(tight, roomy, strict=True):
-            assert_same_tokens([p.token_ids for p in a.outputs], [p.token_ids for p in b.outputs])
-
-    def test_best_of_returns_the_most_probable(self) -> None:
-        llm = self.make()
-        every = self.run(llm, PROMPTS[0], sampled(n=5, seed=9, temperature=2.0, logprobs=0))[0].outputs
-        best = self.run(llm, PROMPTS[0], sampled(n=2, best_of=5, seed=9, temperature=2.0))[0].outputs
-        totals = {tuple(p.token_ids): sum(self.logprobs_of(PROMPTS[0], p.token_ids)) for p in every}
-        ranked = sorted(totals, key=lambda ids: -totals[ids])
-        assert_same_tokens([p.token_ids for p in best], ranked[:2])
-        assert [p.index for p in best] == [0, 1]
-
-    def test_n_outputs_as_a_stream(self) -> None:
-        llm, params = self.make(), sampled(n=3, seed=5, temperature=2.0)
-        whole = self.run(llm, PROMPTS[0], params)[0].outputs
-        tokens: dict[int, list[int]] = {0: [], 1: [], 2: []}
-        texts = {0: "", 1: "", 2: ""}
-        for part in llm.stream(PROMPTS[0], params):
-            for output in part.outputs:
-                tokens[output.index] += output.token_ids
-                texts[output.index] += output.text
-        assert_same_tokens([tokens[i] for i in range(3)], [p.token_ids for p in whole])
-        assert [texts[i] for i in range(3)] == [p.text for p in whole]
 
     def test_repetition_penalty_equals_transformers(self) -> None:
         """transformers' processor counts prompt and output too, so greedy tokens have to be the same."""
@@ -159,6 +143,60 @@ class SamplingConformance(Conformance):
         output = self.run(self.make(), PROMPTS[0])[0]
         assert (output.outputs[0].logprobs, output.prompt_logprobs) == (None, None)
 
+
+class ManyOutputsConformance(ReferenceRows):
+    """n and best_of, for engines that run several outputs of one request."""
+
+    def test_n_outputs(self) -> None:
+        llm = self.make()
+        outputs, again = (self.run(llm, PROMPTS[:2], sampled(n=3, seed=5, temperature=2.0)) for _ in range(2))
+        for output, other in zip(outputs, again, strict=True):
+            assert [part.index for part in output.outputs] == [0, 1, 2]
+            assert len({tuple(part.token_ids) for part in output.outputs}) == 3
+            assert_same_tokens([p.token_ids for p in other.outputs], [p.token_ids for p in output.outputs])
+        one = self.run(llm, PROMPTS[0], sampled(seed=5, temperature=2.0))[0].outputs[0]
+        assert outputs[0].outputs[0].token_ids == one.token_ids, "the first of n is the only one of 1"
+
+    def test_n_outputs_in_tiny_memory(self) -> None:
+        params = sampled(n=3, seed=5, temperature=2.0)
+        roomy, tight = (self.run(llm, PROMPTS, params) for llm in (self.make(), self.make(**self.tiny_memory_options)))
+        for a, b in zip(tight, roomy, strict=True):
+            assert_same_tokens([p.token_ids for p in a.outputs], [p.token_ids for p in b.outputs])
+
+    def test_best_of_returns_the_most_probable(self) -> None:
+        llm = self.make()
+        every = self.run(llm, PROMPTS[0], sampled(n=5, seed=9, temperature=2.0, logprobs=0))[0].outputs
+        best = self.run(llm, PROMPTS[0], sampled(n=2, best_of=5, seed=9, temperature=2.0))[0].outputs
+        totals = {tuple(p.token_ids): sum(self.logprobs_of(PROMPTS[0], p.token_ids)) for p in every}
+        ranked = sorted(totals, key=lambda ids: -totals[ids])
+        assert_same_tokens([p.token_ids for p in best], ranked[:2])
+        assert [p.index for p in best] == [0, 1]
+
+    def test_n_outputs_as_a_stream(self) -> None:
+        llm, params = self.make(), sampled(n=3, seed=5, temperature=2.0)
+        whole = self.run(llm, PROMPTS[0], params)[0].outputs
+        tokens: dict[int, list[int]] = {0: [], 1: [], 2: []}
+        texts = {0: "", 1: "", 2: ""}
+        for part in llm.stream(PROMPTS[0], params):
+            for output in part.outputs:
+                tokens[output.index] += output.token_ids
+                texts[output.index] += output.text
+        assert_same_tokens([tokens[i] for i in range(3)], [p.token_ids for p in whole])
+        assert [texts[i] for i in range(3)] == [p.text for p in whole]
+
+    def test_best_of_as_a_stream_comes_at_the_end(self) -> None:
+        """Which outputs are the best is not known before."""
+        llm, params = self.make(), sampled(n=2, best_of=4, seed=9, temperature=2.0)
+        whole = self.run(llm, PROMPTS[0], params)[0].outputs
+        parts = [part for part in llm.stream(PROMPTS[0], params) if part.outputs]
+        assert len(parts) == 1
+        assert [(p.index, p.token_ids, p.text) for p in parts[0].outputs] == [
+            (p.index, p.token_ids, p.text) for p in whole]
+
+
+class PromptLogprobsConformance(ReferenceRows):
+    """For engines that look at the logits of the prompt as well."""
+
     def test_prompt_logprobs_equal_the_reference(self) -> None:
         prompts = [*PROMPTS, [5] * 300]         # the last one is longer than any engine's chunk of prompt rows
         outputs = self.run(self.make(**self.tiny_memory_options), prompts[:-1], greedy(prompt_logprobs=3))
@@ -174,22 +212,9 @@ class SamplingConformance(Conformance):
                 check_entry(row, entry, token, 3)
         assert_same_tokens(ids_of(outputs), self.reference(prompts))
 
-    def rows(self, prompt: list[int], ids: list[int], variant: str = "qwen3") -> Tensor:
-        """The reference's logits that predict each token of `ids` -> [len(ids), vocab]."""
-        return reference_logits(self.tiny_model(variant), [*prompt, *ids])[len(prompt) - 1:-1]
 
-    def logprobs_of(self, prompt: list[int], ids: list[int]) -> list[float]:
-        logprobs = self.rows(prompt, ids).log_softmax(-1)
-        return logprobs.gather(1, torch.tensor(ids).unsqueeze(1)).squeeze(1).tolist()
-
-    def check_logprobs(self, prompt: list[int], output: CompletionOutput, k: int) -> None:
-        assert output.logprobs is not None
-        assert len(output.logprobs) == len(output.token_ids)
-        for row, entry, token in zip(self.rows(prompt, output.token_ids).log_softmax(-1), output.logprobs,
-                                     output.token_ids, strict=True):
-            check_entry(row, entry, token, k)
-        total = sum(entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True))
-        assert output.cumulative_logprob == pytest.approx(total, abs=1e-6)
+class SamplingConformance(TokenSamplingConformance, ManyOutputsConformance, PromptLogprobsConformance):
+    """All of it."""
 
 
 def check_entry(row: Tensor, entry: dict[int, Any], token: int, k: int) -> None:

@@ -10,7 +10,7 @@ from m0_basics.testing.conformance import (
     StopConformance,
     StreamingConformance,
 )
-from m0_basics.testing.sampling_conformance import SamplingConformance
+from m0_basics.testing.sampling_conformance import SamplingConformance, TokenSamplingConformance
 from m1_offline import LLM
 from m1_offline.static_batching import StaticBatchLLM
 
@@ -24,15 +24,9 @@ class TestOffline(GreedyConformance, StopConformance, StreamingConformance, Abor
 
 
 class TestStaticBatch(GreedyConformance, StopConformance, StreamingConformance, AbortConformance,
-                      SamplingConformance, BadInputConformance):
+                      TokenSamplingConformance, BadInputConformance):
     """The baseline (F1.8). What it refuses, several outputs per request and log-probabilities of prompts, is left
     out here; that it refuses them is checked with its other tests."""
 
     llm_class = StaticBatchLLM
     tiny_memory_options: ClassVar = {"max_num_seqs": 2, "max_model_len": 96}
-
-    test_n_outputs = None
-    test_n_outputs_in_tiny_memory = None
-    test_n_outputs_as_a_stream = None
-    test_best_of_returns_the_most_probable = None
-    test_prompt_logprobs_equal_the_reference = None
