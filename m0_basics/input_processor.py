@@ -49,6 +49,10 @@ class InputProcessor:
         if self.tokenizer is None and (params.stop or params.bad_words or params.structured_outputs):
             raise InputError("stop, bad_words and structured_outputs need a tokenizer; allowed: none of them where "
                              "skip_tokenizer_init is set")
+        ends = {*self.spec.eos_token_ids, *(params.stop_token_ids or [])}
+        if params.min_tokens and params.allowed_token_ids and ends.issuperset(params.allowed_token_ids):
+            raise reject("allowed_token_ids", params.allowed_token_ids,
+                         f"also a token that does not end the output, where min_tokens={params.min_tokens}")
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         return Request(str(next(self._counter)), text, token_ids, params, seed, self.spec.eos_token_ids, stream)
 
