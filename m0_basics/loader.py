@@ -142,10 +142,11 @@ def load_weights(model: CausalLM, source: SafetensorsFolder) -> None:
         if name == "lm_head.weight" and model.spec.tie_word_embeddings:
             continue
         parts = [source.read(part) for part in hf_parts(name)]
-        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        if shape != tuple(parameter.shape):
-            raise LoadError(f"{source.folder}: {' + '.join(hf_parts(name))} has shape {shape}, "
-                            f"config.json says {tuple(parameter.shape)}")
+        shapes = [tuple(part.shape) for part in parts]
+        rows, rest = sum(shape[0] for shape in shapes if shape), parameter.shape[1:]
+        if rows != parameter.shape[0] or any(not shape or shape[1:] != rest for shape in shapes):
+            raise LoadError(f"{source.folder}: {' + '.join(hf_parts(name))} has shape "
+                            f"{' + '.join(map(str, shapes))}, config.json says {tuple(parameter.shape)}")
         weights[name] = torch.cat([part.to(model.device, model.dtype) for part in parts])
     if model.spec.tie_word_embeddings:
         weights["lm_head.weight"] = weights["embed_tokens.weight"]
@@ -170,7 +171,10 @@ class SafetensorsFolder:
         self.folder = folder
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            self._file_of: dict[str, Path] = {n: folder / f for n, f in read_json(index)["weight_map"].items()}
+            files_by_name = read_json(index).get("weight_map")
+            if not isinstance(files_by_name, dict) or not all(isinstance(f, str) for f in files_by_name.values()):
+                raise LoadError(f"{index} holds no weight_map from tensor names to files")
+            self._file_of: dict[str, Path] = {n: folder / f for n, f in files_by_name.items()}
             if missing := sorted({f.name for f in self._file_of.values() if not f.is_file()}):
                 raise LoadError(f"{folder} lacks {', '.join(missing)}, which its index names")
         else:

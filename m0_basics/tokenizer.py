@@ -40,7 +40,10 @@ class Tokenizer:
         """Read `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`."""
         from tokenizers import Tokenizer as Backend
         settings_file, template_file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-        settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
+        try:
+            settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
+        except ValueError as error:
+            raise ConfigError(f"{settings_file} cannot be read: {error}") from error
         if template_file.is_file():
             settings["chat_template"] = template_file.read_text(encoding="utf-8")
         file = folder / "tokenizer.json"
@@ -112,6 +115,10 @@ def _template(source: str) -> Any:
 
 def _convert_slow_tokenizer(folder: Path) -> Any:
     """A folder with a SentencePiece model only: transformers converts it."""
+    # Asked for before transformers is: it makes an empty tokenizer of a folder that has none.
+    if not (folder / "tokenizer.model").is_file():
+        raise ConfigError(f"{folder} has neither tokenizer.json nor tokenizer.model; "
+                          "use skip_tokenizer_init=True to work with token ids only")
     try:
         from transformers import AutoTokenizer
         return AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer

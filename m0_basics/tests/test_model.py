@@ -1,0 +1,175 @@
+"""F0.10: logits equal transformers', for each family and variant; a packed batch equals each sequence alone."""
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from m0_basics.attention import FullAttention, ScheduledSequence
+from m0_basics.config import ConfigError, ModelConfig
+from m0_basics.loader import load_model
+from m0_basics.model import inverse_frequencies
+from m0_basics.model_runner import ModelRunner, top_logprobs
+from m0_basics.model_spec import FAMILIES, ModelSpec
+from m0_basics.request import Sequence, SequenceData
+from m0_basics.sampling_params import SamplingParams
+from m0_basics.testing.parity import mixed_length_prompts, reference_logits, reference_model
+from m0_basics.testing.tiny_models import FAMILIES_UNDER_TEST, VOCAB_SIZE
+
+PROMPTS = mixed_length_prompts(VOCAB_SIZE, 5, seed=3, longest=150)
+
+
+def make_runner(folder, dtype: str = "float32") -> ModelRunner:
+    return ModelRunner(load_model(ModelConfig(str(folder), dtype=dtype)), FullAttention())
+
+
+def schedule(prompts: list[list[int]], **settings) -> list[ScheduledSequence]:
+    params = SamplingParams(**settings)
+    return [ScheduledSequence(Sequence(i, SequenceData(p), params, seed=0), len(p)) for i, p in enumerate(prompts)]
+
+
+@torch.inference_mode()
+def all_logits(runner: ModelRunner, prompts: list[list[int]]) -> list[Tensor]:
+    """Logits at every position of every prompt, run as one packed batch."""
+    hidden, metadata = runner.forward(schedule(prompts))
+    starts = metadata.query_start_loc
+    return [runner.model.compute_logits(hidden[a:b]) for a, b in pairwise(starts)]
+
+
+def test_every_family_is_under_test():
+    tested = {tiny.family for tiny in FAMILIES_UNDER_TEST.values()}
+    assert tested == {family.gguf_architecture for family in FAMILIES.values()}
+
+
+@pytest.mark.parametrize("variant", FAMILIES_UNDER_TEST)
+def test_logits_equal_transformers(variant, tiny_model):
+    """F0.10: at every position of 150 tokens, which is beyond the original length of the stretched rotary table."""
+    folder = tiny_model(variant)
+    logits = all_logits(make_runner(folder), PROMPTS)
+    for prompt, ours in zip(PROMPTS, logits, strict=True):
+        reference = reference_logits(folder, prompt)
+        assert ours.shape == reference.shape == (len(prompt), VOCAB_SIZE)
+        assert reference.std() > 1, "logits that are all alike would prove nothing"
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", FAMILIES_UNDER_TEST)
+def test_rotary_frequencies_equal_transformers(variant, tiny_model):
+    folder = tiny_model(variant)
+    spec = load_model(ModelConfig(str(folder), dtype="float32")).spec
+    torch.testing.assert_close(inverse_frequencies(spec), reference_model(folder).model.rotary_emb.inv_freq)
+
+
+def test_llama3_scaling_changes_the_frequencies(tiny_model):
+    spec = load_model(ModelConfig(str(tiny_model("llama3_rope")), dtype="float32")).spec
+    stretched, plain = inverse_frequencies(spec), inverse_frequencies(dataclasses.replace(spec, rope_scaling=None))
+    ratio = plain / stretched
+    assert ratio[0] == 1, "short wavelengths are kept"
+    assert ratio[-1] == 4, "long ones are divided by the factor"
+    assert 1 < ratio[2] < 4, "those between are blended"
+    factors = dataclasses.replace(spec, rope_scaling=None, rope_factors=tuple(ratio.tolist()))
+    torch.testing.assert_close(inverse_frequencies(factors), stretched)
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "qwen2", "llama"])
+def test_a_packed_batch_equals_each_sequence_alone(variant, tiny_model):
+    """F0.10"""
+    runner = make_runner(tiny_model(variant))
+    together = all_logits(runner, PROMPTS)
+    for prompt, packed in zip(PROMPTS, together, strict=True):
+        torch.testing.assert_close(packed, all_logits(runner, [prompt])[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_runner_returns_the_rows_of_the_newest_tokens(tiny_model):
+    folder = tiny_model("qwen3")
+    runner = make_runner(folder)
+    scheduled = schedule(PROMPTS)
+    scheduled[1] = ScheduledSequence(scheduled[1].sequence, len(PROMPTS[1]) - 1)       # does not reach its newest token
+    logits = runner.execute_model(scheduled)
+    expected = [reference_logits(folder, p)[-1] for i, p in enumerate(PROMPTS) if i != 1]
+    torch.testing.assert_close(logits, torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "qwen2", "llama3_rope"])
+def test_bfloat16_is_as_good_as_transformers(variant, tiny_model):
+    """In 16 bits nobody is exact: ours may not be farther from the float32 logits than transformers' are."""
+    folder = tiny_model(variant)
+    runner = make_runner(folder, "bfloat16")
+    exact = torch.cat([reference_logits(folder, p) for p in PROMPTS])
+    ours = torch.cat(all_logits(runner, PROMPTS))
+    theirs = torch.cat([reference_logits(folder, p, torch.bfloat16) for p in PROMPTS])
+    assert ours.dtype == torch.float32
+    assert (ours - exact).square().mean().sqrt() < 1.2 * (theirs - exact).square().mean().sqrt()
+
+
+def test_top_logprobs():
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 3
+    chosen = [0, 7, 7, 49, 20, int(logits[5].argmax())]
+    expected = logits.double().log_softmax(-1)
+    ks = [0, 1, 4, 2, 50, 60]           # each row its own, the last one more than there are
+    for row, token, k, entry in zip(expected, chosen, ks, top_logprobs(logits, chosen, ks), strict=True):
+        assert set(entry) == {*row.topk(min(k, 50)).indices.tolist(), token}
+        for token_id, logprob in entry.items():
+            assert logprob.logprob == pytest.approx(row[token_id].item(), abs=1e-5)
+            assert logprob.rank == int((row > row[token_id]).sum()) + 1
+
+
+def test_prompt_logprobs_in_pieces(tiny_model):
+    """300 tokens, more than the runner looks at in one go."""
+    folder = tiny_model("llama")
+    prompt = [token for p in mixed_length_prompts(VOCAB_SIZE, 4, seed=5, longest=160) for token in p][:300]
+    scheduled = schedule([prompt], prompt_logprobs=2)
+    make_runner(folder).execute_model(scheduled)
+    entries = scheduled[0].sequence.prompt_logprobs
+    expected = reference_logits(folder, prompt).log_softmax(-1)
+    assert entries[0] is None
+    assert len(entries) == 300
+    for row, token, entry in zip(expected, prompt[1:], entries[1:], strict=False):
+        assert {*row.topk(2).indices.tolist(), token} == set(entry)
+        assert entry[token].logprob == pytest.approx(row[token].item(), abs=1e-3)
+
+
+CONFIG = {"architectures": ["LlamaForCausalLM"], "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24,
+          "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def test_a_spec_from_a_bare_config():
+    spec = ModelSpec.from_hf_config(CONFIG)
+    assert (spec.num_key_value_heads, spec.head_dim) == (4, 4)
+    assert (spec.rope_theta, spec.tie_word_embeddings) == (10000.0, False)
+
+
+@pytest.mark.parametrize("config", [
+    {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,       # transformers 4
+                                         "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}},
+    {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,           # 5
+                         "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}])
+def test_both_ways_to_write_rotary_settings(config):
+    spec = ModelSpec.from_hf_config(CONFIG | config)
+    assert spec.rope_theta == 5e5
+    assert dataclasses.astuple(spec.rope_scaling) == (8.0, 1.0, 4.0, 8192)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"architectures": ["GPT2LMHeadModel"]},
+     "architecture GPT2LMHeadModel is not supported; allowed: Qwen3ForCausalLM, Qwen2ForCausalLM, LlamaForCausalLM"),
+    ({"architectures": None}, r"architecture \(none\) is not supported"),
+    ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; allowed: silu"),
+    ({"mlp_bias": True}, "mlp_bias=True of LlamaForCausalLM is not supported; allowed: false"),
+    ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, "use_sliding_window=True"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn' is not supported; allowed: default"),
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_type='linear' is not supported"),
+])
+def test_what_the_model_cannot_run_is_refused(change, message):
+    """F0.9"""
+    with pytest.raises(ConfigError, match=message):
+        ModelSpec.from_hf_config(CONFIG | change)
+
+
+def test_a_config_without_a_size_is_refused():
+    config = {key: value for key, value in CONFIG.items() if key not in ("hidden_size", "vocab_size")}
+    with pytest.raises(ConfigError, match=r"config\.json lacks vocab_size, hidden_size"):
+        ModelSpec.from_hf_config(config)
