@@ -82,16 +82,18 @@ def beam_search(runner: ModelRunner, cache: BeamCache, request: Request, params:
 
 
 def _extend(runner: ModelRunner, beams: list[Sequence], width: int) -> list[tuple[float, int, int]]:
-    """Run the newest token of each beam; return the best 2 * width extensions (total, beam, token), best first.
+    """Run the newest token of each beam; return the best extensions (total, beam, token), best first.
 
-    Twice the width, because each beam may have one extension that ends it, and `width` must still survive.
+    More than `width` of them: each beam has an extension for each end-of-sequence token that ends it, and `width`
+    must still survive.
     """
     logits = runner.execute_model([ScheduledSequence(s, s.num_tokens - s.num_computed_tokens) for s in beams])
     for s in beams:
         s.num_computed_tokens = s.num_tokens
     so_far = torch.tensor([s.cumulative_logprob for s in beams], device=logits.device).unsqueeze(1)
     totals = torch.log_softmax(logits, dim=-1) + so_far
-    values, flat = totals.flatten().topk(min(2 * width, totals.numel()))
+    num_wanted = width * (1 + max(1, len(beams[0].eos_token_ids)))
+    values, flat = totals.flatten().topk(min(num_wanted, totals.numel()))
     vocab = totals.shape[1]
     return [(value, i // vocab, i % vocab) for value, i in zip(values.tolist(), flat.tolist(), strict=True)]
 
