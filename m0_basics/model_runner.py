@@ -28,7 +28,7 @@ class ModelRunner:
                 self._record_prompt_logprobs(s, hidden[start:start + s.num_tokens])
         rows = [stop - 1 for s, stop in zip(scheduled, starts[1:], strict=True) if s.reaches_newest]
         if len(rows) < hidden.shape[0]:
-            hidden = hidden[torch.tensor(rows, device=hidden.device)]
+            hidden = hidden[torch.tensor(rows, dtype=torch.long, device=hidden.device)]
         return self.model.compute_logits(hidden)
 
     def forward(self, scheduled: list[ScheduledSequence]) -> tuple[Tensor, AttentionMetadata]:

@@ -1,0 +1,28 @@
+"""The model runner: which rows of a step get logits."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from m0_basics import SamplingParams, Sequence, SequenceData
+from m0_basics.attention import FullAttention, ScheduledSequence
+from m0_basics.config import ModelConfig
+from m0_basics.loader import load_model
+from m0_basics.model_runner import ModelRunner
+from m0_basics.testing.fixtures import TinyModels
+
+
+@pytest.mark.parametrize("computed, rows", [((3, 5, 2), [0, 1, 2]), ((3, 4, 2), [0, 2]), ((2, 4, 1), [])])
+def test_logits_of_sequences_whose_newest_token_was_reached(tiny_model: TinyModels, computed: tuple[int, ...],
+                                                            rows: list[int]) -> None:
+    """F0.10: a chunk that ends before the newest token brings no row; a step of such chunks alone brings none."""
+    model = load_model(ModelConfig(model=str(tiny_model("llama")), dtype="float32"))
+    runner = ModelRunner(model, FullAttention())
+    prompts = [[20, 21, 22], [23, 24, 25, 26, 27], [28, 29]]
+    scheduled = [ScheduledSequence(Sequence(i, SequenceData(ids), SamplingParams(temperature=0), 0), n)
+                 for i, (ids, n) in enumerate(zip(prompts, computed, strict=True))]
+    logits = runner.execute_model(scheduled)
+    assert logits.shape == (len(rows), model.spec.vocab_size)
+    for row, i in zip(logits, rows, strict=True):
+        alone = runner.execute_model([scheduled[i]])
+        torch.testing.assert_close(row, alone[0], rtol=1e-4, atol=1e-4)
