@@ -26,7 +26,10 @@ def build_tokenizer(metadata: dict[str, Any], path: Path) -> Tokenizer:
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in _KINDS:
         raise ConfigError(f"tokenizer {kind!r} of {path} is not supported; allowed: {', '.join(_KINDS)}")
-    tokenizer = _KINDS[kind](metadata, path)
+    try:
+        tokenizer = _KINDS[kind](metadata, path)
+    except KeyError as error:
+        raise ConfigError(f"{path} lacks the key {error}") from error
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata.get("tokenizer.ggml.token_type") or []
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, types, strict=False)

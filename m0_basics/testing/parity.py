@@ -1,14 +1,25 @@
-"""References: what transformers computes from the same folder, for a milestone to be compared with."""
+"""References: what transformers computes from the same folder, for a milestone to be compared with.
+
+And the other side of the comparison where it is the model alone: a runner that recomputes everything.
+"""
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from m0_basics import request
+from m0_basics.attention import FullAttention, ScheduledSequence
+from m0_basics.config import ModelConfig
+from m0_basics.loader import load_model
+from m0_basics.model_runner import ModelRunner
+from m0_basics.sampling_params import SamplingParams
 
 TokenIds = Sequence[int]
 
@@ -72,3 +83,22 @@ def mixed_length_prompts(vocab: int, n: int, seed: int, longest: int = 60) -> li
     lengths = [1 + (longest - 1) * i // max(n - 1, 1) for i in range(n)]
     rng.shuffle(lengths)
     return [[rng.randrange(vocab) for _ in range(length)] for length in lengths]
+
+
+def make_runner(folder: Path, dtype: str = "float32") -> ModelRunner:
+    """m0's model over `folder` (or a GGUF file), attention recomputed at each call."""
+    return ModelRunner(load_model(ModelConfig(str(folder), dtype=dtype)), FullAttention())
+
+
+def schedule(prompts: Sequence[list[int]], **settings: Any) -> list[ScheduledSequence]:
+    """All tokens of each prompt in one step; `settings` are sampling parameters."""
+    params = SamplingParams(**settings)
+    return [ScheduledSequence(request.Sequence(i, request.SequenceData(prompt), params, seed=0), len(prompt))
+            for i, prompt in enumerate(prompts)]
+
+
+@torch.inference_mode()
+def all_logits(runner: ModelRunner, prompts: Sequence[list[int]]) -> list[Tensor]:
+    """Logits [tokens, vocab] at every position of every prompt, run as one packed batch."""
+    hidden, metadata = runner.forward(schedule(prompts))
+    return [runner.model.compute_logits(hidden[start:stop]) for start, stop in pairwise(metadata.query_start_loc)]

@@ -2,41 +2,27 @@
 from __future__ import annotations
 
 import dataclasses
-from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
 
-from m0_basics.attention import FullAttention, ScheduledSequence
+from m0_basics.attention import ScheduledSequence
 from m0_basics.config import ConfigError, ModelConfig
 from m0_basics.loader import load_model
 from m0_basics.model import inverse_frequencies
-from m0_basics.model_runner import ModelRunner, top_logprobs
+from m0_basics.model_runner import top_logprobs
 from m0_basics.model_spec import FAMILIES, ModelSpec
-from m0_basics.request import Sequence, SequenceData
-from m0_basics.sampling_params import SamplingParams
-from m0_basics.testing.parity import mixed_length_prompts, reference_logits, reference_model
+from m0_basics.testing.parity import (
+    all_logits,
+    make_runner,
+    mixed_length_prompts,
+    reference_logits,
+    reference_model,
+    schedule,
+)
 from m0_basics.testing.tiny_models import FAMILIES_UNDER_TEST, VOCAB_SIZE
 
 PROMPTS = mixed_length_prompts(VOCAB_SIZE, 5, seed=3, longest=150)
-
-
-def make_runner(folder, dtype: str = "float32") -> ModelRunner:
-    return ModelRunner(load_model(ModelConfig(str(folder), dtype=dtype)), FullAttention())
-
-
-def schedule(prompts: list[list[int]], **settings) -> list[ScheduledSequence]:
-    params = SamplingParams(**settings)
-    return [ScheduledSequence(Sequence(i, SequenceData(p), params, seed=0), len(p)) for i, p in enumerate(prompts)]
-
-
-@torch.inference_mode()
-def all_logits(runner: ModelRunner, prompts: list[list[int]]) -> list[Tensor]:
-    """Logits at every position of every prompt, run as one packed batch."""
-    hidden, metadata = runner.forward(schedule(prompts))
-    starts = metadata.query_start_loc
-    return [runner.model.compute_logits(hidden[a:b]) for a, b in pairwise(starts)]
 
 
 def test_every_family_is_under_test():
