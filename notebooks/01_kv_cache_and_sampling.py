@@ -1,0 +1,559 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # The KV cache, and how a token is chosen
+#
+# A token's keys and values never change once they are computed: later tokens cannot influence earlier ones. So keep
+# them, and run each token once. That is the whole idea of a KV cache.
+#
+# First we watch the cache grow, and ask what it saves and what it wastes. Then we look at the other half of a step: from
+# logits to a token, and from a token to text.
+
+# %%
+from collections import Counter
+
+import matplotlib.pyplot as plt
+import numpy as np
+import psutil
+import torch
+from IPython.display import Markdown
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from tokenizers import Tokenizer as RustTokenizer
+from torch import Tensor
+
+from m0_basics import Sequence, SequenceData
+from m0_basics import calculators as calc
+from m0_basics.attention import AttentionBackend, AttentionMetadata, FullAttention, ScheduledSequence
+from m0_basics.bench.workloads import ragged
+from m0_basics.config import DEFAULT_MODEL
+from m0_basics.cpu_roofline import best_seconds
+from m0_basics.flop_count import count_flops
+from m0_basics.loader import resolve_model
+from m0_basics.model_runner import ModelRunner
+from m1_offline import LLM, SamplingParams
+from m1_offline.detokenizer import IncrementalDetokenizer
+from m1_offline.kv_cache import KVCache
+from m1_offline.output_processor import OutputProcessor
+from m1_offline.sampler import FullSampler, distribution
+from m1_offline.static_batching import StaticBatchEngine
+
+INK, BLUE, ORANGE, GREEN, RED, GREY, LIGHT = (
+    "#22313f", "#2f6f9f", "#e08a3c", "#4c9a6a", "#b5483a", "#9aa5b1", "#e8ecf0")
+SKY = "#9cc3de"
+plt.rcParams.update({
+    "figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 11, "axes.titlesize": 12,
+    "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
+    "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "legend.frameon": False})
+
+torch.set_num_threads(1)        # steadier times on a machine that has other work
+llm = LLM(dtype="float32", device="cpu", max_model_len=320, max_num_seqs=6)
+model, spec, tokenizer, engine = llm.engine.runner.model, llm.spec, llm.get_tokenizer(), llm.engine
+rows, cache = engine.rows, engine.rows.kv_cache
+print(f"cache: {rows.num_free} rows of {rows.row_size} slots, k and v of shape {list(cache.k.shape)} each, "
+      f"{cache.nbytes / 1e6:.0f} MB")
+
+
+def piece(token_id: int) -> str:
+    """A token's text, its spaces and line ends made visible."""
+    return tokenizer.decode([token_id]).replace(" ", "␣").replace("\n", "⏎")
+
+# %% [markdown]
+# ## 1. The cache grows
+#
+# The cache is a set of rows. Each row belongs to one sequence, and token `i` of the sequence lives in its slot `i`.
+#
+# We ask for four samples of one prompt. The prompt is run once. Then the row is copied for each further sample (a
+# "fork"), and the four part ways. After each step we note which slots are in use.
+
+# %%
+small = LLM(dtype="float32", device="cpu", max_model_len=40, max_num_seqs=6)
+params = SamplingParams(n=4, temperature=0.9, top_p=0.95, max_tokens=30, stop=["."],
+                        include_stop_str_in_output=True, seed=8)
+request = small.input_processor.process("My favourite season is", params)
+small.engine.add_request(request)
+
+history: list[dict[int, tuple[int, int, int]]] = []     # after each step: row -> (sample, prompt slots, all slots used)
+forked_alike = []
+while small.engine.has_unfinished_requests():
+    small.engine.step()
+    small_rows = small.engine.rows
+    history.append({small_rows.first_slot(s) // small_rows.row_size: (s.index, s.num_prompt_tokens, s.num_computed_tokens)
+                    for s in request.sequences if not s.is_finished})
+    if len(history) == 1:
+        k, size, length = small_rows.kv_cache.k, small_rows.row_size, request.sequences[0].num_prompt_tokens
+        forked_alike = [torch.equal(k[:, :length], k[:, row * size:row * size + length]) for row in history[0]]
+
+print(f"{len(history)} steps; each fork holds a copy of the prompt's keys: {all(forked_alike)}")
+for s in request.sequences:
+    print(f"sample {s.index}: {len(s.output_token_ids):2} tokens  My favourite season is{s.output_text}")
+
+# %%
+finish = sorted(len(s.output_token_ids) for s in request.sequences)
+moments = [0, *(max(0, finish[i] - 2) for i in (0, 1, 3))]      # the start, and just before a sample ends
+KINDS = {"prompt, computed once": BLUE, "prompt, copied by the fork": SKY, "output": ORANGE,
+         "reserved, unused": LIGHT, "free row": "white"}
+
+
+def draw_cache(axes: plt.Axes, used: dict[int, tuple[int, int, int]], title: str) -> None:
+    """One cell per slot; a row that no sequence owns is left empty."""
+    for row in range(6):
+        sample, prompt, filled = used.get(row, (-1, 0, 0))
+        for slot in range(small.engine.rows.row_size):
+            kind = ("free row" if sample < 0 else "reserved, unused" if slot >= filled else "output" if slot >= prompt
+                    else "prompt, computed once" if sample == 0 else "prompt, copied by the fork")
+            axes.add_patch(plt.Rectangle((slot, row - 0.4), 0.9, 0.8, facecolor=KINDS[kind], edgecolor=GREY,
+                                         lw=0.25 if sample < 0 else 0))
+        axes.text(-0.6, row, f"sample {sample}" if sample >= 0 else "free", ha="right", va="center", fontsize=9)
+    axes.set(xlim=(-0.5, small.engine.rows.row_size), ylim=(5.6, -0.6), yticks=[])
+    axes.set_xlabel("slot in the row")
+    axes.set_title(title)
+    axes.spines[["left", "bottom"]].set_visible(False)
+
+
+figure, panels = plt.subplots(2, 2, figsize=(13, 6))
+for axes, moment in zip(panels.flat, moments, strict=True):
+    draw_cache(axes, history[moment], f"after step {moment + 1}")
+figure.legend(handles=[Patch(facecolor=c, edgecolor=GREY, lw=0.5, label=name) for name, c in KINDS.items()],
+              loc="outside lower center", ncols=5)
+plt.show()
+
+# %% [markdown]
+# A finished sample gives its row back at once. The light cells are the price of a contiguous row: they are reserved for
+# an output that may never come.
+
+# %% [markdown]
+# ## 2. Bytes used, bytes reserved
+
+# %%
+per_token = calc.kv_bytes_per_token(spec, "float32")
+row_bytes = per_token * small.engine.rows.row_size
+whole = small.engine.rows.kv_cache.nbytes
+used = np.array([sum(filled for *_, filled in used.values()) * per_token for used in history]) / 1e6
+owned = np.array([len(used) * row_bytes for used in history]) / 1e6
+busy = owned > 0
+print(f"one token: {per_token:,} B; one row: {row_bytes:,} B; the cache: {whole:,} B")
+print(f"of the rows in use, the slots that hold a token: {used[busy].sum() / owned[busy].sum():.0%} over the run, "
+      f"{(used[busy] / owned[busy]).max():.0%} at best")
+
+figure, axes = plt.subplots(figsize=(9, 3.8))
+steps = range(1, len(history) + 1)
+axes.bar(steps, [whole / 1e6] * len(steps), width=1, color=LIGHT, label="free rows")
+axes.bar(steps, owned, width=1, color=GREY, label="reserved by a running sample")
+axes.bar(steps, used, width=1, color=BLUE, label="holds a token")
+axes.set(xlim=(0.5, len(history) + 0.5), ylim=(0, 1.32 * whole / 1e6))
+axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+axes.set_xlabel("step")
+axes.set_ylabel("MB of the cache")
+axes.set_title(f"{1 - used[busy].sum() / owned[busy].sum():.0%} of the reserved slots stay empty")
+axes.legend(loc="upper center", ncols=3)
+plt.show()
+
+# %% [markdown]
+# Reserved is not yet occupied. The operating system hands out a page of memory when it is first written. So we make a
+# larger cache, fill it row by row, and ask the system how much memory the process holds.
+
+# %%
+big_rows, row_size = 4, 1024
+before = psutil.Process().memory_info().rss
+big = KVCache(spec, big_rows * row_size, torch.float32, torch.device("cpu"))
+resident = [(psutil.Process().memory_info().rss - before) / 1e6]
+token_k, token_v = torch.randn(2, row_size, spec.num_key_value_heads, spec.head_dim)
+for row in range(big_rows):
+    for layer in range(spec.num_hidden_layers):
+        big.store(layer, token_k, token_v, torch.arange(row * row_size, (row + 1) * row_size))
+    resident.append((psutil.Process().memory_info().rss - before) / 1e6)
+print(f"reserved: {big.nbytes / 1e6:.0f} MB; held when new: {resident[0]:.0f} MB; after each row: "
+      + ", ".join(f"{r:.0f}" for r in resident[1:]) + " MB")
+
+figure, axes = plt.subplots(figsize=(7.5, 3.4))
+axes.bar(range(big_rows + 1), resident, color=BLUE, width=0.65)
+axes.axhline(big.nbytes / 1e6, color=RED, ls="--")
+axes.text(0, big.nbytes / 1e6 * 0.98, "reserved", color=RED, va="top", ha="center")
+axes.set_xticks(range(big_rows + 1))
+axes.set_xlabel("rows written")
+axes.set_ylabel("MB held by the process")
+axes.set_title("Reserving costs nothing until a row is written")
+plt.show()
+del big
+
+# %% [markdown]
+# A GPU has no such mercy: there, reserved is gone. That is why a later milestone hands out the cache in small blocks.
+
+# %% [markdown]
+# ## 3. Is what we kept what we would compute?
+#
+# Run a generation through the cache, then run the same tokens again in one pass without it. A small backend at the
+# attention seam records the keys of that pass. Compare the two, slot by slot.
+
+# %%
+class RecordingAttention(AttentionBackend):
+    """FullAttention that keeps the keys of each layer, [T, H_kv, D]."""
+
+    def __init__(self) -> None:
+        self.full = FullAttention()
+        self.keys: dict[int, Tensor] = {}
+
+    def build_metadata(self, scheduled: list[ScheduledSequence]) -> AttentionMetadata:
+        return self.full.build_metadata(scheduled)
+
+    def forward(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
+        self.keys[layer_idx] = k.clone()
+        return self.full.forward(layer_idx, q, k, v, metadata)
+
+
+def schedule(token_ids: list[int]) -> ScheduledSequence:
+    """All tokens of one new sequence, to be run in one step."""
+    return ScheduledSequence(Sequence(-1, SequenceData(token_ids), SamplingParams(temperature=0), 0), len(token_ids))
+
+
+request = llm.input_processor.process("The best way to learn how something works is to",
+                                      SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
+engine.add_request(request)
+sequence = request.sequences[0]
+for _ in range(16):
+    engine.step()
+first, length = rows.first_slot(sequence), sequence.num_computed_tokens
+kept = cache.k[:, first:first + length].clone()                                 # [layers, length, H_kv, D]
+
+recorder = RecordingAttention()
+ModelRunner(model, recorder).execute_model([schedule(sequence.data.token_ids[:length])])
+again = torch.stack([recorder.keys[i] for i in range(spec.num_hidden_layers)])
+engine.abort_request(request.request_id)
+
+difference = (kept - again).abs().amax(dim=(2, 3))                              # [layers, length]
+print(f"{length} tokens, {sequence.num_prompt_tokens} of them the prompt")
+print(f"largest key: {kept.abs().max():.1f}; largest difference: {difference.max():.1e}; "
+      f"keys exactly equal: {(kept == again).float().mean():.0%}")
+
+# %% [markdown]
+# The keys are the same up to rounding. How a product is added up depends on how many tokens run together, and
+# floating-point addition depends on the order.
+#
+# White cells below are equal to the last bit. Rounding enters with the first difference and then travels up the layers.
+
+# %%
+figure, axes = plt.subplots(figsize=(9, 3.8))
+shown = difference.log10()
+shown[difference == 0] = float("nan")
+image = axes.imshow(shown, cmap="Blues", aspect="auto", vmin=difference[difference > 0].min().log10() - 0.5)
+axes.axvline(sequence.num_prompt_tokens - 0.5, color=RED, ls="--")
+axes.text(sequence.num_prompt_tokens, -1.2, "prompt ends, one token per step begins", color=RED, va="bottom")
+axes.set_xlabel("position")
+axes.set_ylabel("layer")
+figure.colorbar(image, ax=axes, label="log10 of the largest difference")
+plt.show()
+
+# %% [markdown]
+# ## 4. What the cache saves
+#
+# Two backends behind one model: recompute everything, or keep keys and values. Measure the step that makes the next
+# token, at several lengths. And count its arithmetic with PyTorch's own counter.
+
+# %%
+recompute = ModelRunner(model, FullAttention())
+CONTEXTS = (16, 32, 64, 128, 256)
+seconds: dict[str, list[float]] = {"recompute": [], "cache": []}
+counted: dict[str, list[int]] = {"recompute": [], "cache": []}
+for length in CONTEXTS:
+    whole_step = [schedule(list(range(1000, 1000 + length)))]
+    sequence = Sequence(-2, SequenceData(list(range(1000, 1000 + length))), SamplingParams(temperature=0), 0)
+    rows.allocate(sequence)
+    engine.runner.execute_model([ScheduledSequence(sequence, length - 1)])
+    sequence.num_computed_tokens = length - 1
+    newest = [ScheduledSequence(sequence, 1)]
+    for way, run in (("recompute", lambda step=whole_step: recompute.execute_model(step)),
+                     ("cache", lambda step=newest: engine.runner.execute_model(step))):
+        seconds[way].append(best_seconds(run, rounds=4))
+        counted[way].append(count_flops(run))
+    rows.free(sequence)
+
+formula = {"recompute": [calc.step_flops(spec, [calc.Work(n, n)]).total for n in CONTEXTS],
+           "cache": [calc.decode_flops(spec, n).total for n in CONTEXTS]}
+print("counted FLOPs equal the calculator's:", counted == formula)
+Markdown("\n".join(
+    ["| length | recompute (ms) | cache (ms) | times faster | recompute (GFLOP) | cache (GFLOP) |", "|--:|--:|--:|--:|--:|--:|"]
+    + [f"| {n} | {a * 1e3:.0f} | {b * 1e3:.0f} | {a / b:.1f} | {c / 1e9:.2f} | {d / 1e9:.2f} |" for n, a, b, c, d in zip(
+        CONTEXTS, *seconds.values(), *counted.values(), strict=True)]))
+
+# %%
+LOOKS = {"recompute": (GREY, "recompute everything"), "cache": (BLUE, "KV cache")}
+outputs = np.arange(1, 513)
+figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13.5, 3.9))
+for way, (colour, label) in LOOKS.items():
+    left.plot(CONTEXTS, [1e3 * s for s in seconds[way]], "o-", color=colour, label=label)
+    middle.plot(CONTEXTS, [c / 1e9 for c in counted[way]], "o-", color=colour, label=label)
+    works = [calc.Work(n if way == "recompute" else 1, n) for n in outputs.tolist()]
+    total = np.cumsum([calc.step_flops(spec, [w]).total for w in works]) / 1e12
+    right.plot(outputs, total, color=colour, lw=2.5, label=label)
+    growth = np.log2(total[511] / total[255])
+    print(f"{label:20} twice the length costs {2 ** growth:.1f} times the arithmetic in total: "
+          f"about length to the power {growth:.1f}")
+for axes, title, unit, x in (
+        (left, "One step, measured", "ms", "length of the sequence (tokens)"),
+        (middle, "One step, counted", "GFLOP", "length of the sequence (tokens)"),
+        (right, "A whole generation (both axes logarithmic)", "TFLOP in total", "tokens generated")):
+    axes.set_title(title)
+    axes.set_xlabel(x)
+    axes.set_ylabel(unit)
+    axes.grid(alpha=0.25)
+left.set_ylim(bottom=0)
+middle.set_ylim(bottom=0)
+right.set_xscale("log")
+right.set_yscale("log")
+left.legend(loc="upper left")
+plt.show()
+
+# %% [markdown]
+# Without a cache each step costs more than the one before, so the total grows with the square of the length. With it a
+# step stays nearly the same, and the total grows with the length. What still grows is attention: the newest token looks
+# at all the others.
+
+# %% [markdown]
+# ## 5. From logits to a token: temperature
+#
+# The model gives every token a score, the logit. Softmax turns scores into probabilities. Dividing the scores by a
+# temperature first makes the distribution sharper or flatter.
+#
+# This is a real one: the model's next token after the prompt below.
+
+# %%
+PROMPT = "In my free time, I like to"
+logits = recompute.execute_model([schedule(tokenizer.encode(PROMPT))])[0]
+TEMPERATURES = (0.3, 0.7, 1.0, 1.5)
+lines = []
+for t in TEMPERATURES:
+    p = distribution(logits, SamplingParams(temperature=t))
+    entropy = -(p * p.clamp(min=1e-300).log2()).sum()
+    ordered = p.sort(descending=True).values.cumsum(0)
+    lines.append(f"temperature {t}: best token {p.max():6.1%}, entropy {entropy:5.2f} bits, "
+                 f"{int((ordered < 0.9).sum()) + 1:5,} tokens hold nine tenths of the probability")
+print("\n".join(lines))
+
+# %%
+shown = logits.topk(12).indices
+figure, axes = plt.subplots(figsize=(11, 4))
+for i, (t, colour) in enumerate(zip(TEMPERATURES, (BLUE, SKY, ORANGE, RED), strict=True)):
+    p = distribution(logits, SamplingParams(temperature=t))[shown]
+    axes.bar(np.arange(12) + (i - 1.5) * 0.2, p, width=0.2, color=colour, label=f"temperature {t}")
+axes.set_xticks(range(12), [piece(i) for i in shown.tolist()], rotation=30, ha="right")
+axes.set_ylabel("probability")
+axes.set_title(f"{PROMPT} ...")
+axes.legend()
+plt.show()
+
+# %% [markdown]
+# ## 6. Cutting the tail
+#
+# A flat distribution has a long tail of poor tokens. Each is unlikely, but together they are drawn often. Three ways
+# to cut them off:
+#
+# - `top_k` keeps a fixed number of tokens.
+# - `top_p` keeps the smallest set that holds at least the share p. The token that *crosses* p belongs to it.
+# - `min_p` keeps tokens that are at least a given fraction as likely as the best one.
+
+# %%
+HEAT = 1.0
+CUTS = {"top_k = 6": SamplingParams(temperature=HEAT, top_k=6), "top_p = 0.5": SamplingParams(temperature=HEAT, top_p=0.5),
+        "min_p = 0.2": SamplingParams(temperature=HEAT, min_p=0.2)}
+full = distribution(logits, SamplingParams(temperature=HEAT))
+order = full.argsort(descending=True)[:20]
+lines = []
+for name, cut in CUTS.items():
+    kept_tokens = distribution(logits, cut) > 0
+    lines.append(f"{name:12} keeps {int(kept_tokens.sum()):3} tokens, which held {full[kept_tokens].sum():.1%}")
+print("\n".join(lines))
+
+# %%
+figure, panels = plt.subplots(1, 3, figsize=(13.5, 4), sharey=True)
+for axes, (name, cut) in zip(panels, CUTS.items(), strict=True):
+    kept_tokens = distribution(logits, cut) > 0
+    colours = [BLUE if k else LIGHT for k in kept_tokens[order].tolist()]
+    if cut.top_p < 1:
+        sums = axes.twinx()
+        sums.plot(range(20), full[order].cumsum(0), color=INK, lw=1.2, marker=".", ms=4)
+        sums.axhline(cut.top_p, color=RED, ls="--", lw=1.2)
+        sums.set_ylim(0, 1)
+        sums.set_ylabel("sum so far (line)")
+        sums.spines["right"].set_visible(True)
+    if cut.top_p < 1 and (crossing := int(kept_tokens.sum()) - 1) < len(order):
+        colours[crossing] = ORANGE
+        axes.annotate("crosses p,\nis kept", (crossing, full[order[crossing]]), xytext=(crossing - 4, 0.8),
+                      textcoords=("data", "axes fraction"), color=ORANGE, fontsize=11, ha="center",
+                      arrowprops={"arrowstyle": "->", "color": ORANGE, "lw": 1.5})
+    if cut.min_p > 0:
+        axes.axhline(cut.min_p * full.max(), color=RED, ls="--", lw=1.2)
+        axes.annotate("min_p x best", (19, cut.min_p * full.max()), xytext=(0, 12), textcoords="offset points",
+                      color=RED, ha="right", fontsize=11)
+    axes.bar(range(20), full[order], color=colours)
+    axes.set_xticks(range(20), [piece(i) for i in order.tolist()], rotation=90, fontsize=8.5)
+    axes.set_title(f"{name} keeps {int(kept_tokens.sum())} tokens")
+panels[0].set_ylabel("probability")
+plt.show()
+
+# %% [markdown]
+# ## 7. Does the sampler draw what it promises?
+#
+# `distribution` is the definition, written to be read. `FullSampler` is the fast way, for a whole batch. Draw many
+# tokens with different seeds, and compare how often each came with how often it should.
+
+# %%
+DRAWS, BATCH = 2000, 100
+params = SamplingParams(temperature=1.2, top_k=12, top_p=0.9)
+sampler = FullSampler()
+
+
+def draw(seeds: range) -> list[int]:
+    """One token for each seed, all of them from the same logits."""
+    sequences = [Sequence(seed, SequenceData([0]), params, seed) for seed in seeds]
+    return sampler(logits.repeat(len(sequences), 1), sequences).token_ids
+
+
+drawn = [token for start in range(0, DRAWS, BATCH) for token in draw(range(start, start + BATCH))]
+exact = distribution(logits, params)
+support = exact.argsort(descending=True)[:int((exact > 0).sum())]
+expected = exact[support].numpy() * DRAWS
+observed = np.array([Counter(drawn)[i] for i in support.tolist()])
+chi_square = ((observed - expected) ** 2 / expected).sum()
+freedom = len(support) - 1
+print(f"{DRAWS} draws, {DRAWS - observed.sum()} of them outside the tokens allowed")
+print(f"chi-square {chi_square:.1f}; with {freedom} degrees of freedom, chance alone gives "
+      f"{freedom} on average, with a standard deviation of {(2 * freedom) ** 0.5:.1f}")
+print("the same seeds give the same tokens again:", draw(range(BATCH)) == drawn[:BATCH])
+
+# %%
+figure, axes = plt.subplots(figsize=(10, 3.8))
+places = np.arange(len(support))
+error = 2 * np.sqrt(expected / DRAWS * (1 - expected / DRAWS) / DRAWS)
+axes.bar(places, observed / DRAWS, color=SKY, label="drawn")
+axes.errorbar(places, expected / DRAWS, yerr=error, fmt="o", color=INK, ms=5, capsize=4,
+              label="exact, with two standard errors")
+axes.set_xticks(places, [piece(i) for i in support.tolist()], rotation=30, ha="right")
+axes.set_ylabel("frequency")
+axes.set_title(f"{DRAWS} seeded draws against the exact distribution")
+axes.legend()
+plt.show()
+
+# %% [markdown]
+# ## 8. From tokens to text, while they come
+#
+# A token may end in the middle of a character. This text has characters of one to four bytes. Decode each token by
+# itself, and broken bytes show up as `�`. The incremental detokenizer holds them back until the character is complete.
+
+# %%
+TEXT = "Cafés: 山有座庙 😀!"
+rust = RustTokenizer.from_file(str(resolve_model(DEFAULT_MODEL, torch.float32) / "tokenizer.json"))
+printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+others = [b for b in range(256) if b not in printable]
+# A byte-level vocabulary writes bytes as characters: printable ones stand for themselves, the others are moved up.
+BYTE_OF = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+detokenizer = IncrementalDetokenizer(tokenizer)
+pushed: list[tuple[int, bytes, str]] = []       # token, its bytes, the text that is now certain
+for token_id in tokenizer.encode(TEXT, add_special_tokens=False):
+    token_bytes = bytes(BYTE_OF[c] for c in rust.id_to_token(token_id))
+    pushed.append((token_id, token_bytes, detokenizer.push(token_id)))
+print("pieces joined give the text:", "".join(text for *_, text in pushed) + detokenizer.flush() == TEXT)
+Markdown("\n".join(["| token | bytes | decoded alone | emitted |", "|--:|---|---|---|"] + [
+    f"| {i} | `{b.hex(' ')}` | `{piece(i)}` | {'`' + text.replace(' ', '␣') + '`' if text else '(waits)'} |"
+    for i, b, text in pushed]))
+
+# %% [markdown]
+# The same as a picture. Boxes are bytes, colours are tokens, and brackets below are characters. An arrow marks where the
+# detokenizer lets text out.
+
+# %%
+figure, axes = plt.subplots(figsize=(13, 2.6))
+column = 0
+for i, (_, token_bytes, text) in enumerate(pushed):
+    for b in token_bytes:
+        axes.add_patch(plt.Rectangle((column, 0), 0.92, 1, color=(BLUE, ORANGE)[i % 2], alpha=0.85))
+        axes.text(column + 0.46, 0.5, f"{b:02x}", ha="center", va="center", color="white", fontsize=9)
+        column += 1
+    if text:
+        axes.annotate("", (column - 0.5, 1.75), (column - 0.5, 1.08), arrowprops={"arrowstyle": "-|>", "color": GREEN, "lw": 1.8})
+at = 0
+for character in TEXT:
+    width = len(character.encode())
+    axes.plot([at + 0.05, at + 0.05, at + width - 0.13, at + width - 0.13], [-0.12, -0.3, -0.3, -0.12], color=INK, lw=1.2)
+    name = character.replace(" ", "␣") if ord(character) < 256 else f"U+{ord(character):X}"
+    axes.text(at + width / 2 - 0.04, -0.45, name, ha="center", va="top", fontsize=9)
+    at += width
+axes.set(xlim=(-0.3, column), ylim=(-1.1, 1.9))
+axes.set_title(f"{len(pushed)} tokens, {column} bytes, {len(TEXT)} characters")
+axes.axis("off")
+plt.show()
+
+# %% [markdown]
+# ## 9. The wrong way to batch
+#
+# This engine serves one request at a time. The old way to serve several is a padded batch. All prompts are padded on the
+# left to the longest. All rows run until the longest output is done.
+#
+# We run such a batch and note what each slot of the rectangle was used for.
+
+# %%
+def run_static(requests: list) -> tuple[np.ndarray, int]:
+    """Run a padded batch -> what each slot held [rows, columns], and how many slots the engine says it ran.
+
+    0 is padding, 1 prompt, 2 output, 3 a row that is finished and waits.
+    """
+    static = StaticBatchEngine(model, FullSampler(tokenizer), OutputProcessor(tokenizer, rows.row_size), llm.config)
+    for r in requests:
+        prompt = {"prompt_token_ids": list(r.prompt_token_ids)}
+        static.add_request(llm.input_processor.process(prompt, SamplingParams(
+            temperature=0, max_tokens=r.output_len, ignore_eos=True)))
+    columns: list[list[int]] = []
+    while static.has_unfinished_requests():
+        if not static.batch:
+            outputs = static.step()
+            width = max(len(r.prompt_token_ids) for r in requests)
+            columns = [[int(c >= width - len(r.prompt_token_ids)) for r in requests] for c in range(width)]
+        else:
+            columns.append([3 if r.is_finished else 2 for r in static.batch])
+            outputs = static.step()
+    assert len(outputs) == len(requests)
+    return np.array(columns).T, static.num_slots_run
+
+
+requests = ragged(6, seed=1, prompt_min=4, prompt_max=40, output_min=4, output_max=40).requests
+slots, num_run = run_static(list(requests))
+for r in requests:
+    print(f"prompt of {len(r.prompt_token_ids):2} tokens, {r.output_len:2} tokens out")
+shares = [float((slots == kind).mean()) for kind in range(4)]
+print(f"{slots.size} slots run (the engine counted {num_run}): padding {shares[0]:.0%}, prompt {shares[1]:.0%}, "
+      f"output {shares[2]:.0%}, finished {shares[3]:.0%}")
+
+# %%
+figure, axes = plt.subplots(figsize=(12, 3.4))
+SLOT_KINDS = {"padding": LIGHT, "prompt": BLUE, "output": ORANGE, "finished, still running": GREY}
+for (row, column), kind in np.ndenumerate(slots):
+    axes.add_patch(plt.Rectangle((column, row - 0.42), 1, 0.84, facecolor=list(SLOT_KINDS.values())[kind],
+                                 edgecolor="white", lw=0.5))
+axes.set(xlim=(0, slots.shape[1]), ylim=(len(slots) - 0.4, -0.6))
+axes.set_xlabel("column (one step each, after the prompts)")
+axes.set_ylabel("row of the batch")
+axes.set_title(f"A static batch: {shares[0] + shares[3]:.0%} of its slots do nothing")
+figure.legend(handles=[Patch(color=c, label=name) for name, c in SLOT_KINDS.items()], loc="outside lower center", ncols=4)
+plt.show()
+
+# %% [markdown]
+# The next milestone packs sequences without padding, and lets a new one in as soon as another leaves.
+#
+# ## Try it
+#
+# 1. Set `n=6` and `stop=None` in section 1. How does the used share of the cache change, and why?
+# 2. Set `HEAT = 2.0` in section 6. Which of the three cuts lets the tail back in?
+# 3. Sort the requests of section 9 by length and run them as two batches of three. How much of the waste is left? What
+#    does a request pay for it that arrives first?
