@@ -62,14 +62,14 @@ def run_batch_file(make_llm: Callable[[], BaseLLM], source: Path, target: Path |
     return len(bad)
 
 
-def _as_prompt(llm: BaseLLM, job: Job) -> dict[str, list[int]]:
+def _as_prompt(llm: BaseLLM, job: Job) -> dict[str, Any]:
     """Tokenise and check one job, so that a bad one is found before any is run."""
     prompt, special = job.prompt, True
     if job.is_chat:
         prompt, special = llm.get_tokenizer().apply_chat_template(job.prompt), False
     request = llm.input_processor.process(prompt, job.params, add_special_tokens=special)
     llm.engine.check_request(request)
-    return {"prompt_token_ids": request.prompt_token_ids}
+    return {"prompt": request.prompt, "prompt_token_ids": request.prompt_token_ids}
 
 
 def read_lines(source: Path) -> list[tuple[int, str]]:

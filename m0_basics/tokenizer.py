@@ -81,6 +81,10 @@ class Tokenizer:
         if not self.chat_template:
             raise ConfigError("this model has no chat template; use generate instead of chat")
         import jinja2
+        if not isinstance(messages, (list, tuple)):
+            raise ConfigError(f"messages={messages!r} is not valid; allowed: a list of dicts with role and content")
+        if not messages:
+            raise ConfigError("messages is empty; allowed: at least one message")
         for i, message in enumerate(messages):
             if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
                 raise ConfigError(f"messages[{i}]={message!r} is not valid; allowed: a dict with role and content")
@@ -90,7 +94,8 @@ class Tokenizer:
         try:
             return str(_template(self.chat_template).render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **specials))
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
+            # A template joins and indexes what it is given; content of a wrong type fails inside it.
             raise ConfigError(f"the chat template refuses these messages: {error}") from error
 
 
