@@ -148,9 +148,9 @@ def load_weights(model: CausalLM, source: SafetensorsFolder) -> None:
             raise LoadError(f"{source.folder}: {' + '.join(hf_parts(name))} has shape "
                             f"{' + '.join(map(str, shapes))}, config.json says {tuple(parameter.shape)}")
         weights[name] = torch.cat([part.to(model.device, model.dtype) for part in parts])
+    model.load_state_dict(weights, assign=True, strict=not model.spec.tie_word_embeddings)
     if model.spec.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["embed_tokens.weight"]
-    model.load_state_dict(weights, assign=True)
+        model.lm_head.weight = model.embed_tokens.weight        # one parameter under two names
     model.requires_grad_(False)
 
 
