@@ -137,10 +137,10 @@ class TestIncrementalDetokenizer:
     def test_byte_fallback_shows_no_broken_character(self) -> None:
         """Its decoder writes one replacement per byte, and spoils whole runs: nothing of it may be shown early."""
         tokenizer = sentencepiece("always")
-        ids = [1 + byte for byte in "😀\n中".encode()]
-        assert pieces(tokenizer, ids) == ["", "", "", "😀", "\n", "", "", "中", ""]
-        assert tokenizer.decode(ids[:7]) == REPLACEMENT * 7, "the library gives up the whole run"
-        assert pieces(tokenizer, ids[:7]) == ["", "", "", "😀", "\n", "", "", REPLACEMENT * 2]
+        ids = [1 + byte for byte in "😀\n😀中".encode()]
+        assert pieces(tokenizer, ids) == ["", "", "", "😀", "\n", "", "", "", "😀", "", "", "中", ""]
+        assert tokenizer.decode(ids[:11]) == REPLACEMENT * 11, "the library gives up the whole run"
+        assert pieces(tokenizer, ids[:11]) == ["", "", "", "😀", "\n", "", "", "", "😀", "", "", REPLACEMENT * 2]
 
     def test_a_long_output_decodes_short_windows(self) -> None:
         """The cost of a token does not grow with the text before it."""

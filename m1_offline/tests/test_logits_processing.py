@@ -92,6 +92,7 @@ def test_count_tokens() -> None:
     ([" the"], "", [b"the", b" the"]),
     (["cat", "cow"], "c", []),
     (["cat", "cow"], "ca", [b"t"]),
+    (["cat", "cow"], "xa", []),
     (["cat", "cow"], "xxco", [b"w"]),
     (["cat"], "ca ", []),
     (["aaa"], "aaaa", [b"a"]),
