@@ -50,10 +50,10 @@ def by_definition(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
 def decidable(logits: np.ndarray, params: SamplingParams) -> bool:
     """Whether no threshold falls so close to a token that rounding decides."""
     p = by_definition(logits, SamplingParams(temperature=params.temperature))
-    if params.min_p and (abs(p - params.min_p * p.max()) < 1e-6 * p.max()).any() and params.min_p < 1:
+    if params.min_p and (abs(p - params.min_p * p.max()) < 1e-4 * p.max()).any() and params.min_p < 1:
         return False
     kept = by_definition(logits, SamplingParams(temperature=params.temperature, min_p=params.min_p, top_k=params.top_k))
-    return params.top_p == 1 or bool((abs(np.sort(kept)[::-1].cumsum() - params.top_p) > 1e-6).all())
+    return params.top_p == 1 or bool((abs(np.sort(kept)[::-1].cumsum() - params.top_p) > 1e-5).all())
 
 
 PARAMS = st.builds(
