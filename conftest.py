@@ -2,4 +2,11 @@
 import pytest
 
 pytest.register_assert_rewrite("m0_basics.testing")
-pytest_plugins = ["m0_basics.testing.fixtures"]
+pytest_plugins = ["m0_basics.testing.fixtures", "m0_basics.testing.command_line"]
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With `-m gpu` look at the GPU tests only: the interpreter with the GPU may lack what the others import."""
+    if config.option.markexpr == "gpu" and collection_path.suffix == ".py":
+        return None if collection_path.name == "test_gpu.py" else True
+    return None
