@@ -10,7 +10,8 @@ from pathlib import Path
 
 from . import calculators as calc
 from . import cpu_roofline, format_facts, microbench, roofline
-from .factbook import Fact, Facts, merge
+from .benchmark import GROWTH_LENGTHS
+from .factbook import Fact, Facts, Result, merge
 from .model_spec import ModelSpec
 from .model_specs import SPECS
 from .roofline import HARDWARE, Hardware
@@ -131,8 +132,24 @@ def measure_this_cpu() -> dict[str, Fact]:
                  prefixed("smollm2.cpu", pair_facts(SPECS["SmolLM2-135M"], cpu)), cpu_roofline.attained(cpu))
 
 
+def bench_results() -> dict[str, Result]:
+    """What the README quotes of `python -m m0_basics bench`."""
+    facts: dict[str, Result] = {}
+    for i, name in enumerate(("m0", "transformers-no-cache", "transformers")):
+        path = f"comparisons.0.contenders.{i}"
+        facts |= {f"bench.{name}.tokens_per_s": Result("bench.json", f"{path}.output_throughput", "1/s"),
+                  f"bench.{name}.ratio": Result("bench.json", f"{path}.ratio", "ratio")}
+    for i, length in enumerate(GROWTH_LENGTHS):
+        path = f"measurements.growth.{i}"
+        facts |= {f"bench.growth.{length}.s": Result("bench.json", f"{path}.seconds", "s"),
+                  f"bench.growth.{length}.flops": Result("bench.json", f"{path}.flops", "FLOP"),
+                  f"bench.growth.{length}.predicted": Result("bench.json", f"{path}.predicted_flops", "FLOP")}
+    return facts
+
+
 FACTS = Facts(Path(__file__).parent,
               computed={"models": all_models, "hardware": all_hardware, "roofline": all_pairs,
                         "dtypes": format_facts.number_formats, "gguf": format_facts.gguf_blocks,
                         "rotary": format_facts.rotary_frequencies, "tokens_run": format_facts.tokens_run},
-              measured={"microbench": microbench.run_all, "cpu_roofline": measure_this_cpu})
+              measured={"microbench": microbench.run_all, "cpu_roofline": measure_this_cpu},
+              results=bench_results())
