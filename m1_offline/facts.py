@@ -43,6 +43,7 @@ def models() -> dict[str, Fact]:
             f"{short}.kv_overstated": Fact(wrong / right, "ratio"),
             f"{short}.kv_bytes.2048": Fact(calc.kv_bytes(spec, 2048), "B"),
             f"{short}.weight_bytes": Fact(calc.weight_bytes(spec), "B"),
+            f"{short}.sequences_2048_in_weights": Fact(calc.weight_bytes(spec) / calc.kv_bytes(spec, 2048), "ratio"),
         }
     return facts
 
