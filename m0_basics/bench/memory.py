@@ -23,11 +23,8 @@ class MemoryMeter:
 
     def __init__(self, pid: int | None = None) -> None:
         """`pid` defaults to this process; GPU memory is known of this process only."""
-        process = psutil.Process(pid)
         self._own = pid is None or pid == os.getpid()
-        # Another engine's process is a child of ours too, so only a process of its own is taken with its children.
-        # They are listed once: going through all processes takes longer than one look should.
-        self._watched = [process] if self._own else [process, *process.children(recursive=True)]
+        self._watched = _family(pid, alone=self._own)
         self._stop = threading.Event()
         self._highest = self._before = 0
         self.peak: PeakMemory | None = None
@@ -61,3 +58,16 @@ class MemoryMeter:
             except psutil.NoSuchProcess:
                 continue
         return total
+
+
+def _family(pid: int | None, alone: bool) -> list[psutil.Process]:
+    """The process, and its children where it is not `alone`; nothing where it has ended.
+
+    Another engine's process is a child of ours, which is why ours is taken alone. The children are listed once:
+    going through all processes takes longer than one look should.
+    """
+    try:
+        process = psutil.Process(pid)
+        return [process] if alone else [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []

@@ -90,7 +90,8 @@ def comparison_table(comparison: Comparison, wide: bool = True) -> Table:
     notes = [f"{r.name}: {r.note}" for r in comparison.contenders if r.note]
     about = (f"Medians of {len(comparison.contenders[0].rounds)} rounds, times in ms. Ratio and same tokens: "
              f"against {comparison.baseline}.")
-    table = Table(title=f"{work['name']}: {work['num_requests']} requests, {work['num_prompt_tokens']} prompt and "
+    many = "" if work["num_requests"] == 1 else "s"
+    table = Table(title=f"{work['name']}: {work['num_requests']} request{many}, {work['num_prompt_tokens']} prompt and "
                         f"{work['num_output_tokens']} output tokens",
                   caption="\n".join([about, *notes]), caption_justify="left", box=SIMPLE_HEAD)
     rows = [_cells(result, work["num_requests"], wide) for result in comparison.contenders]

@@ -170,11 +170,11 @@ def _number(key: str, value: Any, kind: Any, build: Callable[..., Workload]) -> 
         raise ConfigError(f"unknown parameter {key} of the workload {build.__name__}; it knows: {known}")
     minimum = {"seed": 0, "vocab_size": _FIRST_TOKEN + 1}.get(key, 1)
     try:
-        number: int | float = kind(value)
+        number: int | float = kind(str(value))         # from text, so that 2.5 requests are refused
     except ValueError:
         raise reject(key, value, "an integer" if kind is int else "a number") from None
     if kind is int and number < minimum:
-        raise reject(key, value, f"an integer >= {minimum}")
+        raise reject(key, number, f"an integer >= {minimum}")
     if kind is float and not 0 < number < float("inf"):
-        raise reject(key, value, "a finite number above 0")
+        raise reject(key, number, "a finite number above 0")
     return number
