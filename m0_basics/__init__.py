@@ -1,4 +1,10 @@
 """Milestone 0: a language model that runs, with nothing clever in it."""
+import os
+
+if os.environ.get("LLM_LAB_WORKSPACE"):     # before any other module: a learner's files may take their places
+    from .exercise_overlay import install_overlay_from_environment
+    install_overlay_from_environment()
+
 from .config import CacheConfig, ConfigError, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from .llm import LLM
 from .outputs import CompletionOutput, Logprob, RequestOutput

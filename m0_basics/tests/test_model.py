@@ -9,7 +9,7 @@ import torch
 from m0_basics.attention import ScheduledSequence
 from m0_basics.config import ConfigError, ModelConfig
 from m0_basics.loader import load_model
-from m0_basics.model import inverse_frequencies
+from m0_basics.model import RMSNorm, inverse_frequencies
 from m0_basics.model_runner import top_logprobs
 from m0_basics.model_spec import FAMILIES, ModelSpec
 from m0_basics.testing.parity import (
@@ -47,6 +47,15 @@ def test_rotary_frequencies_equal_transformers(variant, tiny_model):
     folder = tiny_model(variant)
     spec = load_model(ModelConfig(str(folder), dtype="float32")).spec
     torch.testing.assert_close(inverse_frequencies(spec), reference_model(folder).model.rotary_emb.inv_freq)
+
+
+def test_the_norm_takes_its_mean_in_float32():
+    """300 ** 2 is beyond float16: in that precision the mean would be infinite and every output zero."""
+    norm = RMSNorm(4, eps=1e-6)
+    norm.weight.data = torch.tensor([1.0, 1.0, 2.0, 0.5], dtype=torch.float16)
+    out = norm(torch.tensor([300.0, -300.0, 300.0, 300.0], dtype=torch.float16))
+    assert out.dtype is torch.float16
+    assert out.tolist() == [1.0, -1.0, 2.0, 0.5]
 
 
 def test_llama3_scaling_changes_the_frequencies(tiny_model):
