@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .analysis.calculators import prefill_flops
+from .analysis.flop_count import count_flops
+from .analysis.growth import growth
 from .bench import BenchReport, EngineContender, Series, compare, get_workload, line_plot, make_peers, throughput_bars
-from .calculators import prefill_flops
-from .flop_count import count_flops
-from .growth import growth
 from .llm import LLM
 
 GROWTH_LENGTHS = (16, 64, 128, 256, 512, 1024)

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from . import calculators as calc
-from . import cpu_roofline, format_facts, microbench, roofline
+from .analysis import calculators as calc
+from .analysis import cpu_roofline, format_facts, microbench, roofline
+from .analysis.model_specs import SPECS
+from .analysis.roofline import HARDWARE, Hardware
 from .benchmark import GROWTH_LENGTHS
-from .factbook import Fact, Facts, Result, merge
+from .documents.factbook import Fact, Facts, Result, merge
 from .model_spec import ModelSpec
-from .model_specs import SPECS
-from .roofline import HARDWARE, Hardware
 
 LENGTHS = (512, 2048)
 BATCHES = (1, 8, 32, 128, 256)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import m0_basics
+from m0_basics.analysis.growth import growth
 from m0_basics.bench import (
     BenchReport,
     Comparison,
@@ -29,7 +30,6 @@ from m0_basics.bench import (
     make_peers,
     throughput_bars,
 )
-from m0_basics.growth import growth
 
 from . import step_costs
 from .llm import LLM

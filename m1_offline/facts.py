@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from m0_basics import calculators as calc
+from m0_basics.analysis import calculators as calc
+from m0_basics.analysis.model_specs import SPECS
 from m0_basics.bench.metrics import RequestRecord
 from m0_basics.bench.workloads import Workload, ragged
 from m0_basics.divergence import ulp
-from m0_basics.factbook import Fact, Facts, Result
-from m0_basics.model_specs import SPECS
+from m0_basics.documents.factbook import Fact, Facts, Result
 from m0_basics.sampling_params import SamplingParams
 
 from . import measurements, output_measurements

@@ -12,11 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from m0_basics.analysis.microbench import Effort, compare, ratio
 from m0_basics.attention import ScheduledSequence
 from m0_basics.bench.metrics import RequestRecord
 from m0_basics.bench.workloads import ragged
-from m0_basics.factbook import Fact
-from m0_basics.microbench import Effort, compare, ratio
+from m0_basics.documents.factbook import Fact
 from m0_basics.outputs import RequestOutput
 from m0_basics.request import Sequence, SequenceData, next_seq_id
 from m0_basics.sampling_params import SamplingParams

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from m0_basics.divergence import compare_with_transformers
-from m0_basics.factbook import Fact
+from m0_basics.documents.factbook import Fact
 from m0_basics.outputs import CompletionOutput
 from m0_basics.sampling_params import BeamSearchParams, SamplingParams
 

@@ -42,7 +42,7 @@ class BenchReport:
     def create(cls, package: str, config: Mapping[str, Any], comparisons: tuple[Comparison, ...],
                measurements: Mapping[str, Any] | None = None) -> Self:
         """A report of this process, on this machine, now."""
-        from ..machine import describe_machine
+        from ..analysis.machine import describe_machine
         created = datetime.now(UTC).isoformat(timespec="seconds")
         return cls(package, command_line(), created, describe_machine(), dict(config), comparisons, measurements or {})
 

@@ -5,6 +5,7 @@ contender. What it runs is `peer_worker.py`.
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -85,7 +86,8 @@ class SubprocessPeer(Contender):
         """End the process: it stops when its orders end, and is killed if it does not."""
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(BrokenPipeError):      # an order that a dead peer has not read
+                    stream.close()
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ..cli import main
+from ..cli.app import main
 from ..sampling_params import SamplingParams
 
 

@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 from typing import ClassVar
 
-from m0_basics.documents import check_code_references, check_document, find_markers, mask_code
-from m0_basics.factbook import Facts
-from m0_basics.interview import check_interview, check_translation, parse_interview
+from m0_basics.documents.checks import check_code_references, check_document, find_markers, mask_code
+from m0_basics.documents.factbook import Facts
+from m0_basics.documents.interview import check_interview, check_translation, parse_interview
 
 _LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
 _HEADING = re.compile(r"^#{1,6}\s+(?P<text>.+?)\s*$", re.MULTILINE)

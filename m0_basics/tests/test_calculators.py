@@ -5,8 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from m0_basics.attention import FullAttention, ScheduledSequence
-from m0_basics.calculators import (
+from m0_basics.analysis.calculators import (
     Flops,
     Work,
     arithmetic_intensity,
@@ -24,13 +23,14 @@ from m0_basics.calculators import (
     step_flops,
     weight_bytes,
 )
+from m0_basics.analysis.flop_count import count_flops
+from m0_basics.analysis.model_specs import SPECS
+from m0_basics.attention import FullAttention, ScheduledSequence
 from m0_basics.config import DEFAULT_MODEL, ConfigError
-from m0_basics.flop_count import count_flops
 from m0_basics.loader import load_spec, resolve_model
 from m0_basics.model import CausalLM
 from m0_basics.model_runner import ModelRunner
 from m0_basics.model_spec import ModelSpec
-from m0_basics.model_specs import SPECS
 from m0_basics.request import Sequence, SequenceData
 from m0_basics.sampling_params import SamplingParams
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from m0_basics.exercise_book import ExerciseBook
-from m0_basics.exercise_source import find_function, replace_function
+from m0_basics.exercise.book import ExerciseBook
+from m0_basics.exercise.source import find_function, replace_function
 
 REPO = Path(__file__).parents[2]
 MILESTONES = [folder.name for folder in sorted(REPO.glob("m[0-7]_*")) if (folder / "__init__.py").is_file()]

@@ -5,8 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from m0_basics.factbook import Fact
-from m0_basics.interview import LABELS, SECTIONS, check_folder, check_interview, check_translation, parse_interview
+from m0_basics.documents.factbook import Fact
+from m0_basics.documents.interview import (
+    LABELS,
+    SECTIONS,
+    check_folder,
+    check_interview,
+    check_translation,
+    parse_interview,
+)
 
 ENGLISH, CHINESE = "INTERVIEW.md", "INTERVIEW.zh-CN.md"
 FACTS = {"kv.bytes": Fact(23040, "B")}

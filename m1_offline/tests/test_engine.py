@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from m0_basics.cli.run_stats import RunStats
 from m0_basics.config import ConfigError
 from m0_basics.outputs import RequestOutput
 from m0_basics.request import Sequence, SequenceStatus
-from m0_basics.run_stats import RunStats
 from m0_basics.sampler import SamplerOutput
 from m0_basics.sampling_params import SamplingParams
 from m0_basics.testing.conformance import PROMPTS, greedy, ids_of

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
 import m0_basics
-from m0_basics import calculators
+from m0_basics.analysis import calculators
+from m0_basics.analysis.flop_count import count_flops
 from m0_basics.config import CacheConfig, ConfigError
-from m0_basics.flop_count import count_flops
 from m0_basics.loader import load_spec
 from m0_basics.model_spec import ModelSpec
 from m0_basics.request import Sequence, SequenceData, next_seq_id

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import check_int, reject
-from .model_spec import ModelSpec
+from ..config import check_int, reject
+from ..model_spec import ModelSpec
 
 Dtype = str | torch.dtype
 BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1, "int8": 1}

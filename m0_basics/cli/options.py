@@ -10,8 +10,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from .config import ConfigError, EngineConfig
-from .sampling_params import SamplingParams
+from ..config import ConfigError, EngineConfig
+from ..sampling_params import SamplingParams
 
 # The command line is greedy and generous where the library, like vLLM, samples and stops after 16 tokens.
 SAMPLING_DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256}

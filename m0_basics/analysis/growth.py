@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-from .base_llm import BaseLLM
+from ..base_llm import BaseLLM
+from ..request import Request
+from ..sampling_params import SamplingParams
 from .flop_count import count_flops
-from .request import Request
-from .sampling_params import SamplingParams
 
 
 def growth(llm: BaseLLM, lengths: Sequence[int], rounds: int) -> list[dict[str, Any]]:

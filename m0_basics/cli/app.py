@@ -12,15 +12,15 @@ from typing import Annotated, Any
 
 import typer
 
-from .base_llm import BaseLLM
+from ..base_llm import BaseLLM
+from ..config import ConfigError
+from ..documents.factbook import Facts
+from ..exercise.commands import exercise_app
+from ..outputs import RequestOutput
+from ..sampling_params import SamplingParams
 from .batch_file import run_batch_file
-from .cli_options import engine_flags, sampling_flags, with_flags
-from .config import ConfigError
-from .exercise import exercise_app
-from .factbook import Facts
-from .outputs import RequestOutput
+from .options import engine_flags, sampling_flags, with_flags
 from .run_stats import RunStats
-from .sampling_params import SamplingParams
 
 _CHAT_HELP = "Type a message; /reset forgets the conversation, /quit (or Ctrl-D) ends it."
 
@@ -106,7 +106,7 @@ def build_app(package: str) -> typer.Typer:
         max_tokens: Annotated[int, typer.Option(help="Tokens to compare.", min=1)] = 100,
     ) -> None:
         """Explain the first token at which this engine and transformers differ."""
-        from .divergence import DEFAULT_PROMPTS, compare_with_transformers
+        from ..divergence import DEFAULT_PROMPTS, compare_with_transformers
         prompts = prompt or list(DEFAULT_PROMPTS)
         for text, found in zip(prompts, compare_with_transformers(llm_class(**engine_options), prompts, max_tokens),
                                strict=True):

@@ -22,9 +22,9 @@ from enum import Enum
 from pathlib import Path
 from xml.etree import ElementTree
 
-from .config import ConfigError
-from .exercise_overlay import WORKSPACE_VARIABLE
-from .exercise_source import MARK, blank, find_function, function_text, parse, replace_function
+from ..config import ConfigError
+from ..exercise_overlay import WORKSPACE_VARIABLE
+from .source import MARK, blank, find_function, function_text, parse, replace_function
 
 
 class State(Enum):

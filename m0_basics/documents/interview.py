@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .documents import check_code_references, check_document, fact_names, mask_code
+from .checks import check_code_references, check_document, fact_names, mask_code
 from .factbook import Fact
 
 LEVELS = ("Junior", "Mid", "Senior", "Expert")

@@ -5,7 +5,7 @@ from them equal the published ones, which a test checks.
 """
 from __future__ import annotations
 
-from .model_spec import Llama3RopeScaling, ModelSpec
+from ..model_spec import Llama3RopeScaling, ModelSpec
 
 SPECS: dict[str, ModelSpec] = {
     "SmolLM2-135M": ModelSpec(

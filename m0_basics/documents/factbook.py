@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import ConfigError, reject
-from .machine import describe_machine
+from ..analysis.machine import describe_machine
+from ..config import ConfigError, reject
 
 Value = int | float | str
 

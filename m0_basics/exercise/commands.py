@@ -13,8 +13,8 @@ from typing import Annotated
 
 import typer
 
-from .config import ConfigError
-from .exercise_book import Exercise, ExerciseBook, State
+from ..config import ConfigError
+from .book import Exercise, ExerciseBook, State
 
 _TAIL_LINES = 40                # of pytest's output: one failure with its source lines
 _Name = Annotated[str, typer.Argument(help="Number, symbol or file::symbol of the exercise.", show_default=False)]

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from .config import EngineConfig
-from .factbook import Fact, merge
-from .request import Sequence, SequenceData, SequenceStatus
-from .sampling_params import SamplingParams, SamplingType, check_batch
+from ..config import EngineConfig
+from ..documents.factbook import Fact, merge
+from ..request import Sequence, SequenceData, SequenceStatus
+from ..sampling_params import SamplingParams, SamplingType, check_batch
 
 Ways = Mapping[str, Callable[[], object] | str]
 

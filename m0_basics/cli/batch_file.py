@@ -10,10 +10,10 @@ from typing import Any
 
 import typer
 
-from .base_llm import BaseLLM
-from .config import ConfigError
-from .outputs import RequestOutput
-from .sampling_params import SamplingParams
+from ..base_llm import BaseLLM
+from ..config import ConfigError
+from ..outputs import RequestOutput
+from ..sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

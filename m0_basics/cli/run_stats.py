@@ -5,7 +5,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from .request import RequestMetrics
+from ..request import RequestMetrics
 
 
 @dataclass(frozen=True)

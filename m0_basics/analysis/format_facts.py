@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import torch
 
+from ..config import DTYPES
+from ..documents.factbook import Fact
+from ..model import inverse_frequencies
 from .calculators import count_parameters
-from .config import DTYPES
-from .factbook import Fact
-from .model import inverse_frequencies
 from .model_specs import SPECS
 
 BLOCK_TYPES = ("F16", "Q8_0", "Q6_K", "Q4_0", "Q4_1", "Q4_K")

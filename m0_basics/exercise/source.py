@@ -15,7 +15,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from .config import ConfigError
+from ..config import ConfigError
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 MARK = "exercise: write "

@@ -12,16 +12,16 @@ from functools import partial
 import psutil
 import torch
 
-from .attention import FullAttention, ScheduledSequence
+from ..attention import FullAttention, ScheduledSequence
+from ..config import ModelConfig
+from ..documents.factbook import Fact
+from ..loader import load_model
+from ..model_runner import ModelRunner
+from ..request import Sequence, SequenceData
+from ..sampling_params import SamplingParams
 from .calculators import prefill_bytes, prefill_flops
-from .config import ModelConfig
-from .factbook import Fact
-from .loader import load_model
 from .machine import cpu_name
-from .model_runner import ModelRunner
-from .request import Sequence, SequenceData
 from .roofline import Hardware, roofline_time
-from .sampling_params import SamplingParams
 
 _MATRIX = {"float32": 1024, "bfloat16": 1024, "float16": 256}    # many CPUs have no fast float16 kernel: keep it short
 _READ_BYTES = 256 << 20                                          # far beyond any cache
@@ -40,7 +40,7 @@ def measure_cpu(rounds: int = 9, read_bytes: int = _READ_BYTES, max_matrix: int 
         peaks[name] = 2 * size**3 / best_seconds(partial(torch.mm, a, b), rounds)
     values = torch.ones(read_bytes // 4)
     bandwidth = read_bytes / best_seconds(values.sum, rounds)
-    source = f"measured by m0_basics.cpu_roofline, {torch.get_num_threads()} threads"
+    source = f"measured by m0_basics.analysis.cpu_roofline, {torch.get_num_threads()} threads"
     return Hardware(cpu_name(), peaks, bandwidth, psutil.virtual_memory().total, source)
 
 

@@ -14,6 +14,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..config import reject
+from ..model_spec import ModelSpec
 from .calculators import (
     Dtype,
     Flops,
@@ -28,8 +30,6 @@ from .calculators import (
     step_flops,
     weight_bytes,
 )
-from .config import reject
-from .model_spec import ModelSpec
 from .model_specs import SPECS
 
 
@@ -184,8 +184,9 @@ def format_table(rows: Iterable[RooflineRow]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table: `python -m m0_basics.roofline Qwen3-8B H100-SXM --context 2048`."""
-    parser = argparse.ArgumentParser(prog="python -m m0_basics.roofline", description="What the roofline allows.")
+    """Print the table: `python -m m0_basics.analysis.roofline Qwen3-8B H100-SXM --context 2048`."""
+    parser = argparse.ArgumentParser(prog="python -m m0_basics.analysis.roofline",
+                                     description="What the roofline allows.")
     parser.add_argument("model", choices=list(SPECS))
     parser.add_argument("hardware", choices=list(HARDWARE))
     parser.add_argument("--prompt-len", type=int, default=512, help="tokens of each prompt")

@@ -1,0 +1,1 @@
+"""Numbers that documents quote, and the checks that keep the documents true."""
