@@ -119,10 +119,8 @@ class SubprocessPeer(Contender):
 
 def peer_environment() -> dict[str, str]:
     """This process's environment, with what vLLM's CPU build needs to use the same cores as the lab's engines."""
-    threads = torch.get_num_threads()
-    defaults = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1",
-                "OMP_NUM_THREADS": str(threads)}
+    defaults = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
     if hasattr(os, "sched_getaffinity"):        # Linux
-        cores = sorted(os.sched_getaffinity(0))[:threads]
+        cores = sorted(os.sched_getaffinity(0))[:torch.get_num_threads()]
         defaults["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
     return defaults | dict(os.environ)
