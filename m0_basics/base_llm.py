@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .config import ConfigError, EngineConfig
 from .engine import Engine
-from .input_processor import InputProcessor, Prompt, is_token_ids
+from .input_processor import InputProcessor, Prompt, as_prompt_list
 from .model_spec import ModelSpec
 from .outputs import RequestOutput
 from .request import Request
@@ -52,9 +52,7 @@ class BaseLLM(ABC):
         One SamplingParams serves all prompts, a list gives one to each. Every prompt is checked before the
         first is run; the error names the bad one. Outputs come in the order of the prompts.
         """
-        single = isinstance(prompts, str) or not isinstance(prompts, Sequence) or is_token_ids(prompts)
-        many: Any = [prompts] if single else list(prompts)
-        return self._run(many, sampling_params, use_tqdm, True)
+        return self._run(as_prompt_list(prompts), sampling_params, use_tqdm, True)
 
     def chat(self, messages: Sequence[Message] | Sequence[Sequence[Message]], sampling_params: Params = None,
              use_tqdm: bool = True, add_generation_prompt: bool = True) -> list[RequestOutput]:

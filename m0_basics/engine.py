@@ -31,7 +31,7 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self) -> list[RequestOutput]:
-        """Run the model once. Returns finished requests, and the progress of those that stream."""
+        """Run the model once. Returns finished requests, and the progress of those that stream; [] when idle."""
 
     @abstractmethod
     def has_unfinished_requests(self) -> bool:
@@ -67,6 +67,8 @@ class NaiveEngine(Engine):
 
     def step(self) -> list[RequestOutput]:
         """Schedule, execute, sample, update."""
+        if not self.waiting:
+            return []
         request, sequence = self._schedule()
         logits = self.runner.execute_model([ScheduledSequence(sequence, sequence.num_tokens)])
         sampled = self.sampler(logits, [sequence])

@@ -36,7 +36,9 @@ def build_tokenizer(metadata: dict[str, Any], path: Path) -> Tokenizer:
                                   if k == _CONTROL])
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, types, strict=False)
                           if k == _USER_DEFINED])
-    if metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"):
+    # Files older than the key: Llama's tokenizers, both kinds, begin with BOS.
+    is_llama = kind == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+    if metadata.get("tokenizer.ggml.add_bos_token", is_llama) and "tokenizer.ggml.bos_token_id" in metadata:
         _prepend_bos(tokenizer, tokens, metadata["tokenizer.ggml.bos_token_id"])
     return tokenizer
 

@@ -24,6 +24,13 @@ def is_token_ids(prompt: object) -> TypeGuard[Sequence[int]]:
     return isinstance(prompt, (list, tuple)) and len(prompt) > 0 and isinstance(prompt[0], int)
 
 
+def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several -> a list of prompts."""
+    single = isinstance(prompts, str) or not isinstance(prompts, Sequence) or is_token_ids(prompts)
+    many: Any = [prompts] if single else prompts
+    return list(many)
+
+
 class InputProcessor:
     """Tokenises and checks prompts against one model."""
 

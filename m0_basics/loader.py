@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import DEFAULT_MODEL, DTYPES, ConfigError, ModelConfig
+from .config import DEFAULT_MODEL, DTYPES, ConfigError, ModelConfig, reject
 from .gguf import convert_gguf
 from .model import CausalLM
 from .model_spec import ModelSpec
@@ -130,6 +130,9 @@ def load_model(config: ModelConfig) -> CausalLM:
     dtype = resolve_dtype(str(config.dtype), device)
     folder = resolve_model(config.model, dtype)
     spec = load_spec(folder)
+    if config.max_model_len is not None and config.max_model_len > spec.max_position_embeddings:
+        raise reject("max_model_len", config.max_model_len,
+                     f"at most {spec.max_position_embeddings}, the model's own limit")
     model = CausalLM(spec, config.max_model_len or spec.max_position_embeddings, dtype, device)
     load_weights(model, SafetensorsFolder(folder))
     return model.eval()

@@ -61,7 +61,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if n == 1:
         # The G query heads that share a key-value head become the query dimension: no copy of k and v, no mask.
         grouped = q.view(1, num_kv_heads, num_heads // num_kv_heads, head_dim)
-        return F.scaled_dot_product_attention(grouped, k, v).view(1, num_heads, head_dim)
+        return F.scaled_dot_product_attention(grouped, k, v).reshape(1, num_heads, head_dim)
     q = q.transpose(0, 1).unsqueeze(0)
     # With earlier tokens in the cache, query i is token L - n + i; SDPA's own causal mask would start at 0.
     mask = None if n == length else torch.ones(n, length, dtype=torch.bool, device=q.device).tril(length - n)

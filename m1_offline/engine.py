@@ -58,6 +58,8 @@ class OfflineEngine(Engine):
 
     def step(self) -> list[RequestOutput]:
         """Schedule, execute, sample, update."""
+        if not self.waiting:
+            return []
         request = self.waiting[0]
         scheduled = self._schedule(request)
         logits = self.runner.execute_model(scheduled)

@@ -9,6 +9,7 @@ for `max_model_len` tokens whatever the sequence needs.
 """
 from __future__ import annotations
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -78,9 +79,15 @@ def kv_cache_bytes(spec: ModelSpec, num_tokens: int, dtype: torch.dtype) -> int:
     return 2 * spec.num_hidden_layers * num_tokens * spec.num_key_value_heads * spec.head_dim * dtype.itemsize
 
 
-def check_memory(needed: int, config: CacheConfig, num_rows: int, row_size: int) -> None:
-    """Refuse a cache larger than `kv_cache_memory_bytes`."""
-    budget = config.kv_cache_memory_bytes
-    if budget is not None and needed > budget:
-        raise ConfigError(f"kv_cache_memory_bytes={budget:,} is too small: {num_rows} rows of {row_size} tokens take "
+def check_memory(needed: int, config: CacheConfig, num_rows: int, row_size: int, device: torch.device) -> None:
+    """Refuse a cache larger than `kv_cache_memory_bytes`, or, where that is not set, than the memory there is.
+
+    A CPU's pages are handed out as they are written, so its whole memory counts; a GPU's have to be free at once.
+    """
+    budget, source = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+    if budget is None:
+        source = "the memory of this GPU" if device.type == "cuda" else "the memory of this machine"
+        budget = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().total
+    if needed > budget:
+        raise ConfigError(f"{source}={budget:,} is too small: {num_rows} rows of {row_size} tokens take "
                           f"{needed:,} bytes; lower max_num_seqs or max_model_len, or raise the budget")

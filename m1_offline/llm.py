@@ -6,7 +6,7 @@ from typing import Any
 
 from m0_basics.base_llm import BaseLLM
 from m0_basics.config import DEFAULT_MODEL, DTYPES
-from m0_basics.input_processor import Prompt
+from m0_basics.input_processor import Prompt, as_prompt_list
 from m0_basics.loader import load_model, load_tokenizer
 from m0_basics.model_runner import ModelRunner
 from m0_basics.sampling_params import BeamSearchParams, SamplingParams
@@ -35,7 +35,8 @@ class LLM(BaseLLM):
         assert row_size is not None
 
         dtype = DTYPES.get(config.cache_config.kv_cache_dtype, weights.dtype)
-        check_memory(kv_cache_bytes(weights.spec, num_rows * row_size, dtype), config.cache_config, num_rows, row_size)
+        check_memory(kv_cache_bytes(weights.spec, num_rows * row_size, dtype), config.cache_config, num_rows, row_size,
+                     weights.device)
         kv_cache = KVCache(weights.spec, num_rows * row_size, dtype, weights.device)
         rows = CacheRows(kv_cache, num_rows, row_size)
         runner = ModelRunner(weights, ContiguousAttention(kv_cache, rows))
@@ -43,8 +44,9 @@ class LLM(BaseLLM):
         super().__init__(config, engine, weights.spec, tokenizer)
         self._runner, self._rows = runner, rows
 
-    def beam_search(self, prompts: Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
+    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
         """The `beam_width` most probable outputs found for each prompt, best first."""
+        prompts = as_prompt_list(prompts)
         requests = self._requests(prompts, SamplingParams(temperature=0, max_tokens=params.max_tokens), special=True)
         return [beam_search(self._runner, self._rows, r, params, self.tokenizer, self._rows.row_size)
                 for r in requests]

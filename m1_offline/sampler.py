@@ -147,7 +147,9 @@ def candidates(logits: Tensor, top_ks: Tensor, top_ps: Tensor, width: int) -> tu
     probabilities = (values.double() - everything.double().unsqueeze(1)).exp()
     cumulative = probabilities.cumsum(dim=-1)
     # The nucleus is the smallest set with mass >= top_p, so the token that crosses top_p is in it.
-    probabilities = probabilities * (cumulative - probabilities < top_ps.double().unsqueeze(1))
+    # A row without top-p keeps everything, also where rounding lets the sum reach 1 early.
+    limit = torch.where(top_ps < 1, top_ps.double(), torch.inf).unsqueeze(1)
+    probabilities = probabilities * (cumulative - probabilities < limit)
     last = probabilities.count_nonzero(dim=-1).clamp(min=1) - 1
     complete = (best.gather(1, last.unsqueeze(1)).squeeze(1) > best[:, -1]) & ((top_ks <= width) | ~has_top_k)
     return probabilities, ids, complete | (width == vocab)

@@ -207,6 +207,6 @@ class StaticBatchLLM(BaseLLM):
         num_columns = 2 * longest
         dtype = DTYPES.get(config.cache_config.kv_cache_dtype, weights.dtype)
         check_memory(kv_cache_bytes(weights.spec, num_rows * num_columns, dtype), config.cache_config, num_rows,
-                     num_columns)
+                     num_columns, weights.device)
         engine = StaticBatchEngine(weights, FullSampler(tokenizer), OutputProcessor(tokenizer, longest), config)
         super().__init__(config, engine, weights.spec, tokenizer)

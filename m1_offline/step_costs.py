@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+import torch
+
 from m0_basics.attention import ScheduledSequence
 from m0_basics.request import Request, Sequence, SequenceStatus, next_seq_id
 from m0_basics.sampling_params import SamplingParams
@@ -82,6 +84,8 @@ def _start(llm: LLM, engine: OfflineEngine, params: SamplingParams, count: int, 
 def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     result = call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()        # a GPU works on after the call has returned
     return time.perf_counter() - start, result
 
 

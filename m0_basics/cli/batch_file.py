@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from ..base_llm import BaseLLM
-from ..config import ConfigError
+from ..config import ConfigError, reject
 from ..outputs import RequestOutput
 from ..sampling_params import SamplingParams
 
@@ -35,6 +35,8 @@ def run_batch_file(make_llm: Callable[[], BaseLLM], source: Path, target: Path |
     cannot be read or `target` cannot be written.
     """
     lines = read_lines(source)
+    if target is not None and target.exists() and target.samefile(source):
+        raise reject("output", str(target), "another file than the prompts")
     if target is not None:
         check_writable(target)
     SamplingParams.from_options(**defaults)

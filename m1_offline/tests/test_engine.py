@@ -19,7 +19,7 @@ from m0_basics.testing.conformance import PROMPTS, greedy, ids_of
 from m0_basics.testing.fixtures import PARROT_TEXT, TinyModels
 from m0_basics.testing.parity import assert_same_tokens, reference_greedy, reference_logits
 from m0_basics.testing.tiny_models import BOS
-from m1_offline import LLM
+from m1_offline import LLM, BeamSearchParams
 from m1_offline.engine import OfflineEngine
 
 NUM_ROWS = 4
@@ -345,3 +345,18 @@ def test_no_tokens_left_over_from_a_contradiction(lab: Lab) -> None:
     ids = lab.run(PROMPTS[0], greedy(4, allowed_token_ids=[5, 6], stop_token_ids=[5], min_tokens=2))[0].outputs[0]
     assert ids.token_ids[:2] == [6, 6]
     assert torch.tensor(ids.token_ids).le(6).all()
+
+
+def test_an_idle_engine_has_nothing_to_do(tiny_model: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F1.1: a step without requests returns nothing, and runs nothing."""
+    lab = Lab(tiny_model("qwen3"), monkeypatch)
+    assert lab.engine.step() == []
+    assert lab.tokens_run == []
+
+
+def test_beam_search_takes_one_prompt_or_several(tiny_model: TinyModels) -> None:
+    """F1.4: a text is one prompt, not a list of characters."""
+    llm = LLM(str(tiny_model("qwen3")), dtype="float32", max_model_len=64)
+    params = BeamSearchParams(beam_width=2, max_tokens=4)
+    assert len(llm.beam_search("the cat", params)) == 1
+    assert llm.beam_search("the cat", params) == llm.beam_search(["the cat"], params)

@@ -229,4 +229,5 @@ def test_memory_budget(tiny_model: TinyModels) -> None:
              kv_cache_dtype="float16")
     make(tiny_model("qwen3"), max_num_seqs=3, max_model_len=50, kv_cache_memory_bytes=115_200,
          kv_cache_dtype="float16")
-    check_memory(10 ** 15, CacheConfig(), 1, 1)         # no budget, no check
+    with pytest.raises(ConfigError, match=r"the memory of this machine=.* lower max_num_seqs or max_model_len"):
+        check_memory(10 ** 15, CacheConfig(), 1, 1, torch.device("cpu"))        # no budget: the machine is the limit

@@ -141,3 +141,13 @@ class TestPromptsFile:
         result = command("generate", "--prompts-file", source, "--output", target, "--model", "/nowhere")
         assert result.status == 2
         assert target.read_text(encoding="utf-8") == "precious\n"
+
+
+def test_the_prompts_are_not_overwritten(command: Command, folder: Path, tmp_path: Path) -> None:
+    """F1.9: the output file has to be another one."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("the cat\n")
+    result = command("generate", "--prompts-file", file, "--output", file, *options(folder))
+    assert result.status == 2
+    assert "allowed: another file than the prompts" in result.err
+    assert file.read_text() == "the cat\n"

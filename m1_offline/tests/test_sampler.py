@@ -324,3 +324,11 @@ class TestNumberOfOperations:
         """Temperature, truncation and penalties cost the same number of operations for two rows and for 32."""
         params = (SamplingParams(**settings_),)
         assert self.count(2, 1_000, params) == self.count(32, 1_000, params) < 120
+
+
+def test_top_k_alone_keeps_all_k() -> None:
+    """F1.3: without top-p no candidate is lost to rounding, however steep the distribution."""
+    logits = torch.randn(200, 1000, generator=torch.Generator().manual_seed(0)) * 8 + 20
+    probabilities, _, _ = candidates(logits, torch.full((200,), 50), torch.ones(200), 164)
+    assert (probabilities[:, :50] > 0).all()
+    assert (probabilities[:, 50:] == 0).all()
