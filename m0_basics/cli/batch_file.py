@@ -12,7 +12,8 @@ import typer
 
 from ..base_llm import BaseLLM
 from ..config import ConfigError, reject
-from ..outputs import RequestOutput
+from ..outputs import Logprob, RequestOutput
+from ..request import RequestMetrics
 from ..sampling_params import SamplingParams
 
 
@@ -122,10 +123,35 @@ def parse_line(number: int, text: str, is_json: bool, defaults: dict[str, Any]) 
 
 
 def describe(output: RequestOutput) -> dict[str, Any]:
-    """The JSON form of a result."""
-    return {"prompt": output.prompt, "num_prompt_tokens": len(output.prompt_token_ids),
-            "outputs": [{"text": o.text, "token_ids": o.token_ids, "finish_reason": o.finish_reason}
-                        for o in output.outputs]}
+    """The JSON form of a result: outputs, the log-probabilities that were asked for, and times in milliseconds."""
+    outputs = []
+    for o in output.outputs:
+        entry: dict[str, Any] = {"text": o.text, "token_ids": o.token_ids, "finish_reason": o.finish_reason,
+                                 "stop_reason": o.stop_reason}
+        if o.logprobs is not None:
+            entry |= {"cumulative_logprob": o.cumulative_logprob,
+                      "logprobs": [_logprobs(step) for step in o.logprobs]}
+        outputs.append(entry)
+    result: dict[str, Any] = {"prompt": output.prompt, "num_prompt_tokens": len(output.prompt_token_ids),
+                              "outputs": outputs}
+    if output.prompt_logprobs is not None:
+        result["prompt_logprobs"] = [step and _logprobs(step) for step in output.prompt_logprobs]
+    if output.metrics is not None and output.metrics.finished_time is not None:
+        result["metrics"] = _metrics(output, output.metrics, output.metrics.finished_time)
+    return result
+
+
+def _metrics(output: RequestOutput, metrics: RequestMetrics, finished: float) -> dict[str, float | None]:
+    from ..bench.metrics import RequestRecord  # here, so that other commands start without the harness
+    record = RequestRecord(metrics.arrival_time, tuple(metrics.token_times), finished, len(output.prompt_token_ids),
+                           tuple(len(o.token_ids) for o in output.outputs))
+    times = {"ttft_ms": record.ttft, "tpot_ms": record.tpot, "e2el_ms": record.latency}
+    return {name: None if seconds is None else seconds * 1e3 for name, seconds in times.items()}
+
+
+def _logprobs(step: dict[int, Logprob]) -> dict[int, dict[str, Any]]:
+    return {token_id: {"logprob": entry.logprob, "rank": entry.rank, "decoded_token": entry.decoded_token}
+            for token_id, entry in step.items()}
 
 
 def _write(results: list[dict[str, Any]], target: Path | None) -> None:

@@ -151,3 +151,21 @@ def test_the_prompts_are_not_overwritten(command: Command, folder: Path, tmp_pat
     assert result.status == 2
     assert "allowed: another file than the prompts" in result.err
     assert file.read_text() == "the cat\n"
+
+
+def test_log_probabilities_and_times_are_written(command: Command, folder: Path, tmp_path: Path) -> None:
+    """F1.7, F1.9: what was asked for arrives; TPOT is (latency - TTFT) / (output tokens - 1)."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("the cat\n")
+    result = command("generate", "--prompts-file", file, "--logprobs", 2, "--prompt-logprobs", 1, "--max-tokens", 4,
+                     "--ignore-eos", *options(folder))
+    assert result.status == 0
+    row = json.loads(result.out)
+    (output,) = row["outputs"]
+    chosen = [step[str(i)]["logprob"] for i, step in zip(output["token_ids"], output["logprobs"], strict=True)]
+    assert sum(chosen) == pytest.approx(output["cumulative_logprob"])
+    assert row["prompt_logprobs"][0] is None
+    assert len(row["prompt_logprobs"]) == row["num_prompt_tokens"]
+    times = row["metrics"]
+    assert 0 < times["ttft_ms"] < times["e2el_ms"]
+    assert times["tpot_ms"] == pytest.approx((times["e2el_ms"] - times["ttft_ms"]) / 3)
