@@ -21,7 +21,7 @@ _QUESTIONS = ("What is the capital of France?", "Why is the sky blue?", "Name a 
               "What is a prime number?", "How do birds fly?", "What is the largest ocean?", "Give me a short proverb.")
 
 
-def search(tokens: int = 128, width: int = 4, rounds: int = 3) -> dict[str, Fact]:
+def search(tokens: int = 128, width: int = 4, rounds: int = 1) -> dict[str, Fact]:
     """Beam search against greedy and sampled continuations: probability, repetition, time."""
     llm = LLM(max_model_len=1024)
     prompts = [p for p in PROMPTS if p.isascii()]

@@ -1,4 +1,4 @@
-"""A file of prompts in, a file of results out. A bad line is named and skipped; nothing computed is lost."""
+"""A file of prompts in, a file of results out. A bad line is named and skipped; what cannot be written is printed."""
 from __future__ import annotations
 
 import json
