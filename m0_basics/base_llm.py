@@ -104,7 +104,9 @@ class BaseLLM(ABC):
 
     def _run(self, prompts: Sequence[Prompt], sampling_params: Params, use_tqdm: bool,
              special: bool) -> list[RequestOutput]:
-        requests = self._requests(prompts, sampling_params, special)
+        return self._run_requests(self._requests(prompts, sampling_params, special), use_tqdm)
+
+    def _run_requests(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
         outputs: dict[str, RequestOutput] = {}
         try:
             for request in requests:
@@ -140,8 +142,11 @@ class BaseLLM(ABC):
         return requests
 
     def _add(self, request: Request) -> None:
-        self.engine.add_request(request)
+        self._add_to_engine(request)
         self._mailboxes[request.request_id] = []
+
+    def _add_to_engine(self, request: Request) -> None:
+        self.engine.add_request(request)
 
     def _next_outputs(self, request_id: str) -> list[RequestOutput]:
         """Step the engine until this request has news. Others' news waits in their mailboxes."""

@@ -19,7 +19,7 @@ from m0_basics.request import Request, Sequence, SequenceStatus, next_seq_id
 from m0_basics.sampler import Sampler, SamplerOutput
 
 from .kv_cache import CacheRows
-from .output_processor import OutputProcessor, decode_logprobs
+from .output_processor import OutputProcessor
 
 
 class OfflineEngine(Engine):
@@ -100,10 +100,7 @@ class OfflineEngine(Engine):
             request.metrics.finished_time = request.metrics.token_times[-1]
         if not (request.stream or request.is_finished):
             return []
-        output = RequestOutput.from_request(request)
-        if output.prompt_logprobs and (tokenizer := self.output_processor.tokenizer) is not None:
-            output.prompt_logprobs = [entry and decode_logprobs(entry, tokenizer) for entry in output.prompt_logprobs]
-        return [output]
+        return [self.output_processor.make_output(request)]
 
     def _release(self, sequence: Sequence) -> None:
         if sequence.status is not SequenceStatus.WAITING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from m0_basics.engine import append_token, check_stop
-from m0_basics.outputs import Logprob
-from m0_basics.request import Sequence, SequenceStatus
+from m0_basics.outputs import Logprob, RequestOutput
+from m0_basics.request import Request, Sequence, SequenceStatus
 from m0_basics.tokenizer import Tokenizer
 
 from .detokenizer import IncrementalDetokenizer, StopChecker
@@ -39,6 +39,14 @@ class OutputProcessor:
         if status is not None:
             sequence.set_status(status)
             self.forget(sequence)
+
+    def make_output(self, request: Request) -> RequestOutput:
+        """A snapshot of the request, with the text of its prompt's log-probabilities."""
+        output = RequestOutput.from_request(request)
+        if output.prompt_logprobs and self.tokenizer is not None:
+            output.prompt_logprobs = [entry and decode_logprobs(entry, self.tokenizer)
+                                      for entry in output.prompt_logprobs]
+        return output
 
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept for a sequence that has ended."""

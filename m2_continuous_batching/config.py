@@ -1,0 +1,57 @@
+"""Configuration of this milestone: how much runs side by side, and who goes first."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import m0_basics.config as m0
+from m0_basics.config import check_int, option, reject
+
+from .policies import POLICIES, make_policy
+
+BACKENDS = ("ragged", "naive")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig(m0.SchedulerConfig):
+    """The two budgets of a step, and the policy that spends them."""
+
+    max_num_seqs: int = option(32, "Sequences that run side by side: the rows of the KV cache.")
+    max_num_batched_tokens: int | None = option(
+        None, "Most tokens in one step (default: 2048, or max_model_len where that is more).")
+    policy: str = option("fcfs", "Who goes first: " + ", ".join(POLICIES) + "; with parameters as in ageing:5.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("max_num_batched_tokens", self.max_num_batched_tokens, 1, optional=True)
+        make_policy(self.policy)            # raises ConfigError for a policy that does not exist
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Which of this milestone's two ragged attentions runs."""
+
+    attention_backend: str = option("ragged", "ragged, or naive: one [T, S] mask over everything, to look at.")
+
+    def __post_init__(self) -> None:
+        if self.attention_backend not in BACKENDS:
+            raise reject("attention_backend", self.attention_backend, ", ".join(BACKENDS))
+
+
+@dataclass(frozen=True)
+class EngineConfig(m0.EngineConfig):
+    """The layers of m0, with this milestone's scheduler and attention."""
+
+    scheduler_config: SchedulerConfig = field(default_factory=SchedulerConfig)
+    attention_config: AttentionConfig = field(default_factory=AttentionConfig)
+
+    def with_max_model_len(self, model_limit: int) -> Self:
+        """As in m0; also settles `max_num_batched_tokens`. A prompt runs whole, so a step must hold the longest."""
+        config = super().with_max_model_len(model_limit)
+        longest, wanted = config.scheduler_config.max_model_len, config.scheduler_config.max_num_batched_tokens
+        assert longest is not None
+        if wanted is not None and wanted < longest:
+            raise reject("max_num_batched_tokens", wanted, f"at least max_model_len={longest} (prompts run whole); "
+                                                           "or lower max_model_len")
+        return replace(config, scheduler_config=replace(config.scheduler_config,
+                                                        max_num_batched_tokens=wanted or max(2048, longest)))

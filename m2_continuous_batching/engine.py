@@ -1,0 +1,173 @@
+"""The engine loop: schedule, execute, sample, update. From here on every milestone runs this loop unchanged.
+
+One step serves all requests at once, each at its own place: some run their prompt, others their newest token.
+What fails for one request ends that request; the others do not notice.
+"""
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+
+import torch
+from torch import Tensor
+
+from m0_basics.attention import ScheduledSequence
+from m0_basics.engine import Engine
+from m0_basics.model_runner import ModelRunner
+from m0_basics.outputs import Logprob, RequestOutput
+from m0_basics.request import Request, Sequence, next_seq_id
+from m0_basics.sampler import Sampler
+from m1_offline.output_processor import OutputProcessor
+
+from .kv_cache_manager import SlotCopy
+from .plugins.base import SchedulerPlugin, StepStats
+from .policies import SchedulingParams
+from .scheduler import Scheduler, SchedulerOutput
+
+logger = logging.getLogger(__name__)
+Sampled = tuple[Sequence, int, dict[int, Logprob] | None]
+
+
+class LLMEngine(Engine):
+    """Requests join and leave after every step."""
+
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, sampler: Sampler, output_processor: OutputProcessor,
+                 copy_slots: Callable[[list[SlotCopy]], None], plugins: Items[SchedulerPlugin] = ()) -> None:
+        """`copy_slots` makes the copies in the KV cache that the scheduler's bookkeeping asks for."""
+        self.scheduler = scheduler
+        self.runner = runner
+        self.sampler = sampler
+        self.output_processor = output_processor
+        self.copy_slots = copy_slots
+        self.plugins = list(plugins)
+        self._num_steps = 0
+
+    def check_request(self, request: Request, scheduling_params: SchedulingParams | None = None) -> None:
+        self.sampler.check(request.sampling_params)
+        self.scheduler.check_request(request, scheduling_params or SchedulingParams())
+
+    def add_request(self, request: Request, scheduling_params: SchedulingParams | None = None) -> None:
+        self.check_request(request, scheduling_params)
+        self.scheduler.add_request(request, scheduling_params or SchedulingParams())
+
+    def abort_request(self, request_id: str) -> None:
+        if (request := self.scheduler.abort_request(request_id)) is not None:
+            self._complete(request)
+
+    def has_unfinished_requests(self) -> bool:
+        return self.scheduler.has_unfinished_requests()
+
+    def step(self) -> list[RequestOutput]:
+        """Schedule, execute, sample, update."""
+        start = time.perf_counter()
+        for plugin in self.plugins:
+            plugin.before_step(self.scheduler)
+        output = self.scheduler.schedule()
+        ended = output.expired.copy()                       # requests that end in this step without a token
+        num_prompt_tokens = sum(s.num_tokens for s in output.scheduled if not _is_decode(s))
+        self.copy_slots(output.copies)
+        sampled = self._run_isolated(output.scheduled, ended) if output.scheduled else []
+        self.scheduler.update_from_output(output)
+        updated = self._update(sampled, ended)
+        if output.scheduled:
+            self._report(start, output, num_prompt_tokens, len(sampled))
+        news = {request.request_id: request for request in (*updated, *ended)}.values()
+        for request in news:
+            if request.is_finished:
+                self._complete(request)
+        return [self.output_processor.make_output(request) for request in news if request.is_finished or request.stream]
+
+    def _run_isolated(self, scheduled: list[ScheduledSequence], ended: list[Request]) -> list[Sampled]:
+        """`_run`; if it raises, run each sequence by itself, so that only the one to blame ends with the error."""
+        try:
+            return self._run(scheduled)
+        except Exception as error:
+            if len(scheduled) == 1:
+                self._fail(self.scheduler.get_request(scheduled[0].sequence), error, ended)
+                return []
+            logger.warning("a step of %d sequences failed (%s); each is run by itself", len(scheduled), error)
+        # One that failed takes the other outputs of its request with it.
+        return [sampled for s in scheduled if not s.sequence.is_finished for sampled in self._run_isolated([s], ended)]
+
+    def _run(self, scheduled: list[ScheduledSequence]) -> list[Sampled]:
+        """Execute the model and sample. To run it twice gives the same: nothing is recorded before `_update`."""
+        logits = self.runner.execute_model(scheduled)
+        sequences, logits = self._fan_out([s.sequence for s in scheduled if s.reaches_newest], logits)
+        sampled = self.sampler(logits, sequences)
+        return list(zip(sequences, sampled.token_ids, sampled.logprobs, strict=True))
+
+    def _fan_out(self, sequences: list[Sequence], logits: Tensor) -> tuple[list[Sequence], Tensor]:
+        """After a prompt's first run let its outputs part ways: each samples from the same row of logits."""
+        families = [self._make_outputs(sequence) if _is_first_token(sequence) else [sequence] for sequence in sequences]
+        if all(len(family) == 1 for family in families):
+            return sequences, logits
+        rows = [row for row, family in enumerate(families) for _ in family]
+        return [s for family in families for s in family], logits[torch.tensor(rows, device=logits.device)]
+
+    def _make_outputs(self, sequence: Sequence) -> list[Sequence]:
+        """All the outputs of the request whose prompt `sequence` has just run."""
+        request = self.scheduler.get_request(sequence)
+        for index in range(len(request.sequences), sequence.sampling_params.best_of or 1):
+            request.sequences.append(sequence.fork(next_seq_id(), index))
+        return request.sequences.copy()
+
+    def _update(self, sampled: list[Sampled], ended: list[Request]) -> list[Request]:
+        """Record the tokens, and give back what finished sequences held. Returns the requests that got a token."""
+        now = time.perf_counter()
+        updated: dict[str, Request] = {}
+        for parent, _, _ in sampled:
+            if _is_first_token(parent):
+                for child in self.scheduler.get_request(parent).sequences[1:]:
+                    self.scheduler.fork(parent, child)
+        for sequence, token_id, logprobs in sampled:
+            if sequence.is_finished:
+                continue                                    # another output of its request has just failed
+            request = self.scheduler.get_request(sequence)
+            try:
+                self.output_processor.process(sequence, token_id, logprobs)
+            except Exception as error:
+                self._fail(request, error, ended)
+                continue
+            if request.request_id not in updated:
+                updated[request.request_id] = request
+                request.metrics.token_times.append(now)
+            if sequence.is_finished:
+                self.scheduler.finish(sequence)
+        return list(updated.values())
+
+    def _fail(self, request: Request, error: Exception, ended: list[Request]) -> None:
+        """End one request with an error; what it held goes back."""
+        logger.error("request %s failed", request.request_id, exc_info=error)
+        for sequence in request.sequences:
+            if not sequence.is_finished:
+                sequence.stop_reason = f"error: {type(error).__name__}: {error}"
+        self.scheduler.abort_request(request.request_id)
+        ended.append(request)
+
+    def _complete(self, request: Request) -> None:
+        """The last thing that happens to a request."""
+        request.metrics.finished_time = time.perf_counter()
+        for sequence in request.sequences:
+            self.output_processor.forget(sequence)
+        for plugin in self.plugins:
+            plugin.on_request_completion(request)
+
+    def _report(self, start: float, output: SchedulerOutput, num_prompt_tokens: int, num_sampled: int) -> None:
+        scheduler = self.scheduler
+        stats = StepStats(self._num_steps, start, time.perf_counter(), output, num_prompt_tokens, num_sampled,
+                          len(scheduler.running), len(scheduler.waiting), len(output.preempted),
+                          scheduler.kv_cache_manager.usage, scheduler.token_budget)
+        self._num_steps += 1
+        for plugin in self.plugins:
+            plugin.after_step(scheduler, stats)
+
+
+def _is_first_token(sequence: Sequence) -> bool:
+    """Whether the request's first output is about to get, or is getting, its first token."""
+    return sequence.index == 0 and not sequence.output_token_ids
+
+
+def _is_decode(scheduled: ScheduledSequence) -> bool:
+    return scheduled.num_tokens == 1 and bool(scheduled.sequence.output_token_ids)

@@ -1,0 +1,55 @@
+"""Milestone 2: continuous batching. Every part of the engine, and where it comes from."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from m0_basics.attention import AttentionBackend
+from m0_basics.config import DEFAULT_MODEL, DTYPES
+from m0_basics.loader import load_model, load_tokenizer
+from m0_basics.model_runner import ModelRunner
+from m1_offline.kv_cache import check_memory, kv_cache_bytes
+from m1_offline.output_processor import OutputProcessor
+from m1_offline.sampler import FullSampler
+
+from .attention import NaiveRaggedAttention, RaggedAttention
+from .config import EngineConfig
+from .continuous_llm import ContinuousLLM
+from .engine import LLMEngine
+from .kv_cache_manager import RowKVCacheManager
+from .plugins import Plugin, split_plugins
+from .policies import make_policy
+from .row_cache import RowCache
+from .scheduler import PrefillFirstScheduler
+
+
+class LLM(ContinuousLLM):
+    """`LLM(model).generate(prompts, SamplingParams(...))`: all requests side by side, the batch made anew each step."""
+
+    config_class = EngineConfig
+
+    def __init__(self, model: str = DEFAULT_MODEL, plugins: Sequence[Plugin] = (), **options: Any) -> None:
+        """Options are the fields of `EngineConfig`'s layers: max_num_seqs, max_num_batched_tokens, policy, ..."""
+        config = EngineConfig.from_options(model=model, **options)
+        weights = load_model(config.model_config)
+        tokenizer = load_tokenizer(config.model_config)
+        config = config.with_max_model_len(weights.spec.max_position_embeddings)
+        limits = config.scheduler_config
+        num_rows, row_size = limits.max_num_seqs, limits.max_model_len
+        assert row_size is not None and limits.max_num_batched_tokens is not None
+
+        dtype = DTYPES.get(config.cache_config.kv_cache_dtype, weights.dtype)
+        check_memory(kv_cache_bytes(weights.spec, num_rows * row_size, dtype), config.cache_config, num_rows, row_size,
+                     weights.device)
+        hooks = split_plugins(plugins)
+        cache = RowCache(weights.spec, num_rows * row_size, dtype, weights.device, hooks.cache)
+        manager = RowKVCacheManager(num_rows, row_size)
+        backend: AttentionBackend = (NaiveRaggedAttention(cache, manager)
+                                     if config.attention_config.attention_backend == "naive"
+                                     else RaggedAttention(cache, manager, weights.dtype))
+        scheduler = PrefillFirstScheduler(make_policy(limits.policy), manager, num_rows, limits.max_num_batched_tokens,
+                                          row_size)
+        engine = LLMEngine(scheduler, ModelRunner(weights, hooks.around(backend)), FullSampler(tokenizer),
+                           OutputProcessor(tokenizer, row_size), cache.copy_slots, hooks.scheduler)
+        super().__init__(config, engine, weights.spec, tokenizer)
+        self.cache = cache
