@@ -25,7 +25,7 @@ from m1_offline.attention import ContiguousMetadata, attend
 from .kv_cache_manager import RowKVCacheManager
 from .row_cache import RowCache
 
-_GROUP_SIZE = 8         # decoding sequences in one padded call: fewer calls against less padding; 4 to 8 was fastest
+GROUP_SIZE = 8         # decoding sequences in one padded call: fewer calls against less padding; 4 to 8 was fastest
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class RaggedAttention(AttentionBackend):
     def build_metadata(self, scheduled: list[ScheduledSequence]) -> RaggedMetadata:
         base = contiguous_metadata(scheduled, self.manager, self.cache.device)
         decodes = sorted((i for i, s in enumerate(scheduled) if s.num_tokens == 1), key=lambda i: base.seq_lens[i])
-        groups = [self._group(decodes[i:i + _GROUP_SIZE], base) for i in range(0, len(decodes), _GROUP_SIZE)]
+        groups = [self._group(decodes[i:i + GROUP_SIZE], base) for i in range(0, len(decodes), GROUP_SIZE)]
         return RaggedMetadata(**vars(base), decode_groups=groups,
                               prefills=[i for i, s in enumerate(scheduled) if s.num_tokens > 1])
 
