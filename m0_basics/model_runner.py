@@ -1,14 +1,43 @@
 """The model runner: from a list of scheduled sequences to the logits that the sampler needs."""
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from .attention import AttentionBackend, AttentionMetadata, ScheduledSequence
 from .model import CausalLM
 from .outputs import Logprob
+from .request import Sequence
 
 _PROMPT_ROWS = 256        # rows of prompt logits held at once: [256, vocab] in float32 is 50 MB for 49,152 tokens
+
+
+@dataclass(frozen=True)
+class Span:
+    """A scheduled sequence as it stood when the step began: its rows of the packed batch, and where they start."""
+
+    sequence: Sequence
+    start: int                      # position of the first token that runs
+    num_tokens: int
+    first_row: int                  # the tokens are rows [first_row, first_row + num_tokens)
+    reaches_newest: bool
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """Everything a step needs to know, read from the sequences once: they may move on while the model runs."""
+
+    input_ids: Tensor               # T
+    positions: Tensor               # T
+    metadata: AttentionMetadata
+    spans: list[Span]               # B
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        """The R sequences whose newest token is reached, in the order of the logits' rows."""
+        return [span.sequence for span in self.spans if span.reaches_newest]
 
 
 class ModelRunner:
@@ -18,49 +47,55 @@ class ModelRunner:
         self.model = model
         self.backend = backend
 
-    @torch.inference_mode()
     def execute_model(self, scheduled: list[ScheduledSequence]) -> Tensor:
         """Run the scheduled tokens; return logits [R, vocab], one row per sequence whose newest token was reached."""
-        hidden, metadata = self.forward(scheduled)
-        starts = metadata.query_start_loc
-        for s, start in zip(scheduled, starts, strict=False):
-            if s.sequence.sampling_params.prompt_logprobs is not None:
-                self._record_prompt_logprobs(s, hidden[start:start + s.num_tokens])
-        rows = [stop - 1 for s, stop in zip(scheduled, starts[1:], strict=True) if s.reaches_newest]
+        return self.execute(self.prepare_inputs(scheduled))
+
+    def prepare_inputs(self, scheduled: list[ScheduledSequence]) -> ModelInputs:
+        """Pack the scheduled tokens in order, and build the backend's metadata."""
+        input_ids: list[int] = []
+        positions: list[int] = []
+        spans: list[Span] = []
+        for s in scheduled:
+            start = s.sequence.num_computed_tokens
+            spans.append(Span(s.sequence, start, s.num_tokens, len(input_ids), s.reaches_newest))
+            input_ids += s.sequence.data.token_slice(start, s.end)
+            positions += range(start, s.end)
+        device = self.model.device
+        return ModelInputs(torch.tensor(input_ids, device=device), torch.tensor(positions, device=device),
+                           self.backend.build_metadata(scheduled), spans)
+
+    @torch.inference_mode()
+    def execute(self, inputs: ModelInputs) -> Tensor:
+        """Run prepared inputs; return logits [R, vocab]."""
+        hidden = self.forward(inputs)
+        for span in inputs.spans:
+            if span.sequence.sampling_params.prompt_logprobs is not None:
+                self._record_prompt_logprobs(span, hidden[span.first_row:span.first_row + span.num_tokens])
+        rows = [span.first_row + span.num_tokens - 1 for span in inputs.spans if span.reaches_newest]
         if len(rows) < hidden.shape[0]:
             hidden = hidden[torch.tensor(rows, dtype=torch.long, device=hidden.device)]
         return self.model.compute_logits(hidden)
 
-    def forward(self, scheduled: list[ScheduledSequence]) -> tuple[Tensor, AttentionMetadata]:
-        """Hidden states [T, hidden] of the scheduled tokens, packed in order, and the metadata they ran with."""
-        input_ids: list[int] = []
-        positions: list[int] = []
-        for s in scheduled:
-            start = s.sequence.num_computed_tokens
-            input_ids += s.sequence.data.token_slice(start, s.end)
-            positions += range(start, s.end)
-        metadata = self.backend.build_metadata(scheduled)
-        device = self.model.device
-        hidden = self.model(torch.tensor(input_ids, device=device), torch.tensor(positions, device=device),
-                            self.backend, metadata)
-        return hidden, metadata
+    def forward(self, inputs: ModelInputs) -> Tensor:
+        """Hidden states [T, hidden] of the inputs' tokens, packed in order."""
+        return self.model(inputs.input_ids, inputs.positions, self.backend, inputs.metadata)
 
-    def _record_prompt_logprobs(self, s: ScheduledSequence, hidden: Tensor) -> None:
+    def _record_prompt_logprobs(self, span: Span, hidden: Tensor) -> None:
         """Append to `sequence.prompt_logprobs` for prompt tokens that this step's rows [n, hidden] predict.
 
-        Row i of the step sits at position `num_computed_tokens + i` and predicts the token after it. The first
-        token of a prompt is predicted by nothing, so its entry is None. Rows already recorded (a recomputed
-        sequence) are left alone.
+        Row i of the span sits at position `start + i` and predicts the token after it. The first token of a prompt
+        is predicted by nothing, so its entry is None. Rows already recorded (a recomputed sequence) are left alone.
         """
-        sequence, k = s.sequence, s.sequence.sampling_params.prompt_logprobs
+        sequence, k = span.sequence, span.sequence.sampling_params.prompt_logprobs
         assert k is not None
         if not sequence.prompt_logprobs:
             sequence.prompt_logprobs.append(None)
         prompt = sequence.data.prompt_token_ids
-        first = len(sequence.prompt_logprobs)                   # the next prompt token without an entry
-        for begin in range(first, min(s.end + 1, len(prompt)), _PROMPT_ROWS):
-            end = min(begin + _PROMPT_ROWS, s.end + 1, len(prompt))
-            offset = 1 + sequence.num_computed_tokens       # the token at `begin` is predicted by row begin - offset
+        first, stop = len(sequence.prompt_logprobs), span.start + span.num_tokens + 1
+        for begin in range(first, min(stop, len(prompt)), _PROMPT_ROWS):
+            end = min(begin + _PROMPT_ROWS, stop, len(prompt))
+            offset = 1 + span.start                             # the token at `begin` is predicted by row begin - offset
             assert begin >= offset, "the rows that predict these tokens were skipped"
             logits = self.model.compute_logits(hidden[begin - offset:end - offset])
             sequence.prompt_logprobs += top_logprobs(logits, prompt[begin:end], [k] * (end - begin))

@@ -51,9 +51,10 @@ def _logits(llm: LLM, output: RequestOutput) -> Tensor:
     ids = output.prompt_token_ids + output.outputs[0].token_ids
     sequence = Sequence(next_seq_id(), SequenceData(ids), SamplingParams(), 0)
     engine.rows.allocate(sequence)
-    hidden, _ = engine.runner.forward([ScheduledSequence(sequence, len(ids))])
+    runner = engine.runner
+    hidden = runner.forward(runner.prepare_inputs([ScheduledSequence(sequence, len(ids))]))
     engine.rows.free(sequence)
-    return engine.runner.model.compute_logits(hidden[len(output.prompt_token_ids) - 1:-1])
+    return runner.model.compute_logits(hidden[len(output.prompt_token_ids) - 1:-1])
 
 
 def sampler() -> dict[str, Fact]:

@@ -32,7 +32,16 @@ class OutputProcessor:
 
     def process(self, sequence: Sequence, token_id: int, logprobs: dict[int, Logprob] | None) -> None:
         """Append a sampled token. Sets the sequence's text, and its status where the token ends it."""
+        self.record(sequence, token_id, logprobs)
+        self.conclude(sequence)
+
+    def record(self, sequence: Sequence, token_id: int, logprobs: dict[int, Logprob] | None) -> None:
+        """The first half of `process`: append the token, which is all that the next step needs."""
         append_token(sequence, token_id, self._with_text(logprobs, sequence))
+
+    def conclude(self, sequence: Sequence) -> None:
+        """The second half: what the newest token adds to the text, and whether it ends the sequence."""
+        token_id = sequence.output_token_ids[-1]
         status = check_stop(sequence, self.max_model_len)
         if self.tokenizer is not None and sequence.sampling_params.detokenize:
             status = self._update_text(sequence, token_id, status, self.tokenizer)

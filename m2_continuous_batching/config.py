@@ -19,6 +19,7 @@ class SchedulerConfig(m0.SchedulerConfig):
     max_num_seqs: int = option(32, "Sequences that run side by side: the rows of the KV cache.")
     max_num_batched_tokens: int | None = option(
         None, "Most tokens in one step (default: 2048, or max_model_len where that is more).")
+    async_scheduling: bool = option(False, "Choose the next step while the model runs this one.")
     policy: str = option("fcfs", "Who goes first: " + ", ".join(POLICIES) + "; with parameters as in ageing:5.")
 
     def __post_init__(self) -> None:

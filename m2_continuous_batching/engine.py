@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from m0_basics.attention import ScheduledSequence
 from m0_basics.engine import Engine
-from m0_basics.model_runner import ModelRunner
+from m0_basics.model_runner import ModelInputs, ModelRunner
 from m0_basics.outputs import Logprob, RequestOutput
-from m0_basics.request import Request, Sequence, next_seq_id
+from m0_basics.request import Request, Sequence, SequenceStatus, next_seq_id
 from m0_basics.sampler import Sampler
 from m1_offline.output_processor import OutputProcessor
 
@@ -28,6 +29,7 @@ from .scheduler import Scheduler, SchedulerOutput
 
 logger = logging.getLogger(__name__)
 Sampled = tuple[Sequence, int, dict[int, Logprob] | None]
+Failure = tuple[Sequence, Exception]
 
 
 class LLMEngine(Engine):
@@ -66,35 +68,41 @@ class LLMEngine(Engine):
             plugin.before_step(self.scheduler)
         output = self.scheduler.schedule()
         ended = output.expired.copy()                       # requests that end in this step without a token
-        num_prompt_tokens = sum(s.num_tokens for s in output.scheduled if not _is_decode(s))
+        num_prompt_tokens = sum(s.num_tokens for s in output.scheduled if not is_decode(s))
         self.copy_slots(output.copies)
-        sampled = self._run_isolated(output.scheduled, ended) if output.scheduled else []
+        sampled, failures = self._run_isolated(output.scheduled) if output.scheduled else ([], [])
+        for sequence, error in failures:
+            self._fail(sequence, error, ended)
         self.scheduler.update_from_output(output)
-        updated = self._update(sampled, ended)
+        recorded = self._record(sampled, ended)
+        updated = self._conclude(recorded, ended)
         if output.scheduled:
-            self._report(start, output, num_prompt_tokens, len(sampled))
-        news = {request.request_id: request for request in (*updated, *ended)}.values()
-        for request in news:
-            if request.is_finished:
-                self._complete(request)
-        return [self.output_processor.make_output(request) for request in news if request.is_finished or request.stream]
+            self._report(start, output, num_prompt_tokens, len(recorded))
+        return self._hand_out(updated, ended)
 
-    def _run_isolated(self, scheduled: list[ScheduledSequence], ended: list[Request]) -> list[Sampled]:
+    def _run_isolated(self, scheduled: list[ScheduledSequence]) -> tuple[list[Sampled], list[Failure]]:
         """`_run`; if it raises, run each sequence by itself, so that only the one to blame ends with the error."""
         try:
-            return self._run(scheduled)
+            return self._run(self.runner.prepare_inputs(scheduled)), []
         except Exception as error:
-            if len(scheduled) == 1:
-                self._fail(self.scheduler.get_request(scheduled[0].sequence), error, ended)
-                return []
-            logger.warning("a step of %d sequences failed (%s); each is run by itself", len(scheduled), error)
-        # One that failed takes the other outputs of its request with it.
-        return [sampled for s in scheduled if not s.sequence.is_finished for sampled in self._run_isolated([s], ended)]
+            return self._find_culprit(scheduled, error)
 
-    def _run(self, scheduled: list[ScheduledSequence]) -> list[Sampled]:
-        """Execute the model and sample. To run it twice gives the same: nothing is recorded before `_update`."""
-        logits = self.runner.execute_model(scheduled)
-        sequences, logits = self._fan_out([s.sequence for s in scheduled if s.reaches_newest], logits)
+    def _find_culprit(self, scheduled: list[ScheduledSequence], error: Exception) -> tuple[list[Sampled], list[Failure]]:
+        """The step raised `error`: run each sequence by itself. Returns what was sampled, and who failed again."""
+        if len(scheduled) == 1:
+            return [], [(scheduled[0].sequence, error)]
+        logger.warning("a step of %d sequences failed (%s); each is run by itself", len(scheduled), error)
+        sampled, failures = list[Sampled](), list[Failure]()
+        for s in scheduled:
+            one, failure = self._run_isolated([s])
+            sampled += one
+            failures += failure
+        return sampled, failures
+
+    def _run(self, inputs: ModelInputs) -> list[Sampled]:
+        """Execute the model and sample. To run it twice gives the same: nothing is recorded before `_record`."""
+        logits = self.runner.execute(inputs)
+        sequences, logits = self._fan_out(inputs.sampled, logits)
         sampled = self.sampler(logits, sequences)
         return list(zip(sequences, sampled.token_ids, sampled.logprobs, strict=True))
 
@@ -113,38 +121,68 @@ class LLMEngine(Engine):
             request.sequences.append(sequence.fork(next_seq_id(), index))
         return request.sequences.copy()
 
-    def _update(self, sampled: list[Sampled], ended: list[Request]) -> list[Request]:
-        """Record the tokens, and give back what finished sequences held. Returns the requests that got a token."""
-        now = time.perf_counter()
-        updated: dict[str, Request] = {}
+    def _record(self, sampled: list[Sampled], ended: list[Request]) -> list[Sequence]:
+        """Append the tokens to their sequences: all that the next step needs. Returns the sequences that got one.
+
+        A sequence that was sent back to the queue meanwhile, or found no room as a fork, loses its token. Nothing
+        depends on when a token is drawn, so it will draw the same one when its turn comes.
+        """
         for parent, _, _ in sampled:
-            if _is_first_token(parent):
+            if _is_first_token(parent) and not parent.is_finished:
                 for child in self.scheduler.get_request(parent).sequences[1:]:
                     self.scheduler.fork(parent, child)
+        recorded = []
         for sequence, token_id, logprobs in sampled:
+            with self._blame(sequence, ended):
+                if sequence.status is SequenceStatus.RUNNING:
+                    self.output_processor.record(sequence, token_id, logprobs)
+                    recorded.append(sequence)
+        return recorded
+
+    def _conclude(self, sequences: list[Sequence], ended: list[Request]) -> list[Request]:
+        """What the newest tokens mean: text, and who is finished. Returns the requests that got a token."""
+        now = time.perf_counter()
+        updated: dict[str, Request] = {}
+        for sequence in sequences:
             if sequence.is_finished:
-                continue                                    # another output of its request has just failed
-            request = self.scheduler.get_request(sequence)
-            try:
-                self.output_processor.process(sequence, token_id, logprobs)
-            except Exception as error:
-                self._fail(request, error, ended)
                 continue
-            if request.request_id not in updated:
-                updated[request.request_id] = request
-                request.metrics.token_times.append(now)
-            if sequence.is_finished:
-                self.scheduler.finish(sequence)
+            request = self.scheduler.get_request(sequence)
+            with self._blame(sequence, ended):
+                self.output_processor.conclude(sequence)
+                if request.request_id not in updated:
+                    updated[request.request_id] = request
+                    request.metrics.token_times.append(now)
+                if sequence.is_finished:
+                    self.scheduler.finish(sequence)
         return list(updated.values())
 
-    def _fail(self, request: Request, error: Exception, ended: list[Request]) -> None:
-        """End one request with an error; what it held goes back."""
+    @contextmanager
+    def _blame(self, sequence: Sequence, ended: list[Request]) -> Iterator[None]:
+        """An error in here ends the sequence's request, and no other."""
+        try:
+            yield
+        except Exception as error:
+            self._fail(sequence, error, ended)
+
+    def _fail(self, sequence: Sequence, error: Exception, ended: list[Request]) -> None:
+        """End the sequence's request with an error; what it held goes back."""
+        if sequence.is_finished:
+            return                              # another output of the request failed before it
+        request = self.scheduler.get_request(sequence)
         logger.error("request %s failed", request.request_id, exc_info=error)
-        for sequence in request.sequences:
-            if not sequence.is_finished:
-                sequence.stop_reason = f"error: {type(error).__name__}: {error}"
+        for other in request.sequences:
+            if not other.is_finished:
+                other.stop_reason = f"error: {type(error).__name__}: {error}"
         self.scheduler.abort_request(request.request_id)
         ended.append(request)
+
+    def _hand_out(self, updated: list[Request], ended: list[Request]) -> list[RequestOutput]:
+        """Outputs of the requests that finished, and of those that stream."""
+        news = {request.request_id: request for request in (*updated, *ended)}.values()
+        for request in news:
+            if request.is_finished:
+                self._complete(request)
+        return [self.output_processor.make_output(request) for request in news if request.is_finished or request.stream]
 
     def _complete(self, request: Request) -> None:
         """The last thing that happens to a request."""
@@ -169,5 +207,5 @@ def _is_first_token(sequence: Sequence) -> bool:
     return sequence.index == 0 and not sequence.output_token_ids
 
 
-def _is_decode(scheduled: ScheduledSequence) -> bool:
+def is_decode(scheduled: ScheduledSequence) -> bool:
     return scheduled.num_tokens == 1 and bool(scheduled.sequence.output_token_ids)

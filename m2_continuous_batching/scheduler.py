@@ -143,14 +143,16 @@ class PrefillFirstScheduler(Scheduler):
         self._wait(QueuedSequence(request.sequences[0], request, params))
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Where the cache has no room for the child, it waits like a preempted sequence: it will be recomputed."""
+        """Where there is no room for the child, it waits like a preempted sequence and will be computed on its own."""
         origin = self._entries[parent.seq_id]
         entry = QueuedSequence(child, origin.request, origin.params, last_step=self._step)
-        if len(self.running) < self.max_num_seqs and self.kv_cache_manager.fork(parent, child):
+        room = origin in self.running and len(self.running) < self.max_num_seqs
+        if room and self.kv_cache_manager.fork(parent, child):
             self._entries[child.seq_id] = entry
             self.running.append(entry)
         else:
-            child.set_status(SequenceStatus.WAITING)
+            if child.status is SequenceStatus.RUNNING:
+                child.set_status(SequenceStatus.WAITING)
             child.num_computed_tokens = 0
             self._wait(entry)
 

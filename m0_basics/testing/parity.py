@@ -100,5 +100,6 @@ def schedule(prompts: Sequence[list[int]], **settings: Any) -> list[ScheduledSeq
 @torch.inference_mode()
 def all_logits(runner: ModelRunner, prompts: Sequence[list[int]]) -> list[Tensor]:
     """Logits [tokens, vocab] at every position of every prompt, run as one packed batch."""
-    hidden, metadata = runner.forward(schedule(prompts))
+    inputs = runner.prepare_inputs(schedule(prompts))
+    hidden, metadata = runner.forward(inputs), inputs.metadata
     return [runner.model.compute_logits(hidden[start:stop]) for start, stop in pairwise(metadata.query_start_loc)]

@@ -37,3 +37,11 @@ class TestRoundRobin(GreedyConformance, AbortConformance, StreamingConformance):
     llm_class = LLM
     options: ClassVar = {"max_num_seqs": 2, "policy": "round-robin:3", "max_model_len": 512}
     tiny_memory_options: ClassVar = {"max_num_seqs": 1, "policy": "round-robin:1", "max_model_len": 96}
+
+
+class TestAsyncScheduling(GreedyConformance, StopConformance, AbortConformance, SamplingConformance):
+    """Scheduling ahead of the model changes no token (F2.14)."""
+
+    llm_class = LLM
+    options: ClassVar = {"async_scheduling": True, "max_model_len": 512}
+    tiny_memory_options: ClassVar = {"max_num_seqs": 2, "max_model_len": 96, "policy": "round-robin:2"}

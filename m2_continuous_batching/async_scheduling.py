@@ -1,0 +1,86 @@
+"""Async scheduling: while the model runs one step, conclude the step before it and choose the one after it.
+
+    model thread   [ run n-1              ][ run n                ][ run n+1
+    main thread    [ conclude n-2 pick n  ][ conclude n-1 pick n+1][ conclude n
+
+Only what a token *means* is found out late: its text, and whether it ends the output. So a sequence that ends is
+run once more before anyone notices, and that token is thrown away: a little work wasted to keep the model busy.
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+
+from m0_basics.attention import ScheduledSequence
+from m0_basics.model_runner import ModelRunner
+from m0_basics.outputs import RequestOutput
+from m0_basics.request import Sequence, SequenceStatus
+from m0_basics.sampler import Sampler
+from m1_offline.output_processor import OutputProcessor
+
+from .engine import Failure, LLMEngine, Sampled, is_decode
+from .kv_cache_manager import SlotCopy
+from .plugins.base import SchedulerPlugin
+from .scheduler import Scheduler, SchedulerOutput
+
+
+class AsyncSchedulingEngine(LLMEngine):
+    """`LLMEngine` with the step cut in two. The tokens are the same; they are reported one step later."""
+
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, sampler: Sampler, output_processor: OutputProcessor,
+                 copy_slots: Callable[[list[SlotCopy]], None], plugins: Items[SchedulerPlugin] = ()) -> None:
+        """As `LLMEngine`; model and sampler run in a thread of their own."""
+        super().__init__(scheduler, runner, sampler, output_processor, copy_slots, plugins)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self._chosen: SchedulerOutput | None = None         # by the step before, for this one
+        self._recorded: list[Sequence] = []                 # sequences whose newest token is not concluded yet
+
+    def step(self) -> list[RequestOutput]:
+        """Start what was chosen; meanwhile conclude the previous step and choose the next; then record the tokens."""
+        start = time.perf_counter()
+        output = self._take_chosen()
+        ended = output.expired.copy()
+        num_prompt_tokens = sum(s.num_tokens for s in output.scheduled if not is_decode(s))
+        self.copy_slots(output.copies)
+        inputs = self.runner.prepare_inputs(output.scheduled) if output.scheduled else None
+        running = self._thread.submit(self._run, inputs) if inputs is not None else None
+        updated = self._conclude(self._recorded, ended)
+        self._recorded = []
+        if running is not None:
+            self._chosen = self._choose()
+            sampled, failures = self._await(running, output.scheduled)
+            for sequence, error in failures:
+                self._fail(sequence, error, ended)
+            self.scheduler.update_from_output(self._still_running(output))
+            self._recorded = self._record(sampled, ended)
+            self._report(start, output, num_prompt_tokens, len(self._recorded))
+        return self._hand_out(updated, ended)
+
+    def _choose(self) -> SchedulerOutput:
+        for plugin in self.plugins:
+            plugin.before_step(self.scheduler)
+        return self.scheduler.schedule()
+
+    def _take_chosen(self) -> SchedulerOutput:
+        """What was chosen ahead, less the sequences that have ended since; chosen now if nothing was."""
+        chosen, self._chosen = self._chosen, None
+        if chosen is None or not (chosen.scheduled or chosen.expired or chosen.copies):
+            return self._choose()
+        return replace(chosen, scheduled=[s for s in chosen.scheduled if not s.sequence.is_finished])
+
+    def _await(self, running: Future[list[Sampled]],
+               scheduled: list[ScheduledSequence]) -> tuple[list[Sampled], list[Failure]]:
+        """What the model thread has sampled. A failed step is run again here, less what has moved on meanwhile."""
+        try:
+            return running.result(), []
+        except Exception as error:
+            here = [s for s in scheduled if s.sequence.status is SequenceStatus.RUNNING]
+            return self._find_culprit(here, error) if here else ([], [])
+
+    def _still_running(self, output: SchedulerOutput) -> SchedulerOutput:
+        """The step that has run, without those sequences that were sent back to the queue while it did."""
+        assert self._chosen is not None
+        return replace(output, scheduled=[s for s in output.scheduled if s.sequence not in self._chosen.preempted])
