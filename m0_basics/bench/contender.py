@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -115,10 +116,16 @@ class Arrivals:
 class EngineContender(Contender):
     """Any milestone's `LLM`, driven step by step as its own `generate` does. The times are the engine's."""
 
-    def __init__(self, name: str, llm: BaseLLM, note: str = "") -> None:
-        """The LLM stays the caller's: several contenders may share its weights, and closing this frees nothing."""
+    def __init__(self, name: str, llm: BaseLLM, note: str = "",
+                 add_request: Callable[[int, Request], None] | None = None) -> None:
+        """The LLM stays the caller's: several contenders may share its weights, and closing this frees nothing.
+
+        `add_request(index, request)` puts the workload's request number `index` into the engine, for engines that
+        are told more about a request than the seam says; default: `engine.add_request(request)`.
+        """
         super().__init__(name, note)
         self.llm = llm
+        self.add_request = add_request or (lambda _, request: llm.engine.add_request(request))
 
     def serve(self, workload: Workload) -> Served:
         requests: dict[str, Request] = {}       # in the workload's order: dicts keep it
@@ -137,12 +144,12 @@ class EngineContender(Contender):
     def _drive(self, arrivals: Arrivals, requests: dict[str, Request]) -> None:
         engine, process = self.llm.engine, self.llm.input_processor.process
         while arrivals or engine.has_unfinished_requests():
-            for _, r in arrivals.due():
+            for index, r in arrivals.due():
                 params = SamplingParams(temperature=0, max_tokens=r.output_len, ignore_eos=True)
                 request = process({"prompt_token_ids": list(r.prompt_token_ids)}, params)
                 # It may have come while a step was running: that wait is the engine's doing and belongs to its TTFT.
                 request.metrics.arrival_time = arrivals.start + r.arrival_time
-                engine.add_request(request)
+                self.add_request(index, request)
                 requests[request.request_id] = request
             if engine.has_unfinished_requests():
                 engine.step()
