@@ -119,6 +119,7 @@ def roofline() -> dict[str, Fact]:
         apart = float(facts[f"{short}.decode.32.ms"].value) + float(facts[f"{short}.prefill.256.ms"].value)
         decode_1, decode_32 = (float(facts[f"{short}.decode.{b}.ms"].value) for b in (1, 32))
         facts |= {f"{short}.apart.32+256.ms": Fact(apart, "ms"),
+                  f"{short}.batch_32_slower": Fact(decode_32 / decode_1 - 1, "ratio"),
                   f"{short}.batch_32_gain": Fact(32 * decode_1 / decode_32, "ratio"),
                   f"{short}.memory_bound_context": Fact(memory_bound_context(spec, H100) or 0),
                   f"{short}.max_sequences.2048": Fact(max_sequences(spec, H100, 2048)),
@@ -256,7 +257,8 @@ def budgets() -> dict[str, Fact]:
                   f"burst.{tokens}.ttft_mean": Fact(sum(waits) / len(waits), "s"),
                   f"burst.{tokens}.ttft_last": Fact(max(waits), "s"),
                   f"burst.{tokens}.seconds": Fact(run.seconds, "s")}
-    return facts
+    slower = float(facts["burst.256.seconds"].value) / float(facts["burst.2048.seconds"].value) - 1
+    return facts | {"burst.slower": Fact(slower, "ratio"), "prefill.2048.cpu": Fact(CPU_COST(2048), "s")}
 
 
 def capacity() -> dict[str, Fact]:
