@@ -47,7 +47,8 @@ def test_times_and_recomputed_tokens_by_hand() -> None:
     """One row, a quantum of one token: A runs its prompt and a token, gives way, and later runs all 5 tokens again."""
     a, b = BenchRequest((1, 2, 3), 3), BenchRequest((4, 5), 1)
     run = Simulator(1, "round-robin:1", StepCost(1.0, 0.5)).run([a, b])
-    assert [(s.num_tokens, s.recomputed, s.preempted) for s in run.steps] == [(3, 0, 0), (1, 0, 0), (2, 0, 1), (5, 4, 0)]
+    steps = [(s.num_tokens, s.recomputed, s.preempted) for s in run.steps]
+    assert steps == [(3, 0, 0), (1, 0, 0), (2, 0, 1), (5, 4, 0)]
     assert [r.token_times for r in run.records] == [(2.5, 4.0, 9.5), (6.0,)]
     assert run.seconds == run.records[0].finish_time == 9.5
     assert run.records[0].itls == [1.5, 5.5]
