@@ -36,6 +36,22 @@ class StructuredOutputsParams:
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.json, self.regex, self.choice)) != 1:
             raise reject("structured_outputs", self, "exactly one of json, regex, choice")
+        if not isinstance(self.json, str | dict | None):
+            raise reject("structured_outputs.json", self.json, "a JSON schema, as a dict or as text")
+        if not isinstance(self.regex, str | None):
+            raise reject("structured_outputs.regex", self.regex, "a regular expression")
+        if self.choice is not None and not (isinstance(self.choice, list | tuple) and self.choice
+                                            and all(isinstance(text, str) for text in self.choice)):
+            raise reject("structured_outputs.choice", self.choice, "a list of at least one text")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """Build from a mapping, as JSON holds it. An unknown key is an error that lists those that exist."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        if unknown := sorted(set(options) - set(known), key=str):
+            raise ConfigError(f"unknown key {', '.join(map(str, unknown))} in structured_outputs; "
+                              f"allowed: {', '.join(known)}")
+        return cls(**options)
 
 
 @dataclass(frozen=True)
@@ -69,12 +85,15 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._check_types()
+        structured = self.structured_outputs
         normalise = {
             "stop": [self.stop] if isinstance(self.stop, str) else list(self.stop or []),
             "stop_token_ids": list(self.stop_token_ids or []),
             "bad_words": list(self.bad_words or []),
             "best_of": self.n if self.best_of is None else self.best_of,
             "top_k": 0 if self.top_k == -1 else self.top_k,
+            "structured_outputs": (StructuredOutputsParams.from_options(structured)
+                                   if isinstance(structured, Mapping) else structured),
         }
         for name, value in normalise.items():
             object.__setattr__(self, name, value)
@@ -89,6 +108,9 @@ class SamplingParams:
             value = getattr(self, name)
             if not (value is None or isinstance(value, (list, tuple)) or (name == "stop" and isinstance(value, str))):
                 raise reject(name, value, f"None, {allowed}")
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | Mapping | None):
+            raise reject("structured_outputs", self.structured_outputs,
+                         "None, StructuredOutputsParams, or a dict of its fields")
         if not isinstance(self.logit_bias, Mapping | None):
             raise reject("logit_bias", self.logit_bias, "a dict of token id -> finite number")
         for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):

@@ -66,6 +66,11 @@ class Tokenizer:
         size: int = self._backend.get_vocab_size(with_added_tokens=True)
         return size
 
+    def to_json(self) -> str:
+        """The tokenizer in the format of `tokenizer.json`."""
+        text: str = self._backend.to_str()
+        return text
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Text -> token ids, with the tokens that the model wants around a plain text (such as BOS) or without."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids

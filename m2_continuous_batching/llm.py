@@ -12,6 +12,7 @@ from m1_offline.kv_cache import check_memory, kv_cache_bytes
 from m1_offline.output_processor import OutputProcessor
 from m1_offline.sampler import FullSampler
 
+from .async_scheduling import AsyncSchedulingEngine
 from .attention import NaiveRaggedAttention, RaggedAttention
 from .config import EngineConfig
 from .continuous_llm import ContinuousLLM
@@ -21,6 +22,7 @@ from .plugins import Plugin, split_plugins
 from .policies import make_policy
 from .row_cache import RowCache
 from .scheduler import PrefillFirstScheduler
+from .structured_output import StructuredSampler
 
 
 class LLM(ContinuousLLM):
@@ -49,7 +51,9 @@ class LLM(ContinuousLLM):
                                      else RaggedAttention(cache, manager, weights.dtype))
         scheduler = PrefillFirstScheduler(make_policy(limits.policy), manager, num_rows, limits.max_num_batched_tokens,
                                           row_size)
-        engine = LLMEngine(scheduler, ModelRunner(weights, hooks.around(backend)), FullSampler(tokenizer),
+        engine_class = AsyncSchedulingEngine if limits.async_scheduling else LLMEngine
+        sampler = StructuredSampler(FullSampler(tokenizer), tokenizer, weights.spec)
+        engine = engine_class(scheduler, ModelRunner(weights, hooks.around(backend)), sampler,
                            OutputProcessor(tokenizer, row_size), cache.copy_slots, hooks.scheduler)
         super().__init__(config, engine, weights.spec, tokenizer)
         self.cache = cache

@@ -117,11 +117,11 @@ def count_identical(rounds: Iterable[Sequence[Sequence[int]]], reference: Iterab
                                              for ours, theirs in zip(rounds, reference, strict=True)), strict=True))
 
 
-def require(module: str, why: str) -> Any:
-    """Import an optional library. Raises ConfigError that says how to install it."""
+def require(module: str, why: str, extra: str = "bench") -> Any:
+    """Import an optional library, part of `extra`. Raises ConfigError that says how to install it."""
     import importlib
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(f'{why} needs {module.partition(".")[0]} ({error}); '
-                          'install it with: pip install "llm-inference-lab[bench]"') from error
+                          f'install it with: pip install "llm-inference-lab[{extra}]"') from error

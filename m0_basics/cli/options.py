@@ -15,7 +15,12 @@ from ..sampling_params import SamplingParams
 
 # The command line is greedy and generous where the library, like vLLM, samples and stops after 16 tokens.
 SAMPLING_DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256}
-_LEFT_OUT = {"structured_outputs", "detokenize"}
+_LEFT_OUT = {"detokenize"}
+# Parameters that are given as JSON: what is made of the parsed value, and an example.
+_JSON: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "logit_bias": (lambda value: {int(key): number for key, number in value.items()}, '{"42": -1.5}'),
+    "structured_outputs": (dict, '{"regex": "[0-9]+"}'),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +40,11 @@ class Flag:
     def parse(self, value: Any) -> Any:
         if not self.is_json or value is None:
             return value
+        convert, example = _JSON[self.name]
         try:
-            parsed = json.loads(value)
-            return {int(key): number for key, number in parsed.items()}
-        except (ValueError, AttributeError) as error:
-            raise ConfigError(f"{self.name}={value!r} is not valid; allowed: JSON such as {{\"42\": -1.5}}") from error
+            return convert(json.loads(value))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{self.name}={value!r} is not valid; allowed: JSON such as {example}") from error
 
 
 def engine_flags(config_class: type[EngineConfig], without: Iterable[str] = ()) -> dict[str, Flag]:

@@ -140,6 +140,16 @@ def test_structured_outputs():
     for settings in ({"json": {"type": "object"}}, {"regex": "a+"}, {"choice": ["a", "b"]}):
         params = SamplingParams(structured_outputs=StructuredOutputsParams(**settings))
         assert params.structured_outputs == StructuredOutputsParams(**settings)
+        assert SamplingParams.from_options(structured_outputs=settings) == params       # as JSON brings it
+
+
+@pytest.mark.parametrize(("value", "message"), [
+    ("a+", "None, StructuredOutputsParams, or a dict"), ({"grammar": "x"}, "unknown key grammar .* regex, choice"),
+    ({"json": 3}, "a JSON schema"), ({"regex": 3}, "a regular expression"), ({"choice": []}, "at least one text"),
+    ({"choice": "ab"}, "at least one text"), ({"choice": ["a", 1]}, "at least one text")])
+def test_structured_outputs_of_a_wrong_type(value, message):
+    with pytest.raises(ConfigError, match=message):
+        SamplingParams.from_options(structured_outputs=value)
 
 
 @pytest.mark.parametrize(("settings", "message"), [

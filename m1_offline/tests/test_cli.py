@@ -108,6 +108,10 @@ class TestBadArguments:
         (["generate", "x", "--top-p", "0"], "top_p=0.0 is not valid; allowed: a number above 0, up to 1"),
         (["generate", "x", "--n", "2"], "n=2 is not valid; allowed: 1 where temperature is 0 (greedy outputs are all"),
         (["generate", "x", "--logit-bias", "{"], "logit_bias='{' is not valid; allowed: JSON such as {\"42\": -1.5}"),
+        (["generate", "x", "--structured-outputs", "abc"], "structured_outputs='abc' is not valid; allowed: JSON such"),
+        (["generate", "x", "--structured-outputs", "5"], "structured_outputs='5' is not valid; allowed: JSON such as"),
+        (["generate", "x", "--structured-outputs", '{"regexp": "a"}'],
+         "unknown key regexp in structured_outputs; allowed: json, regex, choice"),
         (["chat", "x", "--max-tokens", "0"], "max_tokens=0 is not valid; allowed: an integer >= 1 or None"),
         (["chat", "x", "--dtype", "int3"], "dtype='int3' is not valid; allowed: auto, float32, float16, bfloat16"),
         (["chat", "x", "--max-num-seqs", "0"], "max_num_seqs=0 is not valid; allowed: an integer >= 1"),
@@ -157,7 +161,7 @@ class TestHelp:
         flags = {f"--{option.replace('_', '-')}" for option in llm_class.config_class.options()}
         assert {"--model", "--dtype", "--max-model-len", "--max-num-seqs", "--kv-cache-dtype"} < flags
         if name in ("generate", "chat"):
-            fields = {f.name for f in dataclasses.fields(SamplingParams)} - {"structured_outputs", "detokenize"}
+            fields = {f.name for f in dataclasses.fields(SamplingParams)} - {"detokenize"}
             flags |= {f"--{field.replace('_', '-')}" for field in fields}
         assert flags <= words
         assert "Rows of the KV cache" in " ".join(result.out.split()) or package == "m0_basics"
