@@ -1,10 +1,13 @@
 """The command line, the same in every milestone: `python -m m1_offline generate|chat|bench|facts|exercise`.
 
-`main("m1_offline")` builds the commands over that package's `LLM`, `benchmark` and `facts`.
+`main("m1_offline")` builds the commands over that package's `LLM`, `benchmark` and `facts`. What else a package
+offers stands in its module `commands`, as the list `COMMANDS`; one with a parameter `engine_options` gets the flags.
 """
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +131,10 @@ def build_app(package: str) -> typer.Typer:
     add(bench, engine_options=engine)
     add(divergence, engine_options=engine)
     app.command("facts", help=facts.__doc__)(facts)
+    if importlib.util.find_spec(f"{package}.commands") is not None:
+        for command in importlib.import_module(f"{package}.commands").COMMANDS:
+            add(command, **({"engine_options": engine} if "engine_options" in inspect.signature(command).parameters
+                            else {}))
     app.add_typer(exercise_app(package), name="exercise", help="Write the milestone's central functions yourself.")
     return app
 

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP server over any milestone's engine, from this one on."""

@@ -1,0 +1,87 @@
+"""What completions and chats share on the way back: waiting for the outputs, the envelope, usage, and deltas."""
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from m0_basics.outputs import CompletionOutput, Logprob, RequestOutput
+
+from ..async_engine import OutputStream, merge
+from .errors import check_served
+from .protocol import GenerationBody
+
+_LOWEST = -9999.0           # JSON has no -Infinity; vLLM's value
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """The fields that every answer, and every piece of a streamed one, begins with."""
+
+    id: str
+    object: str
+    created: int                # Unix time in seconds
+    model: str
+
+    @classmethod
+    def new(cls, prefix: str, kind: str, model: str) -> Envelope:
+        return cls(f"{prefix}-{uuid.uuid4().hex}", kind, int(time.time()), model)
+
+    def wrap(self, choices: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+        return {**vars(self), "choices": choices, **fields}
+
+
+def usage(streams: Sequence[OutputStream], num_completion_tokens: int) -> dict[str, int]:
+    """Tokens in and out. A prompt counts once, however many outputs it has."""
+    num_prompt_tokens = sum(len(stream.request.prompt_token_ids) for stream in streams)
+    return {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_completion_tokens,
+            "total_tokens": num_prompt_tokens + num_completion_tokens}
+
+
+async def collect(streams: Sequence[OutputStream]) -> list[RequestOutput]:
+    """The last output of each stream. Raises ApiError where the engine has failed one; closes all of them."""
+    last: dict[int, RequestOutput] = {}
+    async for i, output in merge(streams):
+        check_served(output)
+        last[i] = output
+    return [last[i] for i in range(len(streams))]
+
+
+class Deltas:
+    """Cuts growing outputs into pieces: what was not sent yet."""
+
+    def __init__(self, streams: Sequence[OutputStream], body: GenerationBody) -> None:
+        self._streams = streams
+        self._num_outputs = body.n or 1
+        self._sent: dict[int, CompletionOutput] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all that was sent."""
+        return sum(len(output.token_ids) for output in self._sent.values())
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, CompletionOutput]]:
+        """(index of the choice, its new text and tokens). A piece has text, log-probabilities, or a finish_reason."""
+        async for i, output in merge(self._streams):
+            check_served(output)
+            for part in output.outputs:
+                index = i * self._num_outputs + part.index
+                sent = self._sent.get(index, CompletionOutput(part.index, "", []))
+                chars, tokens = len(sent.text), len(sent.token_ids)
+                has_logprobs = bool(part.logprobs) and len(part.token_ids) > tokens
+                if len(part.text) > chars or has_logprobs or part.finish_reason != sent.finish_reason:
+                    self._sent[index] = part
+                    yield index, replace(part, text=part.text[chars:], token_ids=part.token_ids[tokens:],
+                                         logprobs=part.logprobs and part.logprobs[tokens:])
+
+
+def token_text(token_id: int, entry: Logprob) -> str:
+    """A token as log-probabilities name it; by its number where there is no tokenizer."""
+    return f"token_id:{token_id}" if entry.decoded_token is None else entry.decoded_token
+
+
+def finite(logprob: float) -> float:
+    """A log-probability that JSON can hold."""
+    return max(logprob, _LOWEST)

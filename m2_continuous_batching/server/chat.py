@@ -1,0 +1,71 @@
+"""`POST /v1/chat/completions`: messages through the model's chat template, the answer as a message."""
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from m0_basics.outputs import CompletionOutput, Logprob
+
+from ..async_engine import AsyncLLMEngine, OutputStream
+from .answers import Deltas, Envelope, collect, finite, token_text, usage
+from .parameters import as_messages, chat_params, scheduling_params
+from .protocol import ChatBody
+from .streaming import EventStreamResponse, run_while_connected
+
+
+async def create_chat_completion(engine: AsyncLLMEngine, model: str, body: ChatBody, request: Request) -> Response:
+    """Raises ConfigError or ApiError before anything is sent."""
+    streams = await engine.add_requests([as_messages(body.messages)], chat_params(body), scheduling_params(body),
+                                        stream=bool(body.stream))
+    if body.stream:
+        return EventStreamResponse(_events(body, Envelope.new("chatcmpl", "chat.completion.chunk", model), streams),
+                                   streams)
+    [output] = await run_while_connected(request.receive, collect(streams))
+    choices = [{"index": part.index, "message": {"role": "assistant", "content": part.text, "refusal": None},
+                "logprobs": _logprobs(part, body), "finish_reason": part.finish_reason,
+                "stop_reason": part.stop_reason} for part in output.outputs]
+    num_tokens = sum(len(part.token_ids) for part in output.outputs)
+    envelope = Envelope.new("chatcmpl", "chat.completion", model)
+    return JSONResponse(envelope.wrap(choices, usage=usage(streams, num_tokens)))
+
+
+async def _events(body: ChatBody, envelope: Envelope, streams: Sequence[OutputStream],
+                  ) -> AsyncGenerator[dict[str, Any], None]:
+    """For each choice: its role, its text piece by piece, why it ended. Then, if asked for, the usage."""
+    wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    nothing_yet = {"usage": None} if wants_usage else {}
+
+    def chunk(index: int, delta: dict[str, str], part: CompletionOutput | None = None,
+              **fields: Any) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": part and _logprobs(part, body), "finish_reason": None}
+        return envelope.wrap([choice | fields], **nothing_yet)
+
+    for index in range(body.n or 1):
+        yield chunk(index, {"role": "assistant", "content": ""})
+    deltas = Deltas(streams, body)
+    async for index, part in deltas:
+        if part.text or part.logprobs:
+            yield chunk(index, {"content": part.text}, part)
+        if part.finish_reason is not None:
+            yield chunk(index, {}, finish_reason=part.finish_reason, stop_reason=part.stop_reason)
+    if wants_usage:
+        yield envelope.wrap([], usage=usage(streams, deltas.num_tokens))
+
+
+def _logprobs(part: CompletionOutput, body: ChatBody) -> dict[str, Any] | None:
+    if part.logprobs is None:
+        return None
+    top = body.top_logprobs or 0
+    return {"content": [_entry(token_id, entries[token_id]) | {
+        "top_logprobs": [_entry(i, e) for i, e in entries.items() if e.rank is not None and e.rank <= top][:top]}
+        for token_id, entries in zip(part.token_ids, part.logprobs, strict=True)], "refusal": None}
+
+
+def _entry(token_id: int, entry: Logprob) -> dict[str, Any]:
+    """A token with its bytes, where it is whole characters: of others the tokenizer does not tell them."""
+    text = token_text(token_id, entry)
+    whole = entry.decoded_token is not None and "\ufffd" not in text
+    return {"token": text, "logprob": finite(entry.logprob), "bytes": list(text.encode()) if whole else None}

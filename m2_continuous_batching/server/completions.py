@@ -1,0 +1,133 @@
+"""`POST /v1/completions`: OpenAI's first API, which evaluation harnesses score prompts with (echo and logprobs)."""
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from m0_basics.config import ConfigError
+from m0_basics.input_processor import Prompt, as_prompt_list
+from m0_basics.outputs import CompletionOutput, Logprob, RequestOutput
+from m0_basics.tokenizer import Tokenizer
+from m1_offline.detokenizer import IncrementalDetokenizer
+
+from ..async_engine import AsyncLLMEngine, OutputStream
+from .answers import Deltas, Envelope, collect, finite, token_text, usage
+from .parameters import completion_params, scheduling_params
+from .protocol import CompletionBody
+from .streaming import EventStreamResponse, run_while_connected
+
+
+async def create_completion(engine: AsyncLLMEngine, model: str, body: CompletionBody, request: Request) -> Response:
+    """Raises ConfigError or ApiError before anything is sent."""
+    params = completion_params(body)
+    prompts: list[Prompt] = as_prompt_list(body.prompt)
+    if not prompts:
+        raise ConfigError("prompt=[] is not valid; allowed: at least one prompt")
+    streams = await engine.add_requests(prompts, params, scheduling_params(body), stream=bool(body.stream),
+                                        add_special_tokens=body.add_special_tokens is not False)
+    envelope = Envelope.new("cmpl", "text_completion", model)
+    tokenizer = engine.llm.tokenizer
+    if body.stream:
+        return EventStreamResponse(_events(body, envelope, streams, tokenizer), streams)
+    outputs = await run_while_connected(request.receive, collect(streams))
+    choices: list[dict[str, Any]] = []
+    num_tokens = 0
+    for output in outputs:
+        for part in output.outputs:
+            choice = _Choice(body, output.prompt, output.prompt_token_ids, output.prompt_logprobs, tokenizer)
+            choices.append(choice.piece(len(choices), part))
+            num_tokens += len(part.token_ids) if body.max_tokens != 0 else 0
+    return JSONResponse(envelope.wrap(choices, usage=usage(streams, num_tokens)))
+
+
+async def _events(body: CompletionBody, envelope: Envelope, streams: Sequence[OutputStream],
+                  tokenizer: Tokenizer | None) -> AsyncGenerator[dict[str, Any], None]:
+    deltas, made = Deltas(streams, body), dict[int, _Choice]()
+    wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    nothing_yet = {"usage": None} if wants_usage else {}
+    async for index, part in deltas:
+        if index not in made:
+            output = RequestOutput.from_request(streams[index // (body.n or 1)].request)
+            made[index] = _Choice(body, output.prompt, output.prompt_token_ids, output.prompt_logprobs, tokenizer)
+        yield envelope.wrap([made[index].piece(index, part)], **nothing_yet)
+    if wants_usage:
+        yield envelope.wrap([], usage=usage(streams, deltas.num_tokens if body.max_tokens != 0 else 0))
+
+
+class _Choice:
+    """One choice in the making: the first piece carries the echo of the prompt, where that is asked for."""
+
+    def __init__(self, body: CompletionBody, prompt: str | None, prompt_token_ids: list[int],
+                 prompt_logprobs: list[dict[int, Logprob] | None] | None, tokenizer: Tokenizer | None) -> None:
+        self.body = body
+        self.tokenizer = tokenizer
+        self.prompt_token_ids = prompt_token_ids
+        self.prompt_logprobs = prompt_logprobs
+        self.echo = ""
+        if body.echo:
+            decoded = tokenizer.decode(prompt_token_ids, skip_special_tokens=False) if tokenizer else ""
+            self.echo = decoded if prompt is None else prompt
+        self.is_first = True
+        skip = body.skip_special_tokens is not False
+        self.offsets = _Offsets(len(self.echo), tokenizer, skip)
+
+    def piece(self, index: int, part: CompletionOutput) -> dict[str, Any]:
+        """The JSON form of what is new of the choice; `max_tokens=0` leaves the generated token out."""
+        text, token_ids, entries, reason = part.text, part.token_ids, part.logprobs, part.finish_reason
+        if self.body.max_tokens == 0:
+            text, token_ids, entries, reason = "", [], entries and [], "length"
+        logprobs = None
+        if self.body.logprobs is not None:
+            logprobs = self._logprobs(token_ids, entries or [], self.offsets)
+            if self.is_first and self.body.echo:
+                prompt = self._logprobs(self.prompt_token_ids, self.prompt_logprobs or [None],
+                                        _Offsets(0, self.tokenizer, False, len(self.echo)))
+                logprobs = {name: prompt[name] + logprobs[name] for name in prompt}
+        text = self.echo + text if self.is_first else text
+        self.is_first = False
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason,
+                "stop_reason": part.stop_reason}
+
+    def _logprobs(self, token_ids: Sequence[int], entries: Sequence[dict[int, Logprob] | None],
+                  offsets: _Offsets) -> dict[str, list[Any]]:
+        result: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+        for token_id, entry in zip(token_ids, entries, strict=True):
+            result["text_offset"].append(offsets.next(token_id))
+            if entry is None:                               # nothing predicts the first token of a prompt
+                text = self.tokenizer.decode([token_id], skip_special_tokens=False) if self.tokenizer else None
+                result["tokens"].append(self._name(token_id, Logprob(0.0, decoded_token=text)))
+                result["token_logprobs"].append(None)
+                result["top_logprobs"].append(None)
+                continue
+            result["tokens"].append(self._name(token_id, entry[token_id]))
+            result["token_logprobs"].append(finite(entry[token_id].logprob))
+            top: dict[str, float] = {}
+            for other, logprob in entry.items():            # best first: of tokens with the same text the best stays
+                top.setdefault(self._name(other, logprob), finite(logprob.logprob))
+            result["top_logprobs"].append(top)
+        return result
+
+    def _name(self, token_id: int, entry: Logprob) -> str:
+        return f"token_id:{token_id}" if self.body.return_tokens_as_token_ids else token_text(token_id, entry)
+
+
+class _Offsets:
+    """Where each token begins in the text of the choice, in characters."""
+
+    def __init__(self, start: int, tokenizer: Tokenizer | None, skip_special_tokens: bool,
+                 end: int | None = None) -> None:
+        self._position = start
+        self._end = end
+        self._tokenizer = tokenizer
+        self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens) if tokenizer else None
+
+    def next(self, token_id: int) -> int:
+        begin = self._position
+        if self._detokenizer is not None and self._tokenizer is not None:
+            self._position += len(self._detokenizer.push(token_id))
+            # Characters of earlier tokens that were held back until now stand before it.
+            begin = max(begin, self._position - len(self._tokenizer.decode([token_id], False)))
+        return begin if self._end is None else min(begin, self._end)
