@@ -10,10 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from m0_basics.config import ConfigError, check_int, reject
+from m0_basics.config import check_int, reject
 from m0_basics.request import Request, Sequence
 
 Key = tuple[float, ...]
+_MAX_PRIORITY = 2**31           # ageing multiplies it with seconds: a float has to hold the product exactly enough
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,15 @@ class SchedulingParams:
     timeout_s: float | None = None      # seconds from arrival after which the request is aborted
 
     def __post_init__(self) -> None:
-        if isinstance(self.priority, bool) or not isinstance(self.priority, int):
-            raise reject("priority", self.priority, "an integer (lower runs sooner)")
-        if self.timeout_s is not None and (isinstance(self.timeout_s, bool) or not self.timeout_s > 0):
-            raise reject("timeout_s", self.timeout_s, "seconds above 0, or None")
+        if isinstance(self.priority, bool) or not isinstance(self.priority, int) or abs(self.priority) > _MAX_PRIORITY:
+            raise reject("priority", self.priority, f"an integer from -{_MAX_PRIORITY} to {_MAX_PRIORITY} "
+                                                    "(lower runs sooner)")
+        if self.sla_class is not None and not isinstance(self.sla_class, str):
+            raise reject("sla_class", self.sla_class, "the name of a class, or None")
+        seconds = self.timeout_s
+        if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, (int, float))
+                                    or not seconds > 0):
+            raise reject("timeout_s", seconds, "seconds above 0, or None")
 
 
 @dataclass(eq=False)
@@ -38,7 +44,7 @@ class QueuedSequence:
     sequence: Sequence
     request: Request
     params: SchedulingParams
-    turns: int = 0                      # how often it was preempted
+    queue_number: int = 0               # sequences that had joined the queue when it did, itself included
     tokens_this_turn: int = 0           # tokens generated since it was last admitted
     last_step: int = -1                 # the last step that ran it
 
@@ -66,6 +72,10 @@ class SchedulingPolicy(ABC):
     def share(self, entry: QueuedSequence, used: Iterable[tuple[QueuedSequence, int]], total: int) -> int:
         """Of `total` rows, or tokens, how many may be in use once `entry` has got its own; `used` says by whom."""
         return total
+
+    def lane(self, entry: QueuedSequence) -> str:
+        """Sequences of one lane are admitted in order; one that has to wait does not hold up other lanes."""
+        return ""
 
     def check(self, params: SchedulingParams) -> None:
         """Raise ConfigError for parameters that make no sense under this policy."""
@@ -113,13 +123,16 @@ class ShortestJobFirstPolicy(SchedulingPolicy):
 
 
 class RoundRobinPolicy(SchedulingPolicy):
-    """After `quantum` tokens a sequence gives way to one that has had fewer turns. Each switch costs a recompute."""
+    """After `quantum` tokens a sequence may be sent to the end of the queue. Each switch costs a recompute.
+
+    New requests join at the end as well, so that a turn comes round for everybody, however many arrive.
+    """
 
     def __init__(self, quantum: int = 32) -> None:
         self.quantum = quantum
 
     def key(self, entry: QueuedSequence) -> Key:
-        return (entry.turns, *entry.order)
+        return (entry.queue_number, *entry.order)
 
     def may_displace(self, waiting: QueuedSequence, victim: QueuedSequence) -> bool:
         return victim.tokens_this_turn >= self.quantum
@@ -146,6 +159,10 @@ class SLAPolicy(SchedulingPolicy):
     def class_of(self, entry: QueuedSequence) -> str:
         """The entry's class; requests that name none are of the last."""
         return entry.params.sla_class or list(self.classes)[-1]
+
+    def lane(self, entry: QueuedSequence) -> str:
+        """Each class has its own, so that a class can use what is reserved for it while a higher one waits."""
+        return self.class_of(entry)
 
     def share(self, entry: QueuedSequence, used: Iterable[tuple[QueuedSequence, int]], total: int) -> int:
         """`total` less what other classes have reserved and do not use."""
@@ -190,24 +207,24 @@ def _sla(text: str) -> SLAPolicy:
         except ValueError:
             raise reject("policy", f"sla:{text}", "sla:NAME=SHARE,NAME=SHARE") from None
     total = sum(c.reserved for c in classes)
-    if len({c.name for c in classes} - {""}) != len(classes) or any(c.reserved < 0 for c in classes) or total >= 1:
+    if len({c.name for c in classes} - {""}) != len(classes) or not all(c.reserved >= 0 for c in classes) or total >= 1:
         raise reject("policy", f"sla:{text}", "classes with names of their own and shares >= 0 that sum to less than 1")
     return SLAPolicy(classes)
 
 
-def _plain(policy: Callable[[], SchedulingPolicy]) -> Callable[[str], SchedulingPolicy]:
+def _plain(name: str, policy: Callable[[], SchedulingPolicy]) -> Callable[[str], SchedulingPolicy]:
     def make(text: str) -> SchedulingPolicy:
         if text:
-            raise ConfigError(f"this policy takes no parameter, but was given {text!r}")
+            raise reject("policy", f"{name}:{text}", f"{name}, which takes no parameter")
         return policy()
     return make
 
 
 POLICIES: dict[str, Callable[[str], SchedulingPolicy]] = {
-    "fcfs": _plain(FCFSPolicy),
-    "priority": _plain(PriorityPolicy),
+    "fcfs": _plain("fcfs", FCFSPolicy),
+    "priority": _plain("priority", PriorityPolicy),
     "ageing": _ageing,
-    "sjf": _plain(ShortestJobFirstPolicy),
+    "sjf": _plain("sjf", ShortestJobFirstPolicy),
     "round-robin": _round_robin,
     "sla": _sla,
 }

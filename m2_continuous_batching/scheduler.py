@@ -113,6 +113,7 @@ class PrefillFirstScheduler(Scheduler):
         self._requests: dict[str, Request] = {}
         self._token_budget = max_num_batched_tokens
         self._step = 0
+        self._num_queued = 0
         self._prefilled_last = False
 
     @property
@@ -145,9 +146,11 @@ class PrefillFirstScheduler(Scheduler):
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Where there is no room for the child, it waits like a preempted sequence and will be computed on its own."""
         origin = self._entries[parent.seq_id]
-        entry = QueuedSequence(child, origin.request, origin.params, last_step=self._step)
-        room = origin in self.running and len(self.running) < self.max_num_seqs
+        entry = QueuedSequence(child, origin.request, origin.params, queue_number=origin.queue_number,
+                               last_step=self._step)
+        room = origin in self.running and self._has_place(entry)
         if room and self.kv_cache_manager.fork(parent, child):
+            child.num_computed_tokens = parent.num_computed_tokens
             self._entries[child.seq_id] = entry
             self.running.append(entry)
         else:
@@ -216,35 +219,43 @@ class PrefillFirstScheduler(Scheduler):
         return list(late.values())
 
     def _schedule_prefills(self, scheduled: list[ScheduledSequence], preempted: list[Sequence]) -> None:
-        """Admit waiting sequences in their order, until one does not fit: nobody overtakes it."""
+        """Admit waiting sequences in their order, until one does not fit: nobody in its lane overtakes it."""
         used: list[tuple[QueuedSequence, int]] = []
+        full: set[str] = set()              # lanes
         total = 0
         for entry in list(self.waiting):
+            if (lane := self.policy.lane(entry)) in full:
+                continue
             sequence = entry.sequence
             num_tokens = sequence.num_tokens - self.kv_cache_manager.get_num_computed_tokens(sequence)
             # The first one may go beyond the soft budget, else a small budget would lock out a long prompt.
             limit = self.policy.share(entry, used, self.token_budget) if used else self.max_num_batched_tokens
-            if total + num_tokens > limit:
-                break
-            if not self._make_room(entry, num_tokens, used, preempted):
-                break
-            self._run(entry)
-            scheduled.append(ScheduledSequence(sequence, num_tokens))
-            used.append((entry, num_tokens))
-            total += num_tokens
+            fits = total + num_tokens <= limit
+            if fits and self._make_room(entry, num_tokens, used, preempted):
+                self._run(entry)
+                scheduled.append(ScheduledSequence(sequence, num_tokens))
+                used.append((entry, num_tokens))
+                total += num_tokens
+            elif fits and self._has_place(entry):
+                break                       # it is the cache that is full, and for all lanes
+            else:
+                full.add(lane)
 
     def _make_room(self, entry: QueuedSequence, num_tokens: int, used: list[tuple[QueuedSequence, int]],
                    preempted: list[Sequence]) -> bool:
         """Find a place for a waiting sequence, displacing running ones where the policy says so."""
         while True:
-            places = self.policy.share(entry, [(e, 1) for e in self.running], self.max_num_seqs)
-            if len(self.running) < places and self.kv_cache_manager.allocate_slots(entry.sequence, num_tokens):
+            if self._has_place(entry) and self.kv_cache_manager.allocate_slots(entry.sequence, num_tokens):
                 return True
             joined = {e for e, _ in used}               # a victim must not be in the step already
             victims = [e for e in self.running if e not in joined and self.policy.may_displace(entry, e)]
             if not victims:
                 return False
             self._preempt(max(victims, key=self.policy.key), preempted)
+
+    def _has_place(self, entry: QueuedSequence) -> bool:
+        """Whether one more may run, by the number of places that the policy lets `entry` see."""
+        return len(self.running) < self.policy.share(entry, [(e, 1) for e in self.running], self.max_num_seqs)
 
     def _schedule_decodes(self, scheduled: list[ScheduledSequence], preempted: list[Sequence]) -> None:
         """One token for each running sequence, as far as the budget goes; who is left out goes first next time."""
@@ -276,10 +287,11 @@ class PrefillFirstScheduler(Scheduler):
         self.kv_cache_manager.free(entry.sequence)
         entry.sequence.num_computed_tokens = 0
         entry.sequence.set_status(SequenceStatus.WAITING)
-        entry.turns += 1
         preempted.append(entry.sequence)
         self._wait(entry)
 
     def _wait(self, entry: QueuedSequence) -> None:
         self._entries[entry.sequence.seq_id] = entry
+        self._num_queued += 1
+        entry.queue_number = self._num_queued
         bisect.insort(self.waiting, entry, key=self.policy.key)
