@@ -107,8 +107,9 @@ def roofline() -> dict[str, Fact]:
         cases = {f"decode.{b}": [Work(1, CONTEXT)] * b for b in (1, 8, 32, 64, 256)}
         cases |= {"prefill.512": [Work(512, 512)], "prefill.256": [Work(256, 256)], "prefill.2048": [Work(2048, 2048)],
                   "prefill.8192": [Work(8192, 8192)], "mixed.32+256": [Work(1, CONTEXT)] * 32 + [Work(256, 256)]}
+        cases |= {f"verify.{b}x5": [Work(5, CONTEXT + 4)] * b for b in (1, 32, 64, 256)}      # four guesses each
         for case, works in cases.items():
-            flops, traffic = calc.step_flops(spec, works, causal=True), calc.step_bytes(spec, works)
+            flops, traffic = calc.step_flops(spec, works, True, _num_logits(works)), calc.step_bytes(spec, works)
             bound = roofline_time(flops.total, traffic.total, H100)
             facts |= {f"{short}.{case}.intensity": Fact(calc.arithmetic_intensity(flops, traffic), "FLOP/B"),
                       f"{short}.{case}.ms": Fact(bound.seconds * 1e3, "ms"),
@@ -118,7 +119,8 @@ def roofline() -> dict[str, Fact]:
                 facts[f"{short}.{case}.kv_share"] = Fact(traffic.kv_read / traffic.total, "ratio")
         apart = float(facts[f"{short}.decode.32.ms"].value) + float(facts[f"{short}.prefill.256.ms"].value)
         decode_1, decode_32 = (float(facts[f"{short}.decode.{b}.ms"].value) for b in (1, 32))
-        facts |= {f"{short}.apart.32+256.ms": Fact(apart, "ms"),
+        slower = float(facts[f"{short}.verify.256x5.ms"].value) / float(facts[f"{short}.decode.256.ms"].value)
+        facts |= {f"{short}.apart.32+256.ms": Fact(apart, "ms"), f"{short}.verify.256x5.slower": Fact(slower, "ratio"),
                   f"{short}.batch_32_slower": Fact(decode_32 / decode_1 - 1, "ratio"),
                   f"{short}.batch_32_gain": Fact(32 * decode_1 / decode_32, "ratio"),
                   f"{short}.memory_bound_context": Fact(memory_bound_context(spec, H100) or 0),
@@ -129,6 +131,11 @@ def roofline() -> dict[str, Fact]:
     useful = largest_useful_batch(SPECS["Llama-3.1-8B"], H100, 128)
     assert useful is not None
     return facts | {"llama_3_1_8b.useful_batch.128": Fact(useful)}
+
+
+def _num_logits(works: Sequence[Work]) -> int:
+    """Rows of logits: one for each sequence, but one for each token where guesses are verified (5 tokens)."""
+    return sum(5 if w.num_tokens == 5 else 1 for w in works)
 
 
 def kv_cache() -> dict[str, Fact]:
@@ -262,12 +269,19 @@ def budgets() -> dict[str, Fact]:
 
 
 def capacity() -> dict[str, Fact]:
-    """How many GPUs hold ten million conversations, and how many serve those that generate at one moment."""
-    held = max_sequences(SPECS["Llama-3.1-8B"], H100, 2048)
-    k, rate = 4, 0.8
+    """GPUs for ten million conversations and for those that generate at one moment; what a sharded cache moves."""
+    spec = SPECS["Llama-3.1-8B"]
+    held, shard = max_sequences(spec, H100, 2048), 131_072
+    per_step, half = ((1 - rate ** 5) / (1 - rate) for rate in (0.8, 0.5))          # four guesses and one more
+    slower = float(roofline()["llama_3_1_8b.verify.256x5.slower"].value)
+    # Each query head returns its output, a maximum and a sum, as 4-byte floats.
+    partial = 4 * spec.num_hidden_layers * spec.num_attention_heads * (spec.head_dim + 2)
     return {"capacity.per_gpu": Fact(held), "capacity.gpus": Fact(-(-10_000_000 // held)),
             "capacity.gpus.active": Fact(-(-100_000 // held)),
-            "accepted.per_step": Fact((1 - rate ** (k + 1)) / (1 - rate))}
+            "accepted.per_step": Fact(per_step), "accepted.per_step.half": Fact(half),
+            "accepted.gain_256": Fact(per_step / slower, "ratio"),
+            "shard.kv_bytes": Fact(calc.kv_bytes(spec, shard), "B"), "shard.partial_bytes": Fact(partial, "B"),
+            "shard.fetch_2048.ms": Fact(calc.kv_bytes(spec, 2048) / HOST_BYTES_PER_SECOND * 1e3, "ms")}
 
 
 BENCH: dict[str, Result] = {}
