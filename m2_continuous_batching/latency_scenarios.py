@@ -76,7 +76,7 @@ def _budget(options: dict[str, Any], rounds: int, quick: bool) -> dict[str, Any]
     """With the whole budget and with the adaptive one: how long the streams' tokens took. Medians of the rounds."""
     num_streams = 2 if quick else 8
     fixed = LLM(**options)
-    adaptive = LLM(**options, plugins=[AdaptiveBudgetPlugin(target_step_s=TPOT_TARGET_S)])
+    adaptive = LLM(**options, plugins=[AdaptiveBudgetPlugin(target_tpot_s=TPOT_TARGET_S)])
     workload = (burst_workload(num_streams, 4, 12, 0.05) if quick else burst_workload(num_streams, 24, 96, 1.0))
     workload = workload.fit_vocabulary(fixed.spec.vocab_size)
     runs = _take_turns({"fixed": EngineContender("fixed", fixed), "adaptive": EngineContender("adaptive", adaptive)},

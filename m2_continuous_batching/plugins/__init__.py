@@ -10,12 +10,16 @@ from torch import Tensor
 from m0_basics.attention import AttentionBackend, AttentionMetadata, ScheduledSequence
 from m0_basics.config import reject
 
+from .adaptive_budget import AdaptiveBudgetPlugin
 from .base import Attend, AttentionPlugin, CachePlugin, SchedulerPlugin, StepStats
+from .kv_compression import KVCompressionPlugin
+from .logging_plugin import LoggingPlugin
+from .priority import PriorityPlugin
 
 Plugin = SchedulerPlugin | AttentionPlugin | CachePlugin
 
-__all__ = ["AttentionPlugin", "CachePlugin", "Plugin", "PluginAttention", "Plugins", "SchedulerPlugin", "StepStats",
-           "split_plugins"]
+__all__ = ["AdaptiveBudgetPlugin", "AttentionPlugin", "CachePlugin", "KVCompressionPlugin", "LoggingPlugin", "Plugin",
+           "PluginAttention", "Plugins", "PriorityPlugin", "SchedulerPlugin", "StepStats", "split_plugins"]
 
 
 class PluginAttention(AttentionBackend):

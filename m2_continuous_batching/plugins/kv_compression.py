@@ -1,0 +1,75 @@
+"""The KV cache in 8 bits: each head's vector of a token is stored as integers and one scale.
+
+    scale = max |x| / 127        stored = round(x / scale)        read back: stored * scale, off by scale / 2 at most
+
+A vector of D numbers takes D + 2 bytes instead of 2 D in 16 bits. The scales are the plugin's own tensors, with the
+slots of the cache as their index, so that they are read, and copied for a fork, along with them.
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .base import CachePlugin
+
+if TYPE_CHECKING:
+    from ..kv_cache_manager import SlotCopy
+
+_SMALLEST_SCALE = 2.0 ** -14            # float16's smallest normal number: a vector of zeros still has a scale
+
+
+class KVCompressionPlugin(CachePlugin):
+    """int8 per token and head, with float16 scales. Should be the last of several cache plugins: it changes the type.
+
+    An object serves one engine. Vectors with a number above 65504 * 127 are beyond float16's scale.
+    """
+
+    def __init__(self) -> None:
+        self._scales: Tensor | None = None          # [2, layers, num_slots, H_kv]: of keys, of values
+        self._restored = torch.float32              # type of what is read
+
+    @property
+    def scales(self) -> Tensor:
+        assert self._scales is not None, "the plugin is not attached to a cache"
+        return self._scales
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._scales is None else self._scales.nbytes
+
+    def storage_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.int8
+
+    def attach(self, num_layers: int, num_slots: int, num_kv_heads: int, dtype: torch.dtype,
+               device: torch.device) -> None:
+        assert self._scales is None, "one KVCompressionPlugin for each engine"
+        self._scales = torch.empty(2, num_layers, num_slots, num_kv_heads, dtype=torch.float16, device=device)
+        self._restored = dtype
+
+    def before_append(self, layer_idx: int, k: Tensor, v: Tensor, slot_mapping: Tensor) -> tuple[Tensor, Tensor]:
+        stored = []
+        for which, x in enumerate((k, v)):
+            quantised, scale = quantise(x)
+            self.scales[which, layer_idx].index_copy_(0, slot_mapping, scale)
+            stored.append(quantised)
+        return stored[0], stored[1]
+
+    def on_read(self, layer_idx: int, k: Tensor, v: Tensor, slots: Tensor | slice) -> tuple[Tensor, Tensor]:
+        return self._restore(k, self.scales[0, layer_idx], slots), self._restore(v, self.scales[1, layer_idx], slots)
+
+    def _restore(self, x: Tensor, scales: Tensor, slots: Tensor | slice) -> Tensor:
+        scale = scales[slots] if isinstance(slots, slice) else scales.index_select(0, slots)
+        return (x.float() * scale.float().unsqueeze(-1)).to(self._restored)
+
+    def on_copy(self, copies: list[SlotCopy]) -> None:
+        for c in copies:
+            self.scales[:, :, c.target:c.target + c.num_slots] = self.scales[:, :, c.source:c.source + c.num_slots]
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., D] -> int8 [..., D] and float16 scales [...]."""
+    # The scale as it is stored decides the integers, so that its rounding does not add to theirs.
+    scale = (x.float().abs().amax(dim=-1) / 127).clamp(_SMALLEST_SCALE).half()
+    return (x.float() / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8), scale
