@@ -30,6 +30,8 @@ from m1_offline.facts import static_slots, used_share
 
 from .attention import GROUP_SIZE, ragged_mask
 from .config import SchedulerConfig
+from .plugins.adaptive_budget import AdaptiveBudgetPlugin
+from .plugins.base import SchedulerPlugin
 from .policies import SchedulingParams
 from .simulation import SimulatedStep, Simulation, Simulator, StepCost
 
@@ -39,6 +41,7 @@ CONTEXT = 512                                   # tokens that each decoding sequ
 S0_BATCH = (5, 100, 3, 80)                      # output tokens of four requests
 CPU_COST = StepCost(0.016, 0.00055)             # about SmolLM2 on two cores: 16 ms a step, 0.55 ms a token
 URGENT_SHARE = 0.2
+TPOT_TARGET = 0.4                               # seconds: what the adaptive budget is given
 HOST_BYTES_PER_SECOND = 25e9                    # an assumption: what a PCIe 4 x16 link does in practice
 
 
@@ -247,23 +250,23 @@ def policies() -> dict[str, Fact]:
     return facts
 
 
-def burst(token_budget: int) -> Simulation:
+def burst(token_budget: int, *plugins: SchedulerPlugin) -> Simulation:
     """Eight sequences decode; after two seconds sixteen prompts of 256 tokens arrive at once."""
     requests = [BenchRequest((0,) * 16, 200)] * 8 + [BenchRequest((0,) * 256, 32, 2.0)] * 16
-    return Simulator(32, cost=CPU_COST, token_budget=token_budget).run(requests)
+    return Simulator(32, cost=CPU_COST, token_budget=token_budget, plugins=plugins).run(requests)
 
 
 def budgets() -> dict[str, Fact]:
     """The same burst under several token budgets: the stall of those who decode, and the wait of those who arrive."""
-    facts: dict[str, Fact] = {}
-    for tokens in (2048, 1024, 512, 256):
-        run = burst(tokens)
+    facts = {"burst.target_ms": Fact(TPOT_TARGET * 1e3, "ms")}
+    runs = {str(tokens): burst(tokens) for tokens in (2048, 1024, 512, 256)}
+    for name, run in (runs | {"adaptive": burst(2048, AdaptiveBudgetPlugin(TPOT_TARGET))}).items():
         waits = [r.token_times[0] - r.arrival_time for r in run.records[8:]]
-        facts |= {f"burst.{tokens}.stall_ms": Fact(max(max(r.itls) for r in run.records[:8]) * 1e3, "ms"),
-                  f"burst.{tokens}.ttft_first": Fact(min(waits), "s"),
-                  f"burst.{tokens}.ttft_mean": Fact(sum(waits) / len(waits), "s"),
-                  f"burst.{tokens}.ttft_last": Fact(max(waits), "s"),
-                  f"burst.{tokens}.seconds": Fact(run.seconds, "s")}
+        facts |= {f"burst.{name}.stall_ms": Fact(max(max(r.itls) for r in run.records[:8]) * 1e3, "ms"),
+                  f"burst.{name}.ttft_first": Fact(min(waits), "s"),
+                  f"burst.{name}.ttft_mean": Fact(sum(waits) / len(waits), "s"),
+                  f"burst.{name}.ttft_last": Fact(max(waits), "s"),
+                  f"burst.{name}.seconds": Fact(run.seconds, "s")}
     slower = float(facts["burst.256.seconds"].value) / float(facts["burst.2048.seconds"].value) - 1
     return facts | {"burst.slower": Fact(slower, "ratio"), "prefill.2048.cpu": Fact(CPU_COST(2048), "s")}
 

@@ -135,6 +135,7 @@ def test_budgets(values: dict[str, Value]) -> None:
     """The longest gap holds a step of 8 prompts and the decode step of all 24 sequences."""
     assert values["burst.2048.stall_ms"] == pytest.approx((16 + 2048 * 0.55) + (16 + 24 * 0.55))
     assert values["burst.256.stall_ms"] == pytest.approx((16 + 256 * 0.55) + (16 + 24 * 0.55))
+    assert float(values["burst.adaptive.stall_ms"]) <= float(values["burst.target_ms"])      # F2.10
     stalls = [float(values[f"burst.{n}.stall_ms"]) for n in (256, 512, 1024, 2048)]
     assert stalls == sorted(stalls)
 
