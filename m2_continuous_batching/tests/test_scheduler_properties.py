@@ -50,8 +50,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             for request in output.expired:
                 assert self.loop.now > self.limits[request.request_id]
                 assert TIME_LIMIT in {s.stop_reason for s in request.sequences}
-            late = [r for r in self.requests if not r.is_finished and self.limits.get(r.request_id, 1e9) < self.loop.now]
-            assert not late, "a request outlives its time limit"
+            late = [i for i, limit in self.limits.items() if limit < self.loop.now]
+            assert all(r.is_finished for r in self.requests if r.request_id in late), "outlives its time limit"
             self.loop.now += seconds
 
     @precondition(lambda self: self.requests)
