@@ -255,7 +255,10 @@ class AsyncLLMEngine:
         scheduler = self.llm.engine.scheduler
         if self.max_queued_requests is not None:
             present = len(scheduler.running) + len(scheduler.waiting)
-            if present + num_new > scheduler.max_num_seqs + self.max_queued_requests:
+            room = scheduler.max_num_seqs + self.max_queued_requests
+            if num_new > room:
+                raise ConfigError(f"{num_new} prompts in one request; allowed: at most {room}, which this server holds")
+            if present + num_new > room:
                 raise QueueFullError(f"{present} requests run or wait; allowed: {scheduler.max_num_seqs} that run and "
                                      f"max_queued_requests={self.max_queued_requests} that wait; try again later")
 

@@ -121,8 +121,9 @@ def _add_monitoring(app: FastAPI, engine: AsyncLLMEngine, metrics: PrometheusMet
     async def health() -> Response:
         return Response() if engine.is_healthy else JSONResponse({"status": "the engine is not running"}, 503)
 
-    app.add_api_route("/health", health, methods=["GET"])
-    app.add_api_route("/ping", health, methods=["GET", "POST"], operation_id="ping")
+    app.get("/health")(health)
+    app.get("/ping")(health)
+    app.post("/ping")(health)
 
     @app.get("/version")
     async def get_version() -> dict[str, str]:

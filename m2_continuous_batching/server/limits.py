@@ -43,7 +43,7 @@ class LimitsMiddleware:
         if self.api_key is not None and path not in OPEN_PATHS:
             given = headers.get("authorization", "")
             # As bytes and in constant time: how long a comparison takes must not tell how much of a key is right.
-            if not hmac.compare_digest(given.encode(), f"Bearer {self.api_key}".encode()):
+            if not hmac.compare_digest(given.encode("latin-1"), f"Bearer {self.api_key}".encode()):
                 return ApiError(401, "the API key is missing or wrong; send it as: Authorization: Bearer KEY",
                                 code="invalid_api_key")
         length = headers.get("content-length", "0")

@@ -64,6 +64,7 @@ class EventStreamResponse(Response):
         except ClientDisconnectedError:
             return
         finally:
+            await self.events.aclose()
             for stream in self.streams:
                 stream.close()
 

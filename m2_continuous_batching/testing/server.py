@@ -52,11 +52,14 @@ class RunningServer:
 
     def client(self, **options: Any) -> openai.OpenAI:
         """The official client."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", **({"api_key": "none", "max_retries": 0} | options))
+        return openai.OpenAI(**self._client_options(options))
 
     def async_client(self, **options: Any) -> openai.AsyncOpenAI:
         """The official client for coroutines; to be made inside the event loop."""
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", **({"api_key": "none", "max_retries": 0} | options))
+        return openai.AsyncOpenAI(**self._client_options(options))
+
+    def _client_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        return {"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0} | options
 
     def send(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
         """(status, JSON) of a GET, or of a POST of `body`: bytes as they are, anything else as JSON."""

@@ -160,3 +160,12 @@ def test_every_spelling_of_a_constraint(server, fields, expected):
     twice = {"guided_regex": "a", **fields} if "guided_regex" not in fields else {"guided_choice": ["a"], **fields}
     with pytest.raises(openai.BadRequestError, match="constrained more than once"):
         chat(server, extra_body=twice)
+
+
+def test_a_constrained_answer(server):
+    """End to end: the text is one of the choices, whatever the random model would rather say."""
+    answer = chat(server, max_tokens=None, extra_body={"guided_choice": ["yes", "the one"]})
+    assert answer.choices[0].message.content in ("yes", "the one")
+    assert answer.choices[0].finish_reason == "stop"
+    with pytest.raises(openai.BadRequestError, match="regex"):
+        chat(server, extra_body={"guided_regex": "(["})
