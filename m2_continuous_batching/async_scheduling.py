@@ -41,12 +41,12 @@ class AsyncSchedulingEngine(LLMEngine):
     def step(self) -> list[RequestOutput]:
         """Start what was chosen; meanwhile conclude the previous step and choose the next; then record the tokens."""
         start = time.perf_counter()
+        self._aborted = []
         output = self._take_chosen()
         ended = output.expired.copy()
         num_prompt_tokens = sum(s.num_tokens for s in output.scheduled if not is_decode(s))
         self.copy_slots(output.copies)
-        inputs = self.runner.prepare_inputs(output.scheduled) if output.scheduled else None
-        running = self._thread.submit(self._run, inputs) if inputs is not None else None
+        running = self._start(output.scheduled) if output.scheduled else None
         updated = self._conclude(self._recorded, ended)
         self._recorded = []
         if running is not None:
@@ -69,7 +69,18 @@ class AsyncSchedulingEngine(LLMEngine):
         chosen, self._chosen = self._chosen, None
         if chosen is None or not (chosen.scheduled or chosen.expired or chosen.copies):
             return self._choose()
-        return replace(chosen, scheduled=[s for s in chosen.scheduled if not s.sequence.is_finished])
+        # The step that chose it has reported the end of those that had news in it.
+        return replace(chosen, scheduled=[s for s in chosen.scheduled if not s.sequence.is_finished],
+                       expired=[r for r in chosen.expired if r.metrics.finished_time is None])
+
+    def _start(self, scheduled: list[ScheduledSequence]) -> Future[list[Sampled]]:
+        """Hand the step to the model thread. What fails while it is prepared fails as if it had failed there."""
+        try:
+            return self._thread.submit(self._run, self.runner.prepare_inputs(scheduled))
+        except Exception as error:
+            failed = Future[list[Sampled]]()
+            failed.set_exception(error)
+            return failed
 
     def _await(self, running: Future[list[Sampled]],
                scheduled: list[ScheduledSequence]) -> tuple[list[Sampled], list[Failure]]:

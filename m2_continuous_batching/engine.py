@@ -45,6 +45,7 @@ class LLMEngine(Engine):
         self.copy_slots = copy_slots
         self.plugins = list(plugins)
         self._num_steps = 0
+        self._aborted: list[Request] = []           # since the step began: by plugins, so the step has to report them
 
     def check_request(self, request: Request, scheduling_params: SchedulingParams | None = None) -> None:
         self.sampler.check(request.sampling_params)
@@ -56,6 +57,7 @@ class LLMEngine(Engine):
 
     def abort_request(self, request_id: str) -> None:
         if (request := self.scheduler.abort_request(request_id)) is not None:
+            self._aborted.append(request)
             self._complete(request)
 
     def has_unfinished_requests(self) -> bool:
@@ -64,6 +66,7 @@ class LLMEngine(Engine):
     def step(self) -> list[RequestOutput]:
         """Schedule, execute, sample, update."""
         start = time.perf_counter()
+        self._aborted = []
         for plugin in self.plugins:
             plugin.before_step(self.scheduler)
         output = self.scheduler.schedule()
@@ -87,7 +90,8 @@ class LLMEngine(Engine):
         except Exception as error:
             return self._find_culprit(scheduled, error)
 
-    def _find_culprit(self, scheduled: list[ScheduledSequence], error: Exception) -> tuple[list[Sampled], list[Failure]]:
+    def _find_culprit(self, scheduled: list[ScheduledSequence],
+                      error: Exception) -> tuple[list[Sampled], list[Failure]]:
         """The step raised `error`: run each sequence by itself. Returns what was sampled, and who failed again."""
         if len(scheduled) == 1:
             return [], [(scheduled[0].sequence, error)]
@@ -129,8 +133,7 @@ class LLMEngine(Engine):
         """
         for parent, _, _ in sampled:
             if _is_first_token(parent) and not parent.is_finished:
-                for child in self.scheduler.get_request(parent).sequences[1:]:
-                    self.scheduler.fork(parent, child)
+                self._fork_outputs(self.scheduler.get_request(parent))
         recorded = []
         for sequence, token_id, logprobs in sampled:
             with self._blame(sequence, ended):
@@ -138,6 +141,17 @@ class LLMEngine(Engine):
                     self.output_processor.record(sequence, token_id, logprobs)
                     recorded.append(sequence)
         return recorded
+
+    def _fork_outputs(self, request: Request) -> None:
+        """Let the scheduler know of the outputs that part from the first one with their first token."""
+        parent, *children = request.sequences
+        if parent.status is SequenceStatus.RUNNING:
+            for child in children:
+                self.scheduler.fork(parent, child)
+        else:                               # sent back to the queue meanwhile: they part when it runs again
+            for child in children:
+                child.set_status(SequenceStatus.WAITING)
+            del request.sequences[1:]
 
     def _conclude(self, sequences: list[Sequence], ended: list[Request]) -> list[Request]:
         """What the newest tokens mean: text, and who is finished. Returns the requests that got a token."""
@@ -178,10 +192,10 @@ class LLMEngine(Engine):
 
     def _hand_out(self, updated: list[Request], ended: list[Request]) -> list[RequestOutput]:
         """Outputs of the requests that finished, and of those that stream."""
-        news = {request.request_id: request for request in (*updated, *ended)}.values()
-        for request in news:
-            if request.is_finished:
+        for request in {id(request): request for request in (*updated, *ended)}.values():
+            if request.is_finished and request not in self._aborted:
                 self._complete(request)
+        news = {id(request): request for request in (*updated, *ended, *self._aborted)}.values()
         return [self.output_processor.make_output(request) for request in news if request.is_finished or request.stream]
 
     def _complete(self, request: Request) -> None:
