@@ -9,7 +9,7 @@ from typing import Any
 
 from m0_basics.outputs import CompletionOutput, Logprob, RequestOutput
 
-from ..async_engine import OutputStream, merge
+from ..output_stream import OutputStream, merge
 from .errors import check_served
 from .protocol import GenerationBody
 

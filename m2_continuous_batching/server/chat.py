@@ -9,7 +9,8 @@ from starlette.responses import JSONResponse, Response
 
 from m0_basics.outputs import CompletionOutput, Logprob
 
-from ..async_engine import AsyncLLMEngine, OutputStream
+from ..async_engine import AsyncLLMEngine
+from ..output_stream import OutputStream
 from .answers import Deltas, Envelope, collect, finite, token_text, usage
 from .parameters import as_messages, chat_params, scheduling_params
 from .protocol import ChatBody

@@ -13,7 +13,8 @@ from m0_basics.outputs import CompletionOutput, Logprob, RequestOutput
 from m0_basics.tokenizer import Tokenizer
 from m1_offline.detokenizer import IncrementalDetokenizer
 
-from ..async_engine import AsyncLLMEngine, OutputStream
+from ..async_engine import AsyncLLMEngine
+from ..output_stream import OutputStream
 from .answers import Deltas, Envelope, collect, finite, token_text, usage
 from .parameters import completion_params, scheduling_params
 from .protocol import CompletionBody

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ..async_engine import OutputStream
+from ..output_stream import OutputStream
 from .errors import as_api_error, error_body
 
 T = TypeVar("T")

@@ -16,9 +16,9 @@ from m2_continuous_batching.async_engine import (
     AsyncLLMEngine,
     EngineDeadError,
     EngineStoppedError,
-    OutputStream,
     QueueFullError,
 )
+from m2_continuous_batching.output_stream import OutputStream
 from m2_continuous_batching.plugins import SchedulerPlugin
 from m2_continuous_batching.server.app import running
 
