@@ -150,7 +150,7 @@ class LLMEngine(Engine):
                 self.scheduler.fork(parent, child)
         else:                               # sent back to the queue meanwhile: they part when it runs again
             for child in children:
-                child.set_status(SequenceStatus.WAITING)
+                child.status = parent.status        # nobody knows of it: its token is lost, and it is made anew
             del request.sequences[1:]
 
     def _conclude(self, sequences: list[Sequence], ended: list[Request]) -> list[Request]:

@@ -1,6 +1,7 @@
 """The engine under preemption, and its public face: the tokens stay, and nothing is left behind."""
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from m0_basics.testing.conformance import PROMPTS, greedy, ids_of
 from m0_basics.testing.fixtures import TinyModels
 from m0_basics.testing.parity import assert_same_tokens, reference_greedy
 from m2_continuous_batching import LLM, SchedulingParams
+from m2_continuous_batching.scheduler import SchedulerOutput
 from m2_continuous_batching.tests.engine_lab import NUM_TOKENS, Lab, preempting
 
 
@@ -91,6 +93,27 @@ class TestPreemption:
                 assert_same_tokens([o.token_ids for o in outputs[family.request_id].outputs], expected)
                 assert_same_tokens(ids_of([outputs[urgent.request_id]]), lab.reference([PROMPTS[2]]))
                 lab.check_empty()
+
+    def test_prompt_sent_back_while_it_runs(self, tiny_model: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As a full cache may have it with async scheduling: the outputs part when the prompt runs again, and once."""
+        lab = Lab(tiny_model, async_scheduling=True)
+        params = SamplingParams(n=3, temperature=1.5, seed=4, max_tokens=6, ignore_eos=True)
+        expected = [o.token_ids for o in lab.run(PROMPTS[1], params)[0].outputs]
+        choose, sent_back = lab.engine._choose, []
+
+        def send_back() -> SchedulerOutput:
+            output = choose()
+            if len(sent_back) == 1:             # the first call chooses the prompt, the second while it runs
+                entry = lab.scheduler.running[0]
+                lab.scheduler._preempt(entry, output.preempted)
+                output = replace(output, scheduled=[s for s in output.scheduled if s.sequence is not entry.sequence])
+            sent_back.append(output)
+            return output
+
+        monkeypatch.setattr(lab.engine, "_choose", send_back)
+        outputs = lab.run(PROMPTS[1], params)[0].outputs
+        assert_same_tokens([o.token_ids for o in outputs], expected)
+        lab.check_empty()
 
     def test_forks_do_not_run_the_prompt_again(self, tiny_model: TinyModels) -> None:
         """With a row for each, the outputs start with what the prompt has computed."""
