@@ -95,7 +95,7 @@ class ModelRunner:
         first, stop = len(sequence.prompt_logprobs), span.start + span.num_tokens + 1
         for begin in range(first, min(stop, len(prompt)), _PROMPT_ROWS):
             end = min(begin + _PROMPT_ROWS, stop, len(prompt))
-            offset = 1 + span.start                             # the token at `begin` is predicted by row begin - offset
+            offset = 1 + span.start                         # the token at `begin` is predicted by row begin - offset
             assert begin >= offset, "the rows that predict these tokens were skipped"
             logits = self.model.compute_logits(hidden[begin - offset:end - offset])
             sequence.prompt_logprobs += top_logprobs(logits, prompt[begin:end], [k] * (end - begin))

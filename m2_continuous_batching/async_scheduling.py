@@ -50,11 +50,12 @@ class AsyncSchedulingEngine(LLMEngine):
         updated = self._conclude(self._recorded, ended)
         self._recorded = []
         if running is not None:
+            starts = [s.sequence.num_computed_tokens for s in output.scheduled]
+            self.scheduler.update_from_output(output)       # it will have run when what is chosen now runs
             self._chosen = self._choose()
-            sampled, failures = self._await(running, output.scheduled)
+            sampled, failures = self._await(running, output.scheduled, starts)
             for sequence, error in failures:
                 self._fail(sequence, error, ended)
-            self.scheduler.update_from_output(self._still_running(output))
             self._recorded = self._record(sampled, ended)
             self._report(start, output, num_prompt_tokens, len(self._recorded))
         return self._hand_out(updated, ended)
@@ -82,16 +83,19 @@ class AsyncSchedulingEngine(LLMEngine):
             failed.set_exception(error)
             return failed
 
-    def _await(self, running: Future[list[Sampled]],
-               scheduled: list[ScheduledSequence]) -> tuple[list[Sampled], list[Failure]]:
+    def _await(self, running: Future[list[Sampled]], scheduled: list[ScheduledSequence],
+               starts: list[int]) -> tuple[list[Sampled], list[Failure]]:
         """What the model thread has sampled. A failed step is run again here, less what has moved on meanwhile."""
         try:
             return running.result(), []
         except Exception as error:
-            here = [s for s in scheduled if s.sequence.status is SequenceStatus.RUNNING]
-            return self._find_culprit(here, error) if here else ([], [])
-
-    def _still_running(self, output: SchedulerOutput) -> SchedulerOutput:
-        """The step that has run, without those sequences that were sent back to the queue while it did."""
-        assert self._chosen is not None
-        return replace(output, scheduled=[s for s in output.scheduled if s.sequence not in self._chosen.preempted])
+            again = [(s, start) for s, start in zip(scheduled, starts, strict=True)
+                     if s.sequence.status is SequenceStatus.RUNNING]
+            if not again:
+                return [], []
+            for s, start in again:
+                s.sequence.num_computed_tokens = start
+            found = self._find_culprit([s for s, _ in again], error)
+            for s, _ in again:
+                s.sequence.num_computed_tokens = s.end
+            return found

@@ -14,6 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import m1_offline
+from m0_basics.base_llm import BaseLLM
 from m0_basics.bench import (
     SLO,
     BenchReport,
@@ -30,7 +32,6 @@ from m0_basics.bench import (
     make_peers,
     throughput_bars,
 )
-from m1_offline import LLM as OfflineLLM
 from m1_offline.static_batching import StaticBatchLLM
 
 from . import latency_scenarios
@@ -54,8 +55,8 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
     ragged = get_workload("ragged-64:num_requests=6,output_max=20" if quick else "ragged-64")
     longest = max(1024, (named or ragged).longest)
     options = {"max_model_len": longest, "max_num_seqs": MAX_NUM_SEQS, **config_options}
-    one_at_a_time = OfflineLLM(**{k: v for k, v in options.items() if k in OfflineLLM.config_class.options()})
-    static = StaticBatchLLM(**{k: v for k, v in options.items() if k in StaticBatchLLM.config_class.options()})
+    one_at_a_time = m1_offline.LLM(**_known_to(m1_offline.LLM, options))
+    static = StaticBatchLLM(**_known_to(StaticBatchLLM, options))
     llm = LLM(**options)
     ours: list[Contender] = [
         EngineContender("m1", one_at_a_time, "one request at a time"),
@@ -63,7 +64,7 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
         EngineContender("m2", llm, f"continuous batching, {options['max_num_seqs']} rows"),
     ]
     with ExitStack() as stack:
-        others = [stack.enter_context(peer) for peer in make_peers(names, peer_python, llm, longest)]
+        others = [stack.enter_context(peer) for peer in make_peers(names, peer_python, llm, options["max_model_len"])]
         if named is not None:
             comparison = compare([*ours, *others], named.fit_vocabulary(llm.spec.vocab_size), rounds, baseline="m1")
             report = BenchReport.create("m2_continuous_batching", options, (comparison,))
@@ -76,6 +77,11 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
     report.save(output_dir / "bench.json")
     _draw(report, static, llm, ragged, options["max_num_seqs"], output_dir)
     return report
+
+
+def _known_to(llm_class: type[BaseLLM], options: dict[str, Any]) -> dict[str, Any]:
+    """The options that an earlier engine has too."""
+    return {name: value for name, value in options.items() if name in llm_class.config_class.options()}
 
 
 def _everything(options: dict[str, Any], ours: list[Contender], others: list[Contender], ragged: Workload, rounds: int,

@@ -1,4 +1,4 @@
-"""F2.3, F2.6, FX.6: SmolLM2-135M gives transformers' tokens, whatever runs beside it, and however often it is cut off."""
+"""F2.3, F2.6, FX.6: SmolLM2-135M gives transformers' tokens, whatever runs beside it, however often it is cut off."""
 from __future__ import annotations
 
 import pytest
