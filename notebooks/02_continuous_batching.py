@@ -52,6 +52,7 @@ from m2_continuous_batching.plugins.base import Attend, AttentionPlugin, Schedul
 from m2_continuous_batching.row_cache import RowCache
 from m2_continuous_batching.scheduler import Scheduler
 from m2_continuous_batching.simulation import Simulator
+from m2_continuous_batching.utilisation import continuous_utilisation
 
 INK, BLUE, ORANGE, GREEN, RED, GREY, LIGHT = (
     "#22313f", "#2f6f9f", "#e08a3c", "#4c9a6a", "#b5483a", "#9aa5b1", "#e8ecf0")
@@ -153,7 +154,9 @@ def utilisation(steps: list[list[tuple[int, int]]]) -> float:
 print(f"outputs of {', '.join(map(str, S0_BATCH))} tokens, {GROUPS} times over: {sum(lengths)} tokens")
 for name, steps in (("static", static_steps), ("continuous", continuous_steps)):
     print(f"{name:10} {len(steps):4} steps, {utilisation(steps):.0%} of the places make a token")
-print(f"a single group by itself: static {utilisation(static_steps[:max(S0_BATCH)]):.0%}")
+print(f"a single group by itself: static {utilisation(static_steps[:max(S0_BATCH)]):.0%}, "
+      f"continuous {continuous_utilisation(S0_BATCH, 1).ratio:.0%}; a very long queue: continuous "
+      f"{continuous_utilisation(S0_BATCH, 32).ratio:.0%}, by the scheduler without a model")
 
 # %%
 SHADES = dict(zip(S0_BATCH, (ORANGE, BLUE, GREEN, SKY), strict=True))
@@ -188,7 +191,7 @@ plt.show()
 # The thin grey stripes are steps in which a newcomer runs its prompt and the others wait. The white at the end is no
 # fault of the scheduler: nobody is left in the queue.
 #
-# **Question.** With a single group, what would continuous batching gain? Set `GROUPS = 1` and see.
+# **Question.** With a single group, continuous batching gains nothing. Why not?
 
 # %% [markdown]
 # ## 2. A run over time
