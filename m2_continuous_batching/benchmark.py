@@ -58,6 +58,7 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
     one_at_a_time = m1_offline.LLM(**_known_to(m1_offline.LLM, options))
     static = StaticBatchLLM(**_known_to(StaticBatchLLM, options))
     llm = LLM(**options)
+    ragged = ragged.fit_vocabulary(llm.spec.vocab_size)
     ours: list[Contender] = [
         EngineContender("m1", one_at_a_time, "one request at a time"),
         EngineContender("m1-static", static, f"left-padded batches of {options['max_num_seqs']}"),
@@ -93,7 +94,7 @@ def _everything(options: dict[str, Any], ours: list[Contender], others: list[Con
         return workload.fit_vocabulary(m2.llm.spec.vocab_size)
 
     batching = [c for c in others if c.name != "transformers"]
-    comparisons = [compare([*ours, *others], fit(ragged), rounds, baseline="m1")]
+    comparisons = [compare([*ours, *others], ragged, rounds, baseline="m1")]
     equal = get_workload("equal-32:num_requests=4,output_len=8" if quick else "equal-32")
     comparisons.append(compare([*ours[1:], *batching], fit(equal), rounds))
     few = 4 if quick else 32
@@ -102,7 +103,7 @@ def _everything(options: dict[str, Any], ours: list[Contender], others: list[Con
         comparisons.append(compare([*ours, *(c for c in batching if c.name == "transformers-continuous")], fit(poisson),
                                    min(rounds, 2), baseline="m2", slo=SLO_POISSON))
     ahead = EngineContender("m2-async", LLM(**options, async_scheduling=True), "scheduling overlaps execution")
-    comparisons.append(compare([m2, ahead], fit(ragged), rounds))
+    comparisons.append(compare([m2, ahead], ragged, rounds))
     return comparisons, {"latency": latency_scenarios.measure(options, min(rounds, 2), quick)}
 
 
