@@ -23,9 +23,9 @@ from m0_basics.attention import AttentionBackend, AttentionMetadata, ScheduledSe
 from m1_offline.attention import ContiguousMetadata, attend
 
 from .kv_cache_manager import RowKVCacheManager
-from .row_cache import RowCache
+from .slot_cache import SlotCache
 
-GROUP_SIZE = 8         # decoding sequences in one padded call: fewer calls against less padding; 4 to 8 was fastest
+GROUP_SIZE = 8          # decoding sequences in one padded call: fewer calls against less padding; 4 to 8 was fastest
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RaggedMetadata(ContiguousMetadata):
 class RaggedAttention(AttentionBackend):
     """Store, then attend: one call for each prompt, one for each group of decoding sequences."""
 
-    def __init__(self, cache: RowCache, manager: RowKVCacheManager, dtype: torch.dtype) -> None:
+    def __init__(self, cache: SlotCache, manager: RowKVCacheManager, dtype: torch.dtype) -> None:
         """`dtype` is the model's; the cache may store another one."""
         self.cache = cache
         self.manager = manager
@@ -69,10 +69,8 @@ class RaggedAttention(AttentionBackend):
         first = torch.tensor([base.first_slots[i] for i in members], device=self.cache.device).unsqueeze(1)
         # Padding reads the sequence's first key once more: a slot that is surely written, so no NaN gets in.
         slots = torch.where(padding, first, first + columns).flatten()
-        mask = torch.zeros(padding.shape, dtype=self.dtype, device=self.cache.device)
-        mask = mask.masked_fill_(padding, float("-inf")).view(len(members), 1, 1, longest)
         rows = torch.tensor([base.query_start_loc[i] for i in members], device=self.cache.device)
-        return DecodeGroup(rows, slots, mask if bool(padding.any()) else None)
+        return DecodeGroup(rows, slots, padding_mask(padding, self.dtype))
 
     def forward(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
         assert isinstance(metadata, RaggedMetadata)
@@ -84,19 +82,34 @@ class RaggedAttention(AttentionBackend):
             keys, values = self.cache.read(layer_idx, slice(first, first + metadata.seq_lens[i]), q.dtype)
             out[tokens] = attend(q[tokens], keys, values)
         for group in metadata.decode_groups:
-            out[group.rows] = self._decode(layer_idx, q[group.rows], group)
+            keys, values = self.cache.read(layer_idx, group.slots, q.dtype)
+            out[group.rows] = attend_padded(q[group.rows], keys, values, group.mask)
         return out
 
-    def _decode(self, layer_idx: int, q: Tensor, group: DecodeGroup) -> Tensor:
-        """q [b, H_q, D], one new token of each sequence of the group -> [b, H_q, D]."""
-        keys, values = self.cache.read(layer_idx, group.slots, q.dtype)
-        b, num_heads, head_dim = q.shape
-        num_kv_heads = keys.shape[1]
-        # Padded to [b, H_kv, L, D].
-        keys, values = (x.view(b, -1, num_kv_heads, head_dim).transpose(1, 2) for x in (keys, values))
-        # As in m1: the G query heads that share a key-value head take the place of the query dimension.
-        grouped = q.view(b, num_kv_heads, num_heads // num_kv_heads, head_dim)
-        return F.scaled_dot_product_attention(grouped, keys, values, group.mask).reshape(b, num_heads, head_dim)
+
+def group_decodes(scheduled: list[ScheduledSequence]) -> list[list[int]]:
+    """Indices of the sequences with one new token, in groups of similar length, the longest of each group last."""
+    decodes = sorted((i for i, s in enumerate(scheduled) if s.num_tokens == 1), key=lambda i: scheduled[i].end)
+    return [decodes[i:i + GROUP_SIZE] for i in range(0, len(decodes), GROUP_SIZE)]
+
+
+def padding_mask(padding: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """padding [b, L], True where a place is padding -> [b, 1, 1, L] to add to scores; None where nothing is."""
+    if not bool(padding.any()):
+        return None
+    mask = torch.zeros(padding.shape, dtype=dtype, device=padding.device)
+    return mask.masked_fill_(padding, float("-inf")).view(padding.shape[0], 1, 1, padding.shape[1])
+
+
+def attend_padded(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """q [b, H_q, D], one new token of each of b sequences; keys, values [b * L, H_kv, D] -> [b, H_q, D]."""
+    b, num_heads, head_dim = q.shape
+    num_kv_heads = keys.shape[1]
+    # Padded to [b, H_kv, L, D].
+    keys, values = (x.view(b, -1, num_kv_heads, head_dim).transpose(1, 2) for x in (keys, values))
+    # As in m1: the G query heads that share a key-value head take the place of the query dimension.
+    grouped = q.view(b, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    return F.scaled_dot_product_attention(grouped, keys, values, mask).reshape(b, num_heads, head_dim)
 
 
 @dataclass(frozen=True)
@@ -110,7 +123,7 @@ class NaiveMetadata(ContiguousMetadata):
 class NaiveRaggedAttention(AttentionBackend):
     """The definition, as it stands: every token against every key of the step, and a mask. For reading."""
 
-    def __init__(self, cache: RowCache, manager: RowKVCacheManager) -> None:
+    def __init__(self, cache: SlotCache, manager: RowKVCacheManager) -> None:
         self.cache = cache
         self.manager = manager
 

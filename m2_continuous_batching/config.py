@@ -29,22 +29,10 @@ class SchedulerConfig(m0.SchedulerConfig):
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
-    """Which of this milestone's two ragged attentions runs."""
-
-    attention_backend: str = option("ragged", "ragged, or naive: one [T, S] mask over everything, to look at.")
-
-    def __post_init__(self) -> None:
-        if self.attention_backend not in BACKENDS:
-            raise reject("attention_backend", self.attention_backend, ", ".join(BACKENDS))
-
-
-@dataclass(frozen=True)
-class EngineConfig(m0.EngineConfig):
-    """The layers of m0, with this milestone's scheduler and attention."""
+class BatchingConfig(m0.EngineConfig):
+    """The layers of m0, with this milestone's scheduler: the base of every configuration from here on."""
 
     scheduler_config: SchedulerConfig = field(default_factory=SchedulerConfig)
-    attention_config: AttentionConfig = field(default_factory=AttentionConfig)
 
     def with_max_model_len(self, model_limit: int) -> Self:
         """As in m0; also settles `max_num_batched_tokens`. A prompt runs whole, so a step must hold the longest."""
@@ -56,3 +44,21 @@ class EngineConfig(m0.EngineConfig):
                                                            "or lower max_model_len")
         return replace(config, scheduler_config=replace(config.scheduler_config,
                                                         max_num_batched_tokens=wanted or max(2048, longest)))
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Which of this milestone's two ragged attentions runs."""
+
+    attention_backend: str = option("ragged", "ragged, or naive: one [T, S] mask over everything, to look at.")
+
+    def __post_init__(self) -> None:
+        if self.attention_backend not in BACKENDS:
+            raise reject("attention_backend", self.attention_backend, ", ".join(BACKENDS))
+
+
+@dataclass(frozen=True)
+class EngineConfig(BatchingConfig):
+    """With a choice of attention."""
+
+    attention_config: AttentionConfig = field(default_factory=AttentionConfig)

@@ -13,7 +13,7 @@ import heapq
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from m0_basics.request import Sequence
+from m0_basics.request import Sequence, SequenceStatus
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,15 @@ class KVCacheManager(ABC):
         """Let `child` start with what `parent` has computed. False: there is no room, and nothing has changed."""
 
     @abstractmethod
+    def preempt(self, sequence: Sequence) -> SequenceStatus:
+        """Take back the room of a running sequence that has to give way. Returns the state that it is left in:
+
+        WAITING, if nothing of it is kept, or SWAPPED, if its cache is kept elsewhere until `allocate_slots`.
+        """
+
+    @abstractmethod
     def free(self, sequence: Sequence) -> None:
-        """Take back everything that `sequence` holds."""
+        """Take back everything that `sequence` holds, if it holds anything."""
 
     @abstractmethod
     def take_copies(self) -> list[SlotCopy]:
@@ -86,8 +93,13 @@ class RowKVCacheManager(KVCacheManager):
         self._copies.append(SlotCopy(self.first_slot(parent), self.first_slot(child), parent.num_computed_tokens))
         return True
 
+    def preempt(self, sequence: Sequence) -> SequenceStatus:
+        self.free(sequence)
+        return SequenceStatus.WAITING
+
     def free(self, sequence: Sequence) -> None:
-        heapq.heappush(self._free, self._row_of.pop(sequence.seq_id))
+        if sequence.seq_id in self._row_of:
+            heapq.heappush(self._free, self._row_of.pop(sequence.seq_id))
 
     def take_copies(self) -> list[SlotCopy]:
         copies, self._copies = self._copies, []

@@ -20,8 +20,8 @@ from .engine import LLMEngine
 from .kv_cache_manager import RowKVCacheManager
 from .plugins import Plugin, split_plugins
 from .policies import make_policy
-from .row_cache import RowCache
 from .scheduler import PrefillFirstScheduler
+from .slot_cache import SlotCache
 from .structured_output import StructuredSampler
 
 
@@ -44,7 +44,7 @@ class LLM(ContinuousLLM):
         check_memory(kv_cache_bytes(weights.spec, num_rows * row_size, dtype), config.cache_config, num_rows, row_size,
                      weights.device)
         hooks = split_plugins(plugins)
-        cache = RowCache(weights.spec, num_rows * row_size, dtype, weights.device, hooks.cache)
+        cache = SlotCache(weights.spec, num_rows * row_size, dtype, weights.device, hooks.cache)
         manager = RowKVCacheManager(num_rows, row_size)
         backend: AttentionBackend = (NaiveRaggedAttention(cache, manager)
                                      if config.attention_config.attention_backend == "naive"

@@ -181,11 +181,8 @@ class PrefillFirstScheduler(Scheduler):
 
     def finish(self, sequence: Sequence) -> None:
         entry = self._entries.pop(sequence.seq_id)
-        if entry in self.running:
-            self.running.remove(entry)
-            self.kv_cache_manager.free(sequence)
-        else:
-            self.waiting.remove(entry)
+        (self.running if entry in self.running else self.waiting).remove(entry)
+        self.kv_cache_manager.free(sequence)
         if entry.request.is_finished:
             self._requests.pop(entry.request.request_id, None)
 
@@ -282,11 +279,11 @@ class PrefillFirstScheduler(Scheduler):
             entry.request.metrics.first_scheduled_time = self.clock()
 
     def _preempt(self, entry: QueuedSequence, preempted: list[Sequence]) -> None:
-        """Send a running sequence back to the queue. It keeps its tokens and loses its cache: it is recomputed."""
+        """Send a running sequence back to the queue. It keeps its tokens; if it keeps its cache, the manager says."""
         self.running.remove(entry)
-        self.kv_cache_manager.free(entry.sequence)
-        entry.sequence.num_computed_tokens = 0
-        entry.sequence.set_status(SequenceStatus.WAITING)
+        entry.sequence.set_status(self.kv_cache_manager.preempt(entry.sequence))
+        if entry.sequence.status is SequenceStatus.WAITING:
+            entry.sequence.num_computed_tokens = 0              # to be recomputed
         preempted.append(entry.sequence)
         self._wait(entry)
 

@@ -15,7 +15,7 @@ from m0_basics.request import Sequence, SequenceData, next_seq_id
 from m0_basics.sampling_params import SamplingParams
 from m2_continuous_batching.attention import NaiveRaggedAttention, RaggedAttention, ragged_mask
 from m2_continuous_batching.kv_cache_manager import RowKVCacheManager
-from m2_continuous_batching.row_cache import RowCache
+from m2_continuous_batching.slot_cache import SlotCache
 
 ROW_SIZE, HEAD_DIM, LAYERS = 40, 8, 2
 CPU = torch.device("cpu")
@@ -58,8 +58,8 @@ class Bench:
         sequence.num_computed_tokens = computed
         return ScheduledSequence(sequence, new)
 
-    def cache(self) -> RowCache:
-        cache = RowCache(self.spec, self.manager.num_rows * ROW_SIZE, self.dtype, CPU)
+    def cache(self) -> SlotCache:
+        cache = SlotCache(self.spec, self.manager.num_rows * ROW_SIZE, self.dtype, CPU)
         for tensor, source in ((cache.kv_cache.k, self.keys), (cache.kv_cache.v, self.values)):
             tensor.fill_(float("nan"))
             for s, x in zip(self.scheduled, source, strict=True):

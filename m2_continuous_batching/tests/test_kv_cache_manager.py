@@ -120,9 +120,11 @@ def test_a_row_is_given_back_once() -> None:
     sequence = make_sequence()
     manager.allocate_slots(sequence, 1)
     manager.free(sequence)
-    with pytest.raises(KeyError):
-        manager.free(sequence)
+    manager.free(sequence)              # holds nothing any more, as a sequence that waits: nothing is given back twice
     assert manager.usage == 0
+    rows = {manager.first_slot(other) for other in (make_sequence(), make_sequence()) if manager.allocate_slots(other, 1)}
+    assert rows == {0, ROW_SIZE}
+    assert not manager.allocate_slots(make_sequence(), 1)
 
 
 def test_too_long_for_a_row() -> None:

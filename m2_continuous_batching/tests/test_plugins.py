@@ -31,8 +31,8 @@ from m2_continuous_batching.plugins import (
     StepStats,
 )
 from m2_continuous_batching.plugins.kv_compression import quantise
-from m2_continuous_batching.row_cache import RowCache
 from m2_continuous_batching.simulation import Simulation, Simulator, StepCost
+from m2_continuous_batching.slot_cache import SlotCache
 
 PROMPTS = [[7, 8, 9], [20, 21], [5] * 9, [100, 3, 50, 60]]
 LENGTHS = [6, 3, 5, 1]
@@ -318,7 +318,7 @@ def test_quantised_values_are_off_by_half_a_scale() -> None:
 
 def attention_of(plugins: list[CachePlugin], spec: ModelSpec, q: Any, k: Any, v: Any) -> torch.Tensor:
     """A prompt of 40 tokens, then one more token that reads the cache: the output of that one, [1, H_q, D]."""
-    cache, manager = RowCache(spec, 128, torch.float32, torch.device("cpu"), plugins), RowKVCacheManager(2, 64)
+    cache, manager = SlotCache(spec, 128, torch.float32, torch.device("cpu"), plugins), RowKVCacheManager(2, 64)
     backend = RaggedAttention(cache, manager, torch.float32)
     sequence = Sequence(next_seq_id(), SequenceData([1] * 41), greedy(4), 0)
     for tokens in (slice(0, 40), slice(40, 41)):

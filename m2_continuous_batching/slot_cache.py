@@ -13,7 +13,7 @@ from .kv_cache_manager import SlotCopy
 from .plugins.base import CachePlugin
 
 
-class RowCache:
+class SlotCache:
     """Keys and values of all layers in `num_slots` slots. Without plugins it is m1's `KVCache` and nothing more."""
 
     def __init__(self, spec: ModelSpec, num_slots: int, dtype: torch.dtype, device: torch.device,
