@@ -47,8 +47,12 @@ class SlotPool(KVCacheManager):
         self.held[sequence.seq_id] = max(held, total)
         return True
 
-    def free(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: Sequence) -> SequenceStatus:
         del self.held[sequence.seq_id]
+        return SequenceStatus.WAITING
+
+    def free(self, sequence: Sequence) -> None:
+        self.held.pop(sequence.seq_id, None)
 
     def take_copies(self) -> list[SlotCopy]:
         return []

@@ -122,8 +122,9 @@ def test_a_row_is_given_back_once() -> None:
     manager.free(sequence)
     manager.free(sequence)              # holds nothing any more, as a sequence that waits: nothing is given back twice
     assert manager.usage == 0
-    rows = {manager.first_slot(other) for other in (make_sequence(), make_sequence()) if manager.allocate_slots(other, 1)}
-    assert rows == {0, ROW_SIZE}
+    others = [make_sequence(), make_sequence()]
+    assert all(manager.allocate_slots(other, 1) for other in others)
+    assert {manager.first_slot(other) for other in others} == {0, ROW_SIZE}
     assert not manager.allocate_slots(make_sequence(), 1)
 
 
