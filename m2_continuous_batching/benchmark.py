@@ -5,6 +5,7 @@
   poisson     requests that arrive over time, at several rates: throughput, latencies, goodput; at the lowest rate
               there is hardly ever anything to batch
   async       scheduling that overlaps execution, against plain steps
+  step_costs  how much of a decode step is not the model
   latency     what policies and the adaptive budget do to those who wait (`latency_scenarios.py`)
 """
 from __future__ import annotations
@@ -36,12 +37,14 @@ from m1_offline.static_batching import StaticBatchLLM
 
 from . import latency_scenarios
 from .llm import LLM
+from .step_costs import step_costs
 from .timeline import draw_timelines, record_timeline
 
 DEFAULT_PEERS = ("transformers", "transformers-static", "transformers-continuous")
 MAX_NUM_SEQS = 32                   # rows, of m2 and of the static batches alike
 RATES = (0.5, 2.0, 6.0)             # requests per second
 SLO_POISSON = SLO(ttft_ms=2000.0, tpot_ms=200.0)
+POISSON_METRICS = ("ttft_ms", "tpot_ms", "itl_ms", "request_goodput", "output_throughput")
 
 
 def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: int = 3, quick: bool = False,
@@ -104,7 +107,10 @@ def _everything(options: dict[str, Any], ours: list[Contender], others: list[Con
                                    min(rounds, 2), baseline="m2", slo=SLO_POISSON))
     ahead = EngineContender("m2-async", LLM(**options, async_scheduling=True), "scheduling overlaps execution")
     comparisons.append(compare([m2, ahead], ragged, rounds))
-    return comparisons, {"latency": latency_scenarios.measure(options, min(rounds, 2), quick)}
+    poisson = [{c.name: {key: _metric(p, c.name, key) for key in POISSON_METRICS} for c in p.contenders}
+               for p in comparisons[2:2 + len(RATES)]]
+    return comparisons, {"latency": latency_scenarios.measure(options, min(rounds, 2), quick), "poisson": poisson,
+                         "step_costs": step_costs(m2.llm, options["max_num_seqs"])}
 
 
 def _draw(report: BenchReport, static: StaticBatchLLM, llm: LLM, ragged: Workload, max_num_seqs: int,

@@ -28,7 +28,9 @@ from m0_basics.bench.workloads import BenchRequest, equal, get_workload, ragged
 from m0_basics.documents.factbook import Fact, Facts, Result
 from m1_offline.facts import static_slots, used_share
 
+from . import latency_scenarios
 from .attention import GROUP_SIZE, ragged_mask
+from .benchmark import DEFAULT_PEERS, POISSON_METRICS, RATES
 from .config import SchedulerConfig
 from .plugins.adaptive_budget import AdaptiveBudgetPlugin
 from .plugins.base import SchedulerPlugin
@@ -287,7 +289,36 @@ def capacity() -> dict[str, Fact]:
             "shard.fetch_2048.ms": Fact(calc.kv_bytes(spec, 2048) / HOST_BYTES_PER_SECOND * 1e3, "ms")}
 
 
-BENCH: dict[str, Result] = {}
+def bench_results() -> dict[str, Result]:
+    """What the documents quote of `python -m m2_continuous_batching bench`."""
+    facts: dict[str, Result] = {}
+    tables = {"ragged": (0, ("m1", "m1-static", "m2", *DEFAULT_PEERS)), "equal": (1, ("m1-static", "m2")),
+              "async": (5, ("m2", "m2-async"))}
+    for table, (position, names) in tables.items():
+        for i, name in enumerate(names):
+            path = f"comparisons.{position}.contenders.{i}"
+            facts[f"bench.{table}.{name}.tokens_per_s"] = Result("bench.json", f"{path}.output_throughput", "1/s")
+            facts[f"bench.{table}.{name}.ratio"] = Result("bench.json", f"{path}.ratio", "ratio")
+    for i, rate in enumerate(RATES):
+        for name in ("m1", "m1-static", "m2", "transformers-continuous"):
+            for key, unit in zip(POISSON_METRICS, ("ms", "ms", "ms", "1/s", "1/s"), strict=True):
+                facts[f"bench.poisson.{rate:g}.{name}.{key}"] = Result("bench.json",
+                                                                      f"measurements.poisson.{i}.{name}.{key}", unit)
+    for part in ("schedule", "prepare", "model", "conclude"):
+        facts |= {f"bench.step.{part}_{key}": Result("bench.json", f"measurements.step_costs.{part}_{key}", unit)
+                  for key, unit in (("s", "s"), ("share", "ratio"))}
+    for policy in latency_scenarios.POLICIES:
+        for key in ("urgent_ttft_p99_ms", "others_ttft_p99_ms", "longest_ttft_ms"):
+            facts[f"bench.policy.{policy}.{key}"] = Result("bench.json",
+                                                           f"measurements.latency.policies.{policy}.{key}", "ms")
+    for budget in ("fixed", "adaptive"):
+        for key in ("stream_itl_p99_ms", "stream_itl_max_ms", "burst_ttft_mean_ms"):
+            facts[f"bench.budget.{budget}.{key}"] = Result("bench.json", f"measurements.latency.budget.{budget}.{key}",
+                                                           "ms")
+    return facts
+
+
+BENCH = bench_results()
 FACTS = Facts(Path(__file__).parent,
               computed={"utilisation": utilisation, "padding": padding, "roofline": roofline, "kv_cache": kv_cache,
                         "mask": mask, "clamp": clamp, "preemption": preemption, "policies": policies,

@@ -19,7 +19,7 @@ from .llm import LLM
 from .plugins.adaptive_budget import AdaptiveBudgetPlugin
 from .policies import SchedulingParams
 
-POLICIES = ("fcfs", "priority", "ageing:0.5")
+POLICIES = ("fcfs", "priority", "ageing:1")
 URGENT_EVERY = 5
 LESS_URGENT = 10                    # the others' priority; the urgent ones have 0
 POLICY_ROWS = 8

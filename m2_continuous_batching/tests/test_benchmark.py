@@ -38,7 +38,7 @@ def test_every_part_is_there(report: tuple[BenchReport, Path]) -> None:
 def test_latency_scenarios(report: tuple[BenchReport, Path]) -> None:
     """F2.5, F2.10: each policy and each budget was measured; a longest wait is not below a percentile."""
     latency = report[0].measurements["latency"]
-    assert set(latency["policies"]) == {"fcfs", "priority", "ageing:0.5"}
+    assert set(latency["policies"]) == {"fcfs", "priority", "ageing:1"}
     for row in latency["policies"].values():
         assert row["longest_ttft_ms"] >= max(row["urgent_ttft_p99_ms"], row["others_ttft_p99_ms"]) > 0
     for name in ("fixed", "adaptive"):
