@@ -91,7 +91,7 @@ def _known_to(llm_class: type[BaseLLM], options: dict[str, Any]) -> dict[str, An
 def _everything(options: dict[str, Any], ours: list[Contender], others: list[Contender], ragged: Workload, rounds: int,
                 quick: bool) -> tuple[list[Comparison], dict[str, Any]]:
     m2 = ours[-1]
-    assert isinstance(m2, EngineContender)
+    assert isinstance(m2, EngineContender) and isinstance(m2.llm, LLM)
 
     def fit(workload: Workload) -> Workload:
         return workload.fit_vocabulary(m2.llm.spec.vocab_size)
@@ -107,9 +107,9 @@ def _everything(options: dict[str, Any], ours: list[Contender], others: list[Con
                                    min(rounds, 2), baseline="m2", slo=SLO_POISSON))
     ahead = EngineContender("m2-async", LLM(**options, async_scheduling=True), "scheduling overlaps execution")
     comparisons.append(compare([m2, ahead], ragged, rounds))
-    poisson = [{c.name: {key: _metric(p, c.name, key) for key in POISSON_METRICS} for c in p.contenders}
+    by_rate = [{c.name: {key: _metric(p, c.name, key) for key in POISSON_METRICS} for c in p.contenders}
                for p in comparisons[2:2 + len(RATES)]]
-    return comparisons, {"latency": latency_scenarios.measure(options, min(rounds, 2), quick), "poisson": poisson,
+    return comparisons, {"latency": latency_scenarios.measure(options, min(rounds, 2), quick), "poisson": by_rate,
                          "step_costs": step_costs(m2.llm, options["max_num_seqs"])}
 
 
