@@ -224,12 +224,13 @@ class PrefillFirstScheduler(Scheduler):
             if (lane := self.policy.lane(entry)) in full:
                 continue
             sequence = entry.sequence
-            num_tokens = sequence.num_tokens - self.kv_cache_manager.get_num_computed_tokens(sequence)
+            num_computed = self.kv_cache_manager.get_num_computed_tokens(sequence)
+            num_tokens = sequence.num_tokens - num_computed
             # The first one may go beyond the soft budget, else a small budget would lock out a long prompt.
             limit = self.policy.share(entry, used, self.token_budget) if used else self.max_num_batched_tokens
             fits = total + num_tokens <= limit
             if fits and self._make_room(entry, num_tokens, used, preempted):
-                self._run(entry)
+                self._run(entry, num_computed)
                 scheduled.append(ScheduledSequence(sequence, num_tokens))
                 used.append((entry, num_tokens))
                 total += num_tokens
@@ -269,12 +270,12 @@ class PrefillFirstScheduler(Scheduler):
                     return
             scheduled.append(ScheduledSequence(entry.sequence, 1))
 
-    def _run(self, entry: QueuedSequence) -> None:
+    def _run(self, entry: QueuedSequence, num_computed_tokens: int) -> None:
         self.waiting.remove(entry)
         self.running.append(entry)
         entry.tokens_this_turn = 0
         entry.sequence.set_status(SequenceStatus.RUNNING)
-        entry.sequence.num_computed_tokens = self.kv_cache_manager.get_num_computed_tokens(entry.sequence)
+        entry.sequence.num_computed_tokens = num_computed_tokens
         if entry.request.metrics.first_scheduled_time is None:
             entry.request.metrics.first_scheduled_time = self.clock()
 
