@@ -28,21 +28,25 @@ from .scheduler import Scheduler, SchedulerOutput
 
 
 class AsyncSchedulingEngine(LLMEngine):
-    """`LLMEngine` with the step cut in two. The tokens are the same; they are reported one step later."""
+    """`LLMEngine` with the step cut in two. The tokens are the same; they are reported one step later.
+
+    The model thread gets a `Batch`, in which nothing changes any more, and touches neither scheduler nor requests.
+    The queue lengths in `StepStats` are those after the next step was chosen.
+    """
 
     def __init__(self, scheduler: Scheduler, runner: ModelRunner, sampler: Sampler, output_processor: OutputProcessor,
                  copy_slots: Callable[[list[SlotCopy]], None], plugins: Items[SchedulerPlugin] = ()) -> None:
         """As `LLMEngine`; model and sampler run in a thread of their own."""
         super().__init__(scheduler, runner, sampler, output_processor, copy_slots, plugins)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
-        self._chosen: SchedulerOutput | None = None         # by the step before, for this one
-        self._recorded: list[Sequence] = []                 # sequences whose newest token is not concluded yet
+        self._chosen: tuple[SchedulerOutput, int] | None = None     # ahead, for the next step; and its token budget
+        self._recorded: list[Sequence] = []                         # sequences whose newest token is not concluded yet
 
     def step(self) -> list[RequestOutput]:
         """Start what was chosen; meanwhile conclude the previous step and choose the next; then record the tokens."""
         start = time.perf_counter()
         self._aborted = []
-        output = self._take_chosen()
+        output, budget = self._take_chosen()
         ended = output.expired.copy()
         num_prompt_tokens = sum(s.num_tokens for s in output.scheduled if not is_decode(s))
         self.copy_slots(output.copies)
@@ -51,33 +55,42 @@ class AsyncSchedulingEngine(LLMEngine):
         self._recorded = []
         if running is not None:
             starts = [s.sequence.num_computed_tokens for s in output.scheduled]
-            self.scheduler.update_from_output(output)       # it will have run when what is chosen now runs
+            self.scheduler.update_from_output(output)
             self._chosen = self._choose()
+            ended += self._chosen[0].expired                # now: if nobody else is left, no other step will say so
             sampled, failures = self._await(running, output.scheduled, starts)
             for sequence, error in failures:
                 self._fail(sequence, error, ended)
             self._recorded = self._record(sampled, ended)
-            self._report(start, output, num_prompt_tokens, len(self._recorded))
+            self._report(start, output, num_prompt_tokens, len(self._recorded), budget)
         return self._hand_out(updated, ended)
 
-    def _choose(self) -> SchedulerOutput:
+    def _choose(self) -> tuple[SchedulerOutput, int]:
         for plugin in self.plugins:
             plugin.before_step(self.scheduler)
-        return self.scheduler.schedule()
+        return self.scheduler.schedule(), self.scheduler.token_budget
 
-    def _take_chosen(self) -> SchedulerOutput:
-        """What was chosen ahead, less the sequences that have ended since; chosen now if nothing was."""
+    def _take_chosen(self) -> tuple[SchedulerOutput, int]:
+        """What was chosen ahead, less the sequences that have ended since; chosen now if nothing was.
+
+        That a sequence has reached its length is known without its text: it is not run once more.
+        """
         chosen, self._chosen = self._chosen, None
-        if chosen is None or not (chosen.scheduled or chosen.expired or chosen.copies):
+        if chosen is None or not (chosen[0].scheduled or chosen[0].copies):
             return self._choose()
-        # The step that chose it has reported the end of those that had news in it.
-        return replace(chosen, scheduled=[s for s in chosen.scheduled if not s.sequence.is_finished],
-                       expired=[r for r in chosen.expired if r.metrics.finished_time is None])
+        output, budget = chosen
+        going_on = [s for s in output.scheduled if not s.sequence.is_finished and not self._is_complete(s.sequence)]
+        return replace(output, scheduled=going_on, expired=[]), budget
+
+    def _is_complete(self, sequence: Sequence) -> bool:
+        most = sequence.sampling_params.max_tokens
+        return (sequence.num_tokens >= self.output_processor.max_model_len
+                or (most is not None and len(sequence.output_token_ids) >= most))
 
     def _start(self, scheduled: list[ScheduledSequence]) -> Future[list[Sampled]]:
         """Hand the step to the model thread. What fails while it is prepared fails as if it had failed there."""
         try:
-            return self._thread.submit(self._run, self.runner.prepare_inputs(scheduled))
+            return self._thread.submit(self._run, self._prepare(scheduled))
         except Exception as error:
             failed = Future[list[Sampled]]()
             failed.set_exception(error)
@@ -91,11 +104,11 @@ class AsyncSchedulingEngine(LLMEngine):
         except Exception as error:
             again = [(s, start) for s, start in zip(scheduled, starts, strict=True)
                      if s.sequence.status is SequenceStatus.RUNNING]
-            if not again:
-                return [], []
+            if len(scheduled) == 1:             # it was by itself: there is nobody else to blame
+                return [], [(s.sequence, error) for s, _ in again]
             for s, start in again:
                 s.sequence.num_computed_tokens = start
-            found = self._find_culprit([s for s, _ in again], error)
+            found = self._run_each([s for s, _ in again])
             for s, _ in again:
                 s.sequence.num_computed_tokens = s.end
             return found

@@ -56,8 +56,7 @@ class RaggedAttention(AttentionBackend):
 
     def build_metadata(self, scheduled: list[ScheduledSequence]) -> RaggedMetadata:
         base = contiguous_metadata(scheduled, self.manager, self.cache.device)
-        decodes = sorted((i for i, s in enumerate(scheduled) if s.num_tokens == 1), key=lambda i: base.seq_lens[i])
-        groups = [self._group(decodes[i:i + GROUP_SIZE], base) for i in range(0, len(decodes), GROUP_SIZE)]
+        groups = [self._group(members, base) for members in group_decodes(scheduled)]
         return RaggedMetadata(**vars(base), decode_groups=groups,
                               prefills=[i for i, s in enumerate(scheduled) if s.num_tokens > 1])
 

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from m0_basics.attention import ScheduledSequence
 from m0_basics.engine import Engine
@@ -30,6 +30,15 @@ from .scheduler import Scheduler, SchedulerOutput
 logger = logging.getLogger(__name__)
 Sampled = tuple[Sequence, int, dict[int, Logprob] | None]
 Failure = tuple[Sequence, Exception]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step, ready to run. Nothing in it changes while it runs, whatever becomes of the queues meanwhile."""
+
+    inputs: ModelInputs
+    sequences: list[Sequence]       # those that sample
+    rows: list[int]                 # which row of the logits each of them samples from
 
 
 class LLMEngine(Engine):
@@ -69,7 +78,7 @@ class LLMEngine(Engine):
         self._aborted = []
         for plugin in self.plugins:
             plugin.before_step(self.scheduler)
-        output = self.scheduler.schedule()
+        output, budget = self.scheduler.schedule(), self.scheduler.token_budget
         ended = output.expired.copy()                       # requests that end in this step without a token
         num_prompt_tokens = sum(s.num_tokens for s in output.scheduled if not is_decode(s))
         self.copy_slots(output.copies)
@@ -80,22 +89,21 @@ class LLMEngine(Engine):
         recorded = self._record(sampled, ended)
         updated = self._conclude(recorded, ended)
         if output.scheduled:
-            self._report(start, output, num_prompt_tokens, len(recorded))
+            self._report(start, output, num_prompt_tokens, len(recorded), budget)
         return self._hand_out(updated, ended)
 
     def _run_isolated(self, scheduled: list[ScheduledSequence]) -> tuple[list[Sampled], list[Failure]]:
-        """`_run`; if it raises, run each sequence by itself, so that only the one to blame ends with the error."""
+        """Run the step; if it raises, run each sequence alone, so that only the one to blame ends with the error."""
         try:
-            return self._run(self.runner.prepare_inputs(scheduled)), []
+            return self._run(self._prepare(scheduled)), []
         except Exception as error:
-            return self._find_culprit(scheduled, error)
+            if len(scheduled) == 1:
+                return [], [(scheduled[0].sequence, error)]
+            logger.warning("a step of %d sequences failed (%s); each is run by itself", len(scheduled), error)
+        return self._run_each(scheduled)
 
-    def _find_culprit(self, scheduled: list[ScheduledSequence],
-                      error: Exception) -> tuple[list[Sampled], list[Failure]]:
-        """The step raised `error`: run each sequence by itself. Returns what was sampled, and who failed again."""
-        if len(scheduled) == 1:
-            return [], [(scheduled[0].sequence, error)]
-        logger.warning("a step of %d sequences failed (%s); each is run by itself", len(scheduled), error)
+    def _run_each(self, scheduled: list[ScheduledSequence]) -> tuple[list[Sampled], list[Failure]]:
+        """Each sequence in a step of its own. Returns what was sampled, and who failed."""
         sampled, failures = list[Sampled](), list[Failure]()
         for s in scheduled:
             one, failure = self._run_isolated([s])
@@ -103,23 +111,30 @@ class LLMEngine(Engine):
             failures += failure
         return sampled, failures
 
-    def _run(self, inputs: ModelInputs) -> list[Sampled]:
-        """Execute the model and sample. To run it twice gives the same: nothing is recorded before `_record`."""
-        logits = self.runner.execute(inputs)
-        sequences, logits = self._fan_out(inputs.sampled, logits)
-        sampled = self.sampler(logits, sequences)
-        return list(zip(sequences, sampled.token_ids, sampled.logprobs, strict=True))
+    def _prepare(self, scheduled: list[ScheduledSequence]) -> Batch:
+        """Read everything that the step needs from the sequences."""
+        inputs = self.runner.prepare_inputs(scheduled)
+        return Batch(inputs, *self._fan_out(inputs.sampled))
 
-    def _fan_out(self, sequences: list[Sequence], logits: Tensor) -> tuple[list[Sequence], Tensor]:
-        """After a prompt's first run let its outputs part ways: each samples from the same row of logits."""
+    def _run(self, batch: Batch) -> list[Sampled]:
+        """Execute the model and sample. To run it twice gives the same: nothing is recorded before `_record`."""
+        logits = self.runner.execute(batch.inputs)
+        if len(batch.rows) > logits.shape[0]:
+            logits = logits[torch.tensor(batch.rows, device=logits.device)]
+        sampled = self.sampler(logits, batch.sequences)
+        return list(zip(batch.sequences, sampled.token_ids, sampled.logprobs, strict=True))
+
+    def _fan_out(self, sequences: list[Sequence]) -> tuple[list[Sequence], list[int]]:
+        """With a prompt's first run its outputs part ways: all of them sample, from the same row of the logits.
+
+        Takes the sequences that the logits' rows belong to. Returns those that sample, and the row of each.
+        """
         families = [self._make_outputs(sequence) if _is_first_token(sequence) else [sequence] for sequence in sequences]
-        if all(len(family) == 1 for family in families):
-            return sequences, logits
         rows = [row for row, family in enumerate(families) for _ in family]
-        return [s for family in families for s in family], logits[torch.tensor(rows, device=logits.device)]
+        return [s for family in families for s in family], rows
 
     def _make_outputs(self, sequence: Sequence) -> list[Sequence]:
-        """All the outputs of the request whose prompt `sequence` has just run."""
+        """All the outputs of the request whose prompt `sequence` runs."""
         request = self.scheduler.get_request(sequence)
         for index in range(len(request.sequences), sequence.sampling_params.best_of or 1):
             request.sequences.append(sequence.fork(next_seq_id(), index))
@@ -147,6 +162,7 @@ class LLMEngine(Engine):
         parent, *children = request.sequences
         if parent.status is SequenceStatus.RUNNING:
             for child in children:
+                child.prompt_logprobs = parent.prompt_logprobs.copy()       # which this step has recorded
                 self.scheduler.fork(parent, child)
         else:                               # sent back to the queue meanwhile: they part when it runs again
             for child in children:
@@ -155,7 +171,6 @@ class LLMEngine(Engine):
 
     def _conclude(self, sequences: list[Sequence], ended: list[Request]) -> list[Request]:
         """What the newest tokens mean: text, and who is finished. Returns the requests that got a token."""
-        now = time.perf_counter()
         updated: dict[str, Request] = {}
         for sequence in sequences:
             if sequence.is_finished:
@@ -163,9 +178,7 @@ class LLMEngine(Engine):
             request = self.scheduler.get_request(sequence)
             with self._blame(sequence, ended):
                 self.output_processor.conclude(sequence)
-                if request.request_id not in updated:
-                    updated[request.request_id] = request
-                    request.metrics.token_times.append(now)
+                updated[request.request_id] = request
                 if sequence.is_finished:
                     self.scheduler.finish(sequence)
         return list(updated.values())
@@ -191,7 +204,10 @@ class LLMEngine(Engine):
         ended.append(request)
 
     def _hand_out(self, updated: list[Request], ended: list[Request]) -> list[RequestOutput]:
-        """Outputs of the requests that finished, and of those that stream."""
+        """Outputs of the requests that finished, and of those that stream. A token counts as there from now on."""
+        now = time.perf_counter()
+        for request in updated:
+            request.metrics.token_times.append(now)
         for request in {id(request): request for request in (*updated, *ended)}.values():
             if request.is_finished and request not in self._aborted:
                 self._complete(request)
@@ -206,11 +222,12 @@ class LLMEngine(Engine):
         for plugin in self.plugins:
             plugin.on_request_completion(request)
 
-    def _report(self, start: float, output: SchedulerOutput, num_prompt_tokens: int, num_sampled: int) -> None:
+    def _report(self, start: float, output: SchedulerOutput, num_prompt_tokens: int, num_sampled: int,
+                token_budget: int) -> None:
         scheduler = self.scheduler
         stats = StepStats(self._num_steps, start, time.perf_counter(), output, num_prompt_tokens, num_sampled,
                           len(scheduler.running), len(scheduler.waiting), len(output.preempted),
-                          scheduler.kv_cache_manager.usage, scheduler.token_budget)
+                          scheduler.kv_cache_manager.usage, token_budget)
         self._num_steps += 1
         for plugin in self.plugins:
             plugin.after_step(scheduler, stats)

@@ -36,6 +36,7 @@ from .plugins.adaptive_budget import AdaptiveBudgetPlugin
 from .plugins.base import SchedulerPlugin
 from .policies import SchedulingParams
 from .simulation import SimulatedStep, Simulation, Simulator, StepCost
+from .utilisation import continuous_utilisation, static_utilisation
 
 SMOLLM2, H100 = SPECS["SmolLM2-135M"], HARDWARE["H100-SXM"]
 NAMES = {"SmolLM2-135M": "smollm2", "Qwen3-0.6B": "qwen3_0_6b", "Llama-3.1-8B": "llama_3_1_8b"}
@@ -49,18 +50,15 @@ HOST_BYTES_PER_SECOND = 25e9                    # an assumption: what a PCIe 4 x
 
 def utilisation() -> dict[str, Fact]:
     """Four requests of 5, 100, 3 and 80 tokens in four places: one batch, and as a stream."""
-    longest, tokens = max(S0_BATCH), sum(S0_BATCH)
-    facts = {"s0.tokens": Fact(tokens), "s0.static.steps": Fact(longest),
-             "s0.static.places": Fact(len(S0_BATCH) * longest),
-             "s0.static.utilisation": Fact(tokens / (len(S0_BATCH) * longest), "ratio")}
+    places, static = len(S0_BATCH), static_utilisation(S0_BATCH)
+    facts = {"s0.tokens": Fact(static.busy), "s0.static.steps": Fact(static.total // places),
+             "s0.static.places": Fact(static.total), "s0.static.utilisation": Fact(static.ratio, "ratio")}
     for times in (1, 4, 16):
-        steps = Simulator(len(S0_BATCH)).run([BenchRequest((0,), n) for n in S0_BATCH * times]).steps
-        decodes = [s for s in steps if s.is_decode]
-        assert len(decodes) == len(steps), "a prompt of one token is a decode step"
-        facts |= {f"s0.continuous.{times}.steps": Fact(len(steps)),
-                  f"s0.static.{times}.steps": Fact(times * longest),
-                  f"s0.continuous.{times}.utilisation": Fact(times * tokens / (len(S0_BATCH) * len(steps)), "ratio"),
-                  f"s0.steps_saved.{times}": Fact(times * longest / len(steps), "ratio")}
+        stream = continuous_utilisation(S0_BATCH, times)
+        steps, static_steps = stream.total // places, times * static.total // places
+        facts |= {f"s0.continuous.{times}.steps": Fact(steps), f"s0.static.{times}.steps": Fact(static_steps),
+                  f"s0.continuous.{times}.utilisation": Fact(stream.ratio, "ratio"),
+                  f"s0.steps_saved.{times}": Fact(static_steps / steps, "ratio")}
     return facts
 
 

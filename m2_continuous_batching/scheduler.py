@@ -67,7 +67,7 @@ class Scheduler(ABC):
 
     @abstractmethod
     def update_from_output(self, output: SchedulerOutput) -> None:
-        """The step has run: its tokens are computed now."""
+        """The step has run, or is under way and will have run before the next one: its tokens count as computed."""
 
     @abstractmethod
     def finish(self, sequence: Sequence) -> None:

@@ -17,37 +17,37 @@ from m0_basics.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
-class StepRow:
+class StepSpan:
     """One step: when it ended (seconds after the start), and how many sequences got a token."""
 
     end_s: float
     num_tokens: int
 
 
-def record_timeline(llm: BaseLLM, workload: Workload) -> list[StepRow]:
+def record_timeline(llm: BaseLLM, workload: Workload) -> list[StepSpan]:
     """Run all requests of the workload at once, greedy and to their full length."""
     requests: list[Request] = []
     for r in workload.requests:
         params = SamplingParams(temperature=0, max_tokens=r.output_len, ignore_eos=True)
         requests.append(llm.input_processor.process({"prompt_token_ids": list(r.prompt_token_ids)}, params))
         llm.engine.add_request(requests[-1])
-    rows: list[StepRow] = []
+    rows: list[StepSpan] = []
     done, start = 0, time.perf_counter()
     while llm.engine.has_unfinished_requests():
         llm.engine.step()
         total = sum(len(r.sequences[0].output_token_ids) for r in requests)
-        rows.append(StepRow(time.perf_counter() - start, total - done))
+        rows.append(StepSpan(time.perf_counter() - start, total - done))
         done = total
     return rows
 
 
-def mean_occupancy(rows: Sequence[StepRow]) -> float:
+def mean_occupancy(rows: Sequence[StepSpan]) -> float:
     """Sequences that got a token per step, on average over time: a long step counts for longer."""
     spans = [row.end_s - before for before, row in zip([0.0, *(r.end_s for r in rows)], rows, strict=False)]
     return sum(span * row.num_tokens for span, row in zip(spans, rows, strict=True)) / rows[-1].end_s
 
 
-def draw_timelines(timelines: dict[str, Sequence[StepRow]], max_num_seqs: int, path: Path) -> Path:
+def draw_timelines(timelines: dict[str, Sequence[StepSpan]], max_num_seqs: int, path: Path) -> Path:
     """One panel per engine: sequences at work over time, filled; what is white was idle."""
     figure = require("matplotlib.figure", "a figure").Figure(figsize=(8, 1.9 * len(timelines)), layout="constrained")
     panels = figure.subplots(len(timelines), 1, sharex=True, squeeze=False)[:, 0]

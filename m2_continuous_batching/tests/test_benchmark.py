@@ -10,7 +10,7 @@ from m0_basics.bench import BenchReport, get_workload
 from m0_basics.testing.fixtures import TinyModels
 from m1_offline.static_batching import StaticBatchLLM
 from m2_continuous_batching import LLM, benchmark
-from m2_continuous_batching.timeline import StepRow, mean_occupancy, record_timeline
+from m2_continuous_batching.timeline import StepSpan, mean_occupancy, record_timeline
 
 
 @pytest.fixture(scope="module")
@@ -59,4 +59,4 @@ def test_a_timeline_counts_every_token(tiny_model: TinyModels) -> None:
 
 def test_mean_occupancy_by_hand() -> None:
     """One second with four sequences, three seconds with one: seven sequence-seconds in four seconds."""
-    assert mean_occupancy([StepRow(1.0, 4), StepRow(4.0, 1)]) == pytest.approx(7 / 4)
+    assert mean_occupancy([StepSpan(1.0, 4), StepSpan(4.0, 1)]) == pytest.approx(7 / 4)
