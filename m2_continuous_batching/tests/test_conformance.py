@@ -39,7 +39,8 @@ class TestRoundRobin(GreedyConformance, AbortConformance, StreamingConformance):
     tiny_memory_options: ClassVar = {"max_num_seqs": 1, "policy": "round-robin:1", "max_model_len": 96}
 
 
-class TestAsyncScheduling(GreedyConformance, StopConformance, AbortConformance, SamplingConformance):
+class TestAsyncScheduling(GreedyConformance, StopConformance, StreamingConformance, AbortConformance,
+                          SamplingConformance, BadInputConformance):
     """Scheduling ahead of the model changes no token (F2.14)."""
 
     llm_class = LLM
