@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -25,7 +26,7 @@ class TimedEngine(LLMEngine):
         self.marks = [time.perf_counter()]
         self.step()
         self.marks.append(time.perf_counter())
-        return {part: end - start for part, start, end in zip(_PARTS, self.marks, self.marks[1:], strict=True)}
+        return {part: end - start for part, (start, end) in zip(_PARTS, pairwise(self.marks), strict=True)}
 
     def _prepare(self, scheduled: list[ScheduledSequence]) -> Batch:
         self.marks.append(time.perf_counter())

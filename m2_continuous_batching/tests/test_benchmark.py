@@ -10,6 +10,7 @@ from m0_basics.bench import BenchReport, get_workload
 from m0_basics.testing.fixtures import TinyModels
 from m1_offline.static_batching import StaticBatchLLM
 from m2_continuous_batching import LLM, benchmark
+from m2_continuous_batching.step_costs import step_costs
 from m2_continuous_batching.timeline import StepSpan, mean_occupancy, record_timeline
 
 
@@ -60,3 +61,15 @@ def test_a_timeline_counts_every_token(tiny_model: TinyModels) -> None:
 def test_mean_occupancy_by_hand() -> None:
     """One second with four sequences, three seconds with one: seven sequence-seconds in four seconds."""
     assert mean_occupancy([StepSpan(1.0, 4), StepSpan(4.0, 1)]) == pytest.approx(7 / 4)
+
+
+def test_step_costs_are_of_the_real_step(tiny_model: TinyModels) -> None:
+    """The parts add up, and watching changes no token."""
+    options = {"dtype": "float32", "max_model_len": 200, "skip_tokenizer_init": True, "max_num_seqs": 4}
+    llm = LLM(str(tiny_model("llama")), **options)
+    costs = step_costs(llm, 4, steps=3)
+    parts = [costs[f"{part}_share"] for part in ("schedule", "prepare", "model", "conclude")]
+    assert all(share > 0 for share in parts)
+    assert sum(parts) == pytest.approx(1, abs=0.2), "medians of shares"
+    assert not llm.engine.has_unfinished_requests()
+    assert llm.engine.scheduler.kv_cache_manager.usage == 0
