@@ -5,7 +5,7 @@ Names and shapes of the results are vLLM's, so that what is written here runs th
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from .sampling_params import SamplingParams
 from .tokenizer import Message, Tokenizer
 
 Params = SamplingParams | Sequence[SamplingParams] | None
+AddRequest = Callable[[Request], None]         # how a request gets into the engine
 
 
 class BaseLLM(ABC):
@@ -52,17 +53,14 @@ class BaseLLM(ABC):
         One SamplingParams serves all prompts, a list gives one to each. Every prompt is checked before the
         first is run; the error names the bad one. Outputs come in the order of the prompts.
         """
-        return self._run(as_prompt_list(prompts), sampling_params, use_tqdm, True)
+        requests = self._requests(as_prompt_list(prompts), sampling_params, True)
+        return self._run_requests(requests, use_tqdm, self.engine.add_request)
 
     def chat(self, messages: Sequence[Message] | Sequence[Sequence[Message]], sampling_params: Params = None,
              use_tqdm: bool = True, add_generation_prompt: bool = True) -> list[RequestOutput]:
         """Answer one conversation, or each of a list of them, through the model's chat template."""
-        if not messages:
-            raise ConfigError("messages is empty; allowed: at least one message")
-        conversations: Any = [messages] if isinstance(messages[0], dict) else messages
-        tokenizer = self.get_tokenizer()
-        prompts = [tokenizer.apply_chat_template(c, add_generation_prompt) for c in conversations]
-        return self._run(prompts, sampling_params, use_tqdm, False)
+        requests = self._requests(self._chat_prompts(messages, add_generation_prompt), sampling_params, False)
+        return self._run_requests(requests, use_tqdm, self.engine.add_request)
 
     def stream(self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None,
                ) -> Iterator[RequestOutput]:
@@ -71,22 +69,35 @@ class BaseLLM(ABC):
         A list of messages is a chat. With best_of above n everything comes at the end: which outputs are returned
         is not known before. Closing the iterator early, or dropping it, aborts the request.
         """
+        return self._start_stream(self._stream_request(prompt, sampling_params), self.engine.add_request)
+
+    def _chat_prompts(self, messages: Sequence[Message] | Sequence[Sequence[Message]],
+                      add_generation_prompt: bool) -> list[str]:
+        if not messages:
+            raise ConfigError("messages is empty; allowed: at least one message")
+        conversations: Any = [messages] if isinstance(messages[0], dict) else messages
+        tokenizer = self.get_tokenizer()
+        return [tokenizer.apply_chat_template(c, add_generation_prompt) for c in conversations]
+
+    def _stream_request(self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None) -> Request:
         params = sampling_params or self.default_sampling_params
         special = True
         if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], dict):
             prompt, special = self.get_tokenizer().apply_chat_template(prompt), False
         checked: Any = prompt
-        request = self.input_processor.process(checked, params, stream=params.best_of == params.n,
-                                               add_special_tokens=special)
-        deltas = self._deltas(request)
+        return self.input_processor.process(checked, params, stream=params.best_of == params.n,
+                                            add_special_tokens=special)
+
+    def _start_stream(self, request: Request, add: AddRequest) -> Iterator[RequestOutput]:
+        deltas = self._deltas(request, add)
         next(deltas)        # into the `try`: a generator that was never started would not abort when it is dropped
         return deltas
 
-    def _deltas(self, request: Request) -> Iterator[RequestOutput]:
+    def _deltas(self, request: Request, add: AddRequest) -> Iterator[RequestOutput]:
         seen: dict[int, tuple[int, int]] = {}
         try:
-            self._add(request)
-            yield RequestOutput.from_request(request)       # taken by `stream`
+            self._add(request, add)
+            yield RequestOutput.from_request(request)       # taken by `_start_stream`
             finished = False
             while not finished:
                 for output in self._next_outputs(request.request_id):
@@ -102,15 +113,11 @@ class BaseLLM(ABC):
             self.engine.abort_request(request.request_id)
             self._mailboxes.pop(request.request_id, None)
 
-    def _run(self, prompts: Sequence[Prompt], sampling_params: Params, use_tqdm: bool,
-             special: bool) -> list[RequestOutput]:
-        return self._run_requests(self._requests(prompts, sampling_params, special), use_tqdm)
-
-    def _run_requests(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
+    def _run_requests(self, requests: list[Request], use_tqdm: bool, add: AddRequest) -> list[RequestOutput]:
         outputs: dict[str, RequestOutput] = {}
         try:
             for request in requests:
-                self._add(request)
+                self._add(request, add)
             with tqdm(total=len(requests), desc="prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
                 for request in requests:
                     while request.request_id not in outputs:
@@ -141,12 +148,9 @@ class BaseLLM(ABC):
                 raise type(error)(f"prompts[{i}]: {error}") from error
         return requests
 
-    def _add(self, request: Request) -> None:
-        self._add_to_engine(request)
+    def _add(self, request: Request, add: AddRequest) -> None:
+        add(request)
         self._mailboxes[request.request_id] = []
-
-    def _add_to_engine(self, request: Request) -> None:
-        self.engine.add_request(request)
 
     def _next_outputs(self, request_id: str) -> list[RequestOutput]:
         """Step the engine until this request has news. Others' news waits in their mailboxes."""

@@ -101,14 +101,14 @@ class TestPreemption:
         expected = [o.token_ids for o in lab.run(PROMPTS[1], params)[0].outputs]
         choose, sent_back = lab.engine._choose, []
 
-        def send_back() -> SchedulerOutput:
-            output = choose()
+        def send_back() -> tuple[SchedulerOutput, int]:
+            output, budget = choose()
             if len(sent_back) == 1:             # the first call chooses the prompt, the second while it runs
                 entry = lab.scheduler.running[0]
                 lab.scheduler._preempt(entry, output.preempted)
                 output = replace(output, scheduled=[s for s in output.scheduled if s.sequence is not entry.sequence])
             sent_back.append(output)
-            return output
+            return output, budget
 
         monkeypatch.setattr(lab.engine, "_choose", send_back)
         outputs = lab.run(PROMPTS[1], params)[0].outputs
@@ -143,6 +143,37 @@ class TestGenerate:
             lab.run(PROMPTS, scheduling_params=[SchedulingParams()] * 5 + [SchedulingParams(sla_class="gold")])
         lab.check_empty()
         assert lab.watcher.stats == [], "nothing has run"
+
+    @pytest.mark.parametrize(("bad", "message"), [
+        ([SchedulingParams()] * 5 + [3], r"scheduling_params\[5\]=3 is not valid; allowed: SchedulingParams"),
+        (["fast"] * 6, r"scheduling_params\[0\]='fast' is not valid"),
+        ("urgent", r"scheduling_params='urgent' is not valid; allowed: None, SchedulingParams, or a list"),
+        ({"priority": 1}, r"scheduling_params=\{'priority': 1\} is not valid"),
+    ])
+    def test_scheduling_params_of_a_wrong_type(self, lab: Lab, bad: Any, message: str) -> None:
+        messages = [[{"role": "user", "content": "on"}]] * 6
+        for run in (lambda: lab.run(PROMPTS, scheduling_params=bad),
+                    lambda: lab.llm.chat(messages, use_tqdm=False, scheduling_params=bad)):
+            with pytest.raises(ConfigError, match=message):
+                run()
+        with pytest.raises(ConfigError, match="scheduling_params"):
+            lab.llm.stream(PROMPTS[0], scheduling_params=bad)
+        lab.check_empty()
+
+    def test_scheduling_params_of_chats_and_streams(self, tiny_model: TinyModels) -> None:
+        """They decide the order there as well, and are refused there as well."""
+        lab = Lab(tiny_model, max_num_seqs=1, policy="priority")
+        chats = [[{"role": "user", "content": text}] for text in ("on", "the", "one")]
+        outputs = lab.llm.chat(chats, greedy(), use_tqdm=False,
+                               scheduling_params=[SchedulingParams(priority=-i) for i in range(3)])
+        assert list(lab.watcher.completed) == [o.request_id for o in reversed(outputs)]
+        lab.watcher.completed.clear()
+        streams = [lab.llm.stream(PROMPTS[i], greedy(), SchedulingParams(priority=-i)) for i in range(3)]
+        ids = [[o.request_id for o in stream][-1] for stream in streams]
+        assert list(lab.watcher.completed) == ids[::-1]
+        with pytest.raises(ConfigError, match="sla_class='gold'"):
+            lab.llm.stream(PROMPTS[0], greedy(), SchedulingParams(sla_class="gold"))
+        lab.check_empty()
 
     def test_step_stats_add_up(self, tiny_model: TinyModels) -> None:
         for options in ({}, {"policy": "round-robin:2"}):
