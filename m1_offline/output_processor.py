@@ -50,12 +50,10 @@ class OutputProcessor:
             self.forget(sequence)
 
     def make_output(self, request: Request) -> RequestOutput:
-        """A snapshot of the request, with the text of its prompt's log-probabilities."""
-        output = RequestOutput.from_request(request)
-        if output.prompt_logprobs and self.tokenizer is not None:
-            output.prompt_logprobs = [entry and decode_logprobs(entry, self.tokenizer)
-                                      for entry in output.prompt_logprobs]
-        return output
+        """A snapshot of the request. The log-probabilities of its prompt get their text here, each one once."""
+        if self.tokenizer is not None:
+            _decode_newest(request.sequences[0].prompt_logprobs, self.tokenizer)
+        return RequestOutput.from_request(request)
 
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept for a sequence that has ended."""
@@ -87,6 +85,15 @@ class OutputProcessor:
         if logprobs is None or self.tokenizer is None or sequence.sampling_params.logprobs is None:
             return logprobs
         return decode_logprobs(logprobs, self.tokenizer)
+
+
+def _decode_newest(entries: list[dict[int, Logprob] | None], tokenizer: Tokenizer) -> None:
+    """Fill in `decoded_token` where it is missing. Entries are appended, so those that have none are the last ones."""
+    for i in range(len(entries) - 1, -1, -1):
+        entry = entries[i]
+        if entry is None or next(iter(entry.values())).decoded_token is not None:
+            break
+        entries[i] = decode_logprobs(entry, tokenizer)
 
 
 def decode_logprobs(logprobs: dict[int, Logprob], tokenizer: Tokenizer) -> dict[int, Logprob]:

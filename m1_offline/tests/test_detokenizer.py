@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from m0_basics.config import DEFAULT_MODEL, ModelConfig
 from m0_basics.loader import load_tokenizer
-from m0_basics.request import Sequence, SequenceData, SequenceStatus, next_seq_id
+from m0_basics.outputs import Logprob
+from m0_basics.request import Request, Sequence, SequenceData, SequenceStatus, next_seq_id
 from m0_basics.sampling_params import SamplingParams
 from m0_basics.testing.tiny_models import BOS, EOS, byte_level_tokenizer
 from m0_basics.tokenizer import Tokenizer
@@ -293,6 +294,45 @@ class TestOutputProcessor:
         for kept in (1, 0):
             processor.process(sequence, 3, None)
             assert len(processor._states) == kept
+
+    def test_the_log_probabilities_of_a_prompt_are_turned_into_text_once(self) -> None:
+        """However often a request reports; also where a prompt is run in pieces, or run again."""
+        tokenizer = CountingTokenizer(byte_level_tokenizer(), {})
+        processor = OutputProcessor(tokenizer, 1000)
+        prompt = byte_ids(b"the one")
+        entries = [None, *({i: Logprob(-1.0, 2), 5: Logprob(-0.5, 1)} for i in prompt[1:])]
+        request = Request("r", None, prompt, SamplingParams(prompt_logprobs=1, max_tokens=99), stream=True)
+        [sequence] = request.sequences
+        sequence.set_status(SequenceStatus.RUNNING)
+        sequence.prompt_logprobs += entries[:3]
+        five = tokenizer.decode([5], skip_special_tokens=False)
+        assert [e and e[5].decoded_token for e in made(processor, request)] == [None, five, five]
+        sequence.prompt_logprobs += entries[3:]
+        early = made(processor, request)
+        tokenizer.num_calls = 0
+        for _ in range(5):
+            processor.process(sequence, 3, None)
+            during = tokenizer.num_calls
+            assert made(processor, request) == early
+            assert tokenizer.num_calls == during, "nothing is left to be decoded"
+        assert [None, *("".join(e[i].decoded_token for i in e if i != 5) for e in early[1:])] == [None, *"he one"]
+
+
+class CountingTokenizer(Tokenizer):
+    """Counts how often it decodes."""
+
+    num_calls = 0
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        self.num_calls += 1
+        return super().decode(token_ids, skip_special_tokens)
+
+
+def made(processor: OutputProcessor, request: Request) -> list[dict[int, Logprob] | None]:
+    """The prompt's log-probabilities as the request reports them."""
+    entries = processor.make_output(request).prompt_logprobs
+    assert entries is not None
+    return entries
 
 
 def running(params: SamplingParams, *eos: int) -> Sequence:
