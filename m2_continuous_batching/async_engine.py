@@ -3,7 +3,7 @@
     coroutines   add, abort  -->  queue of commands  -->  engine thread:  commands, step, commands, step, ...
     coroutines   <--  newest state of each request   <--  (a mailbox that holds one output, never a list)
 
-Nothing but the engine thread touches the engine, so the engine needs no lock. An output holds everything that its
+Nothing but the engine thread changes the engine, so the engine needs no lock. An output holds everything that its
 request has produced so far: a consumer that is slow misses intermediate states and nothing else.
 """
 from __future__ import annotations
@@ -127,6 +127,9 @@ class AsyncLLMEngine:
             return [self._process(prompt, params, stream, add_special_tokens) for prompt in prompts]
 
         requests = await self.run_on_inputs(process)
+        if params.structured_outputs is not None:
+            # A grammar may take long to compile, and is kept: so neither the engine nor other prompts wait for it.
+            await asyncio.to_thread(self.llm.engine.sampler.check, params)
         if request_id is not None:
             requests[0].request_id = request_id
         streams = [OutputStream(request, self.abort) for request in requests]
@@ -147,8 +150,15 @@ class AsyncLLMEngine:
                 return                      # it has just ended, and nothing runs any more
 
     async def run_on_inputs(self, work: Callable[[], T]) -> T:
-        """Run what tokenises in the thread that is kept for it: a long text must not stop the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._inputs, work)
+        """Run what tokenises in the thread that is kept for it: a long text must not stop the event loop.
+
+        Raises EngineStoppedError after the end.
+        """
+        try:
+            future = asyncio.get_running_loop().run_in_executor(self._inputs, work)
+        except RuntimeError as error:
+            raise EngineStoppedError("the engine has shut down") from error
+        return await future
 
     def _process(self, prompt: Any, params: SamplingParams, stream: bool, add_special_tokens: bool) -> Request:
         if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):

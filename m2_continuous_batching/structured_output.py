@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from functools import lru_cache
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -120,7 +121,10 @@ class _Walk:
 
 
 class Grammars:
-    """Compiled constraints over one tokenizer, each compiled once and copied for every sequence."""
+    """Compiled constraints over one tokenizer, each compiled once and copied for every sequence.
+
+    Safe for several threads: one compiles at a time, and what is compiled already is there without waiting for it.
+    """
 
     def __init__(self, tokenizer: Tokenizer, spec: ModelSpec) -> None:
         self.tokenizer = tokenizer
@@ -128,6 +132,7 @@ class Grammars:
         # The model's matrix may have more rows than there are tokens: those are in no grammar.
         self.vocab_size = max(len(tokenizer), spec.vocab_size)
         self._compiled = lru_cache(_NUM_GRAMMARS)(self._compile)
+        self._compiling = threading.Lock()
         self._ll_tokenizer: LLTokenizer | None = None       # made for the first constraint: it takes a moment
 
     def new_matcher(self, constraint: StructuredOutputsParams) -> LLMatcher:
@@ -136,6 +141,10 @@ class Grammars:
         return self._compiled(kind, text).deep_copy()
 
     def _compile(self, kind: str, text: str) -> LLMatcher:
+        with self._compiling:
+            return self._compile_alone(kind, text)
+
+    def _compile_alone(self, kind: str, text: str) -> LLMatcher:
         from m0_basics.bench.harness import require
         llguidance = require("llguidance", "structured output", extra="structured")
         if self._ll_tokenizer is None:

@@ -241,6 +241,39 @@ def test_the_event_loop_runs_while_the_engine_steps(make):
     assert asyncio.run(run()) > 20
 
 
+def test_a_grammar_that_takes_long_to_compile_delays_nobody_else(make, monkeypatch):
+    """F2.11, F2.12: one stream runs on, another begins and ends, while the grammar of a third is compiled."""
+    engine, _ = make()
+    grammars = engine.llm.engine.sampler.grammars
+    compile_alone, compiling, may_go_on = grammars._compile_alone, threading.Event(), threading.Event()
+    compiled_in = []
+
+    def slow(kind, text):
+        compiled_in.append(threading.current_thread().name)
+        compiling.set()
+        assert may_go_on.wait(20), "nobody else came forward"
+        return compile_alone(kind, text)
+
+    monkeypatch.setattr(grammars, "_compile_alone", slow)
+    choice = SamplingParams(structured_outputs={"choice": ["yes", "no"]}, max_tokens=50)
+
+    async def run():
+        async with running(engine):
+            early = engine.generate(PROMPTS[0], LONG)
+            await anext(early)
+            constrained = asyncio.create_task(last(engine.generate(PROMPTS[1], choice)))
+            await until(compiling.is_set)
+            assert len((await last(early)).outputs[0].token_ids) == 200
+            assert (await last(engine.generate(PROMPTS[2], greedy()))).finished
+            assert not constrained.done()
+            may_go_on.set()
+            return (await constrained).outputs[0].text
+
+    assert asyncio.run(run()) in ("yes", "no")
+    assert len(compiled_in) == 1, "the engine finds it compiled"
+    assert compiled_in != ["engine"]
+
+
 def test_full_queue(make):
     """Three may run and two wait; the sixth is refused, and there is room again afterwards."""
     engine, _ = make(step_s=0.005, max_queued_requests=2)

@@ -5,6 +5,8 @@ import gc
 import json
 import re
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +26,7 @@ from m0_basics.testing.fixtures import TinyModels
 from m0_basics.tokenizer import Tokenizer
 from m1_offline.sampler import FullSampler
 from m2_continuous_batching import LLM, ConfigError, SamplingParams, StructuredOutputsParams
-from m2_continuous_batching.structured_output import StructuredSampler, unpack_bits
+from m2_continuous_batching.structured_output import Grammars, StructuredSampler, unpack_bits
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -80,6 +82,32 @@ def test_the_judge_can_say_no() -> None:
 @pytest.fixture(scope="module")
 def llm(tiny_model: TinyModels) -> LLM:
     return LLM(str(tiny_model("qwen3")), dtype="float32", max_model_len=256)
+
+
+def test_many_threads_share_the_grammars(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One compiles at a time, every thread gets what one alone would get, and what is there waits for no compiler."""
+    grammars = Grammars(llm.get_tokenizer(), llm.spec)
+    constraints = [StructuredOutputsParams(choice=["yes", "no"[:1 + i % 2] * (1 + i // 2)]) for i in range(8)]
+    compile_alone, inside, crowds = grammars._compile_alone, list[str](), list[int]()
+
+    def watched(kind: str, text: str) -> Any:
+        inside.append(text)
+        time.sleep(0.005)
+        crowds.append(len(inside))
+        matcher = compile_alone(kind, text)
+        inside.remove(text)
+        return matcher
+
+    def first_tokens(constraint: StructuredOutputsParams) -> bytes:
+        return bytes(grammars.new_matcher(constraint).compute_bitmask())
+
+    monkeypatch.setattr(grammars, "_compile_alone", watched)
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(first_tokens, constraints * 4))
+        assert set(crowds) == {1}
+        with grammars._compiling:
+            assert pool.submit(first_tokens, constraints[0]).result(timeout=10) == together[0]
+    assert together == [first_tokens(c) for c in constraints] * 4
 
 
 @pytest.mark.parametrize("options", [{}, {"max_num_seqs": 2, "policy": "round-robin:3"}, {"async_scheduling": True}],
