@@ -26,8 +26,9 @@ class Envelope:
     model: str
 
     @classmethod
-    def new(cls, prefix: str, kind: str, model: str) -> Envelope:
-        return cls(f"{prefix}-{uuid.uuid4().hex}", kind, int(time.time()), model)
+    def new(cls, prefix: str, kind: str, model: str, request_id: str | None = None) -> Envelope:
+        """`request_id`: the client's own name for the request; by default a random one."""
+        return cls(f"{prefix}-{request_id or uuid.uuid4().hex}", kind, int(time.time()), model)
 
     def wrap(self, choices: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
         return {**vars(self), "choices": choices, **fields}
@@ -56,14 +57,13 @@ class Deltas:
         self._streams = streams
         self._num_outputs = body.n or 1
         self._sent: dict[int, CompletionOutput] = {}
+        self.num_tokens = 0             # of all that was sent
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all that was sent."""
-        return sum(len(output.token_ids) for output in self._sent.values())
+    async def __aiter__(self) -> AsyncIterator[tuple[int, CompletionOutput, RequestOutput]]:
+        """(index of the choice, its new text and tokens, all that its request has returned so far).
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, CompletionOutput]]:
-        """(index of the choice, its new text and tokens). A piece has text, log-probabilities, or a finish_reason."""
+        A piece has text, log-probabilities, or a finish_reason.
+        """
         async for i, output in merge(self._streams):
             check_served(output)
             for part in output.outputs:
@@ -73,8 +73,29 @@ class Deltas:
                 has_logprobs = bool(part.logprobs) and len(part.token_ids) > tokens
                 if len(part.text) > chars or has_logprobs or part.finish_reason != sent.finish_reason:
                     self._sent[index] = part
+                    self.num_tokens += len(part.token_ids) - tokens
                     yield index, replace(part, text=part.text[chars:], token_ids=part.token_ids[tokens:],
-                                         logprobs=part.logprobs and part.logprobs[tokens:])
+                                         logprobs=part.logprobs and part.logprobs[tokens:]), output
+
+
+class StreamUsage:
+    """The `usage` of a stream's pieces: null until the last one, the tokens so far, or no such field at all."""
+
+    def __init__(self, body: GenerationBody, streams: Sequence[OutputStream]) -> None:
+        options = body.stream_options
+        self.at_end = options is not None and bool(options.include_usage)
+        self._so_far = options is not None and bool(options.continuous_usage_stats)
+        self._streams = streams
+
+    def field(self, num_tokens: int) -> dict[str, Any]:
+        """For a piece up to which `num_tokens` were generated."""
+        if not self.at_end:
+            return {}
+        return {"usage": usage(self._streams, num_tokens) if self._so_far else None}
+
+    def last(self, num_tokens: int) -> dict[str, Any]:
+        """For the last piece, which has no choices."""
+        return {"usage": usage(self._streams, num_tokens)}
 
 
 def token_text(token_id: int, entry: Logprob) -> str:

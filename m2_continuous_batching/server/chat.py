@@ -11,7 +11,7 @@ from m0_basics.outputs import CompletionOutput, Logprob
 
 from ..async_engine import AsyncLLMEngine
 from ..output_stream import OutputStream
-from .answers import Deltas, Envelope, collect, finite, token_text, usage
+from .answers import Deltas, Envelope, StreamUsage, collect, finite, token_text, usage
 from .parameters import as_messages, chat_params, scheduling_params
 from .protocol import ChatBody
 from .streaming import EventStreamResponse, run_while_connected
@@ -22,38 +22,40 @@ async def create_chat_completion(engine: AsyncLLMEngine, model: str, body: ChatB
     streams = await engine.add_requests([as_messages(body.messages)], chat_params(body), scheduling_params(body),
                                         stream=bool(body.stream))
     if body.stream:
-        return EventStreamResponse(_events(body, Envelope.new("chatcmpl", "chat.completion.chunk", model), streams),
-                                   streams)
+        envelope = Envelope.new("chatcmpl", "chat.completion.chunk", model, body.request_id)
+        return EventStreamResponse(_events(body, envelope, streams), streams)
     [output] = await run_while_connected(request.receive, collect(streams))
     choices = [{"index": part.index, "message": {"role": "assistant", "content": part.text, "refusal": None},
                 "logprobs": _logprobs(part, body), "finish_reason": part.finish_reason,
                 "stop_reason": part.stop_reason} for part in output.outputs]
     num_tokens = sum(len(part.token_ids) for part in output.outputs)
-    envelope = Envelope.new("chatcmpl", "chat.completion", model)
+    envelope = Envelope.new("chatcmpl", "chat.completion", model, body.request_id)
     return JSONResponse(envelope.wrap(choices, usage=usage(streams, num_tokens)))
 
 
 async def _events(body: ChatBody, envelope: Envelope, streams: Sequence[OutputStream],
                   ) -> AsyncGenerator[dict[str, Any], None]:
-    """For each choice: its role, its text piece by piece, why it ended. Then, if asked for, the usage."""
-    wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    nothing_yet = {"usage": None} if wants_usage else {}
+    """For each choice: its role, its text piece by piece, why it ended. Then, if asked for, the usage.
+
+    The role comes with the first text and no sooner: clients take it for the first token.
+    """
+    deltas, begun, reported = Deltas(streams, body), set[int](), StreamUsage(body, streams)
 
     def chunk(index: int, delta: dict[str, str], part: CompletionOutput | None = None,
               **fields: Any) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": part and _logprobs(part, body), "finish_reason": None}
-        return envelope.wrap([choice | fields], **nothing_yet)
+        return envelope.wrap([choice | fields], **reported.field(deltas.num_tokens))
 
-    for index in range(body.n or 1):
-        yield chunk(index, {"role": "assistant", "content": ""})
-    deltas = Deltas(streams, body)
-    async for index, part in deltas:
+    async for index, part, _ in deltas:
+        if index not in begun:
+            begun.add(index)
+            yield chunk(index, {"role": "assistant", "content": ""})
         if part.text or part.logprobs:
             yield chunk(index, {"content": part.text}, part)
         if part.finish_reason is not None:
             yield chunk(index, {}, finish_reason=part.finish_reason, stop_reason=part.stop_reason)
-    if wants_usage:
-        yield envelope.wrap([], usage=usage(streams, deltas.num_tokens))
+    if reported.at_end:
+        yield envelope.wrap([], **reported.last(deltas.num_tokens))
 
 
 def _logprobs(part: CompletionOutput, body: ChatBody) -> dict[str, Any] | None:

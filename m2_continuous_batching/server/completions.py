@@ -15,7 +15,7 @@ from m1_offline.detokenizer import IncrementalDetokenizer
 
 from ..async_engine import AsyncLLMEngine
 from ..output_stream import OutputStream
-from .answers import Deltas, Envelope, collect, finite, token_text, usage
+from .answers import Deltas, Envelope, StreamUsage, collect, finite, token_text, usage
 from .parameters import completion_params, scheduling_params
 from .protocol import CompletionBody
 from .streaming import EventStreamResponse, run_while_connected
@@ -29,51 +29,65 @@ async def create_completion(engine: AsyncLLMEngine, model: str, body: Completion
         raise ConfigError("prompt=[] is not valid; allowed: at least one prompt")
     streams = await engine.add_requests(prompts, params, scheduling_params(body), stream=bool(body.stream),
                                         add_special_tokens=body.add_special_tokens is not False)
-    envelope = Envelope.new("cmpl", "text_completion", model)
-    tokenizer = engine.llm.tokenizer
+    envelope = Envelope.new("cmpl", "text_completion", model, body.request_id)
     if body.stream:
-        return EventStreamResponse(_events(body, envelope, streams, tokenizer), streams)
+        return EventStreamResponse(_events(engine, body, envelope, streams), streams)
     outputs = await run_while_connected(request.receive, collect(streams))
-    choices: list[dict[str, Any]] = []
-    num_tokens = 0
-    for output in outputs:
-        for part in output.outputs:
-            choice = _Choice(body, output.prompt, output.prompt_token_ids, output.prompt_logprobs, tokenizer)
-            choices.append(choice.piece(len(choices), part))
-            num_tokens += len(part.token_ids) if body.max_tokens != 0 else 0
-    return JSONResponse(envelope.wrap(choices, usage=usage(streams, num_tokens)))
+
+    def make_choices() -> list[dict[str, Any]]:
+        parts = [(output, part) for output in outputs for part in output.outputs]
+        return [_Choice(body, output, engine.llm.tokenizer).piece(index, part)
+                for index, (output, part) in enumerate(parts)]
+
+    # A whole prompt, token by token, would stop the event loop for a while.
+    choices = make_choices() if body.logprobs is None else await engine.run_on_inputs(make_choices)
+    num_tokens = sum(len(part.token_ids) for output in outputs for part in output.outputs)
+    return JSONResponse(envelope.wrap(choices, usage=usage(streams, num_tokens if body.max_tokens != 0 else 0)))
 
 
-async def _events(body: CompletionBody, envelope: Envelope, streams: Sequence[OutputStream],
-                  tokenizer: Tokenizer | None) -> AsyncGenerator[dict[str, Any], None]:
-    deltas, made = Deltas(streams, body), dict[int, _Choice]()
-    wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    nothing_yet = {"usage": None} if wants_usage else {}
-    async for index, part in deltas:
-        if index not in made:
-            output = RequestOutput.from_request(streams[index // (body.n or 1)].request)
-            made[index] = _Choice(body, output.prompt, output.prompt_token_ids, output.prompt_logprobs, tokenizer)
-        yield envelope.wrap([made[index].piece(index, part)], **nothing_yet)
-    if wants_usage:
-        yield envelope.wrap([], usage=usage(streams, deltas.num_tokens if body.max_tokens != 0 else 0))
+async def _events(engine: AsyncLLMEngine, body: CompletionBody, envelope: Envelope, streams: Sequence[OutputStream],
+                  ) -> AsyncGenerator[dict[str, Any], None]:
+    deltas, made, reported = Deltas(streams, body), dict[int, _Choice](), StreamUsage(body, streams)
+
+    def num_tokens() -> int:
+        return deltas.num_tokens if body.max_tokens != 0 else 0
+
+    async for index, part, output in deltas:
+        if (choice := made.get(index)) is None:
+            choice = made[index] = _Choice(body, output, engine.llm.tokenizer)
+            if body.logprobs is not None and body.echo:
+                await engine.run_on_inputs(choice.prepare_echo)
+        yield envelope.wrap([choice.piece(index, part)], **reported.field(num_tokens()))
+    if reported.at_end:
+        yield envelope.wrap([], **reported.last(num_tokens()))
 
 
 class _Choice:
     """One choice in the making: the first piece carries the echo of the prompt, where that is asked for."""
 
-    def __init__(self, body: CompletionBody, prompt: str | None, prompt_token_ids: list[int],
-                 prompt_logprobs: list[dict[int, Logprob] | None] | None, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, body: CompletionBody, output: RequestOutput, tokenizer: Tokenizer | None) -> None:
+        """`output` may be of any time after the prompt has run: what is read of it here is that of the prompt."""
         self.body = body
         self.tokenizer = tokenizer
-        self.prompt_token_ids = prompt_token_ids
-        self.prompt_logprobs = prompt_logprobs
+        self.prompt_token_ids = output.prompt_token_ids
+        self.prompt_logprobs = output.prompt_logprobs
         self.echo = ""
         if body.echo:
-            decoded = tokenizer.decode(prompt_token_ids, skip_special_tokens=False) if tokenizer else ""
-            self.echo = decoded if prompt is None else prompt
+            decoded = tokenizer.decode(self.prompt_token_ids, skip_special_tokens=False) if tokenizer else ""
+            self.echo = decoded if output.prompt is None else output.prompt
         self.is_first = True
         skip = body.skip_special_tokens is not False
         self.offsets = _Offsets(len(self.echo), tokenizer, skip)
+        self._echoed: dict[str, list[Any]] | None = None
+
+    def prepare_echo(self) -> dict[str, list[Any]]:
+        """The log-probabilities of the prompt in their JSON form. A long prompt takes a while, the first time."""
+        if self._echoed is None:
+            known = self.prompt_logprobs or []
+            unknown = [None] * (len(self.prompt_token_ids) - len(known))        # it ended before its prompt had run
+            self._echoed = self._logprobs(self.prompt_token_ids, [*known, *unknown],
+                                          _Offsets(0, self.tokenizer, False, len(self.echo)))
+        return self._echoed
 
     def piece(self, index: int, part: CompletionOutput) -> dict[str, Any]:
         """The JSON form of what is new of the choice; `max_tokens=0` leaves the generated token out."""
@@ -84,8 +98,7 @@ class _Choice:
         if self.body.logprobs is not None:
             logprobs = self._logprobs(token_ids, entries or [], self.offsets)
             if self.is_first and self.body.echo:
-                prompt = self._logprobs(self.prompt_token_ids, self.prompt_logprobs or [None],
-                                        _Offsets(0, self.tokenizer, False, len(self.echo)))
+                prompt = self.prepare_echo()
                 logprobs = {name: prompt[name] + logprobs[name] for name in prompt}
         text = self.echo + text if self.is_first else text
         self.is_first = False

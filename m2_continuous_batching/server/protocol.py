@@ -1,7 +1,7 @@
 """The bodies of requests: OpenAI's fields, and vLLM's on top.
 
-A field that neither knows is refused, and so is one of OpenAI's that this server cannot honour, unless it has the
-value that asks for nothing. Ranges are left to `SamplingParams`, which says what is allowed; a null is the default.
+A field that neither knows is refused, and so is one of theirs that this server cannot honour, unless it has the value
+that asks for nothing. Ranges are left to `SamplingParams`, which says what is allowed; a null is the default.
 """
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ MAX_LOGPROBS = 20           # OpenAI's limit for chats, vLLM's for everything
 
 Outputs = Annotated[int, Field(ge=1, le=MAX_OUTPUTS)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+RequestId = Annotated[str, Field(pattern="^[!-~]{1,128}$")]         # ASCII without spaces
 Priority = Annotated[int, Field(ge=-2 ** 31, le=2 ** 31)]
 
 
@@ -21,7 +22,7 @@ class Body(BaseModel):
     """Strict: the text "5" is no number, and true is none either."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    # OpenAI's fields that this server has no use for -> the values that ask for nothing (beside null).
+    # Their fields that this server has no use for -> the values that ask for nothing (beside null).
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     @model_validator(mode="before")
@@ -41,6 +42,13 @@ class StreamOptions(Body):
 
     neutral: ClassVar = {"include_obfuscation": (True, False)}      # padding against observers; we send none
     include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False     # vLLM's: the tokens so far with every piece
+
+    @model_validator(mode="after")
+    def _check_together(self) -> StreamOptions:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise ValueError("continuous_usage_stats needs include_usage=true; allowed: false without it")
+        return self
 
 
 class StructuredOutputs(Body):
@@ -70,6 +78,10 @@ class ResponseFormat(Body):
 class GenerationBody(Body):
     """What completions and chats have in common."""
 
+    neutral: ClassVar = {
+        "use_beam_search": (False,), "length_penalty": (1.0,), "detokenize": (True,), "truncate_prompt_tokens": (),
+        "spaces_between_special_tokens": (True,), "logits_processors": ([],), "prompt_logprobs": (),
+        "return_token_ids": (False,)}
     model: str | None = None
     user: str | None = None                     # who asks; nothing depends on it
     stream: bool | None = False
@@ -100,6 +112,8 @@ class GenerationBody(Body):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     priority: Priority | None = None
+    request_id: RequestId | None = None         # what the client calls it: part of the answer's id
+    cache_salt: str | None = None               # for caches that requests share: this server has none
     # this engine's
     sla_class: str | None = None
     timeout: float | None = None                # seconds after which the request is aborted
@@ -114,7 +128,7 @@ class GenerationBody(Body):
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
-    neutral: ClassVar = {"suffix": ("",)}
+    neutral: ClassVar = GenerationBody.neutral | {"suffix": ("",)}
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: Annotated[int, Field(ge=0)] | None = 16     # 0 with echo scores the prompt
     best_of: Outputs | None = None
@@ -143,11 +157,15 @@ class ChatMessage(Body):
 class ChatBody(GenerationBody):
     """`POST /v1/chat/completions`."""
 
-    neutral: ClassVar = {
+    neutral: ClassVar = GenerationBody.neutral | {
         "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
         "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (), "prediction": (),
         "reasoning_effort": ("none",), "verbosity": ("medium",), "web_search_options": (), "store": (False,),
-        "metadata": ({},), "service_tier": ("auto", "default")}
+        "metadata": ({},), "service_tier": ("auto", "default"),
+        # vLLM's
+        "add_generation_prompt": (True,), "continue_final_message": (False,), "chat_template": (),
+        "chat_template_kwargs": ({},), "documents": ([],), "echo": (False,), "include_reasoning": (True, False),
+        "best_of": (1,)}
     messages: list[ChatMessage] = Field(min_length=1)
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -170,6 +188,8 @@ class ChatBody(GenerationBody):
 class TokenizeBody(Body):
     """`POST /tokenize`: of one text, or of a chat."""
 
+    neutral: ClassVar = {"add_generation_prompt": (True,), "continue_final_message": (False,), "chat_template": (),
+                         "chat_template_kwargs": ({},)}
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None

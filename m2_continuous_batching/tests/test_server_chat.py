@@ -7,8 +7,12 @@ from functools import partial
 import openai
 import pytest
 
-from m0_basics import SamplingParams
+from m0_basics import CompletionOutput, RequestOutput, SamplingParams
+from m0_basics.request import Request
 from m2_continuous_batching import LLM, StructuredOutputsParams
+from m2_continuous_batching.output_stream import OutputStream
+from m2_continuous_batching.server.answers import Envelope
+from m2_continuous_batching.server.chat import _events
 from m2_continuous_batching.server.parameters import chat_params
 from m2_continuous_batching.server.protocol import ChatBody
 from m2_continuous_batching.testing.server import MODEL, RunningServer
@@ -79,6 +83,42 @@ def test_stream_has_role_deltas_finish_and_usage(server, offline):
     assert chunks[-1].usage.completion_tokens == 12
 
 
+def test_nothing_is_sent_before_the_engine_has_produced_something():
+    """F2.12: the role comes with the first text, so that a client which waits for it measures the first token."""
+    async def run():
+        body = ChatBody.model_validate({"messages": MESSAGES, "stream": True, "n": 2})
+        request = Request("r", None, [1, 2], SamplingParams(n=2), stream=True)
+        stream = OutputStream(request, lambda request_id: None)
+        events = _events(body, Envelope.new("chatcmpl", "chat.completion.chunk", MODEL), [stream])
+        first = asyncio.ensure_future(anext(events))
+        await asyncio.sleep(0.05)
+        assert not first.done()
+        stream.put(RequestOutput("r", None, [1, 2], [CompletionOutput(1, "a", [5])], False))
+        made = [await first, await anext(events)]
+        parts = [CompletionOutput(0, "b", [6], finish_reason="stop"), CompletionOutput(1, "ac", [5, 7])]
+        stream.put(RequestOutput("r", None, [1, 2], parts, False))
+        made += [await anext(events) for _ in range(4)]
+        await events.aclose()
+        return [(c["index"], c["delta"]) for chunk in made for c in chunk["choices"]]
+
+    role = {"role": "assistant", "content": ""}
+    assert asyncio.run(run()) == [(1, role), (1, {"content": "a"}), (0, role), (0, {"content": "b"}), (0, {}),
+                                  (1, {"content": "c"})]
+
+
+def test_usage_of_the_tokens_so_far(server, offline):
+    """vLLM's `continuous_usage_stats`: with every piece, and the total at the end."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, end = chat(server, stream=True, stream_options=options)
+    counts = [c.usage.completion_tokens for c in chunks]
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 2
+    assert counts[-1] == end.usage.completion_tokens == 12
+    assert {c.usage.prompt_tokens for c in chunks} == {len(expected(offline).prompt_token_ids)}
+    with pytest.raises(openai.BadRequestError, match="needs include_usage"):
+        chat(server, stream=True, stream_options={"continuous_usage_stats": True})
+
+
 def test_stream_without_usage_has_none(server):
     chunks = list(chat(server, stream=True))
     assert all(len(c.choices) == 1 and c.usage is None for c in chunks)
@@ -130,6 +170,8 @@ def test_logprobs(server, offline, stream):
     {"tools": [{"type": "function", "function": {"name": "f"}}]}, {"tool_choice": "required"}, {"functions": [{}]},
     {"modalities": ["audio"]}, {"audio": {"voice": "x"}}, {"store": True}, {"reasoning_effort": "high"},
     {"web_search_options": {}}, {"service_tier": "flex"}, {"prediction": {"type": "content", "content": "x"}},
+    {"add_generation_prompt": False}, {"continue_final_message": True}, {"echo": True}, {"use_beam_search": True},
+    {"chat_template_kwargs": {"enable_thinking": True}}, {"chat_template": "x"}, {"detokenize": False},
 ])
 def test_what_cannot_be_honoured_is_refused_by_name(server, field):
     [name] = field
@@ -140,8 +182,19 @@ def test_what_cannot_be_honoured_is_refused_by_name(server, field):
 def test_what_asks_for_nothing_is_accepted(server):
     answer = chat(server, extra_body={"tools": [], "tool_choice": "none", "store": False, "modalities": ["text"],
                                       "parallel_tool_calls": True, "user": "me", "reasoning_effort": None,
-                                      "response_format": {"type": "text"}})
+                                      "response_format": {"type": "text"}, "use_beam_search": False,
+                                      "length_penalty": 1.0, "spaces_between_special_tokens": True,
+                                      "add_generation_prompt": True, "chat_template_kwargs": {}, "echo": False,
+                                      "detokenize": True, "truncate_prompt_tokens": None, "include_reasoning": True,
+                                      "continue_final_message": False, "request_id": "mine", "cache_salt": "x"})
     assert answer.usage.completion_tokens == 12
+    assert answer.id == "chatcmpl-mine"
+    streamed = chat(server, stream=True, stream_options={"continuous_usage_stats": False}, extra_body={
+        "request_id": "mine"})
+    assert {c.id for c in streamed} == {"chatcmpl-mine"}
+    for bad in ("", "a b", "x" * 200, "\n"):
+        with pytest.raises(openai.BadRequestError, match="request_id"):
+            chat(server, extra_body={"request_id": bad})
 
 
 @pytest.mark.parametrize(("fields", "expected"), [

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from functools import partial
 
 import openai
@@ -11,6 +12,7 @@ import torch
 from m0_basics import SamplingParams
 from m0_basics.testing.parity import mixed_length_prompts, reference_logits
 from m2_continuous_batching import LLM
+from m2_continuous_batching.server.completions import _Choice
 from m2_continuous_batching.testing.server import MODEL, RunningServer
 
 OPTIONS = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 4}
@@ -171,9 +173,10 @@ def test_echo_with_logprobs(server, offline, tiny_model):
     logprobs = torch.log_softmax(reference_logits(tiny_model("qwen3"), whole), dim=-1)
     assert values[1:] == pytest.approx([logprobs[i, t].item() for i, t in enumerate(whole[1:])], abs=1e-4)
     assert_offsets(choice)
-    joined = [v for c in streamed for v in c.choices[0].logprobs.token_logprobs]
-    assert joined == values
-    assert [o for c in streamed for o in c.choices[0].logprobs.text_offset] == choice.logprobs.text_offset
+    assert choice.logprobs.tokens == [offline.get_tokenizer().decode([i], False) for i in whole]
+    for name in ("token_logprobs", "tokens", "top_logprobs", "text_offset"):
+        pieces = [value for c in streamed for value in getattr(c.choices[0].logprobs, name)]
+        assert pieces == getattr(choice.logprobs, name), name
 
 
 def test_max_tokens_zero_scores_the_prompt(server, offline):
@@ -220,6 +223,59 @@ def test_lm_eval_loglikelihood_equals_transformers(server, tiny_model, max_token
         is_greedy = all(value == max(top.values()) for value, top in zip(values, tops, strict=True))
         assert is_greedy == all(s.argmax().item() == t for s, t in zip(steps, rest, strict=True))
     assert is_greedy, "the last pair is"
+
+
+def test_echo_of_a_prompt_that_never_ran(server, offline):
+    """Its time was up in the queue: the prompt comes back, and no number is known of it."""
+    prompt = "the one on"
+    choice = complete(server, prompt=prompt, echo=True, logprobs=1, extra_body={"timeout": 1e-9}).choices[0]
+    assert (choice.text, choice.finish_reason) == (prompt, "abort")
+    assert choice.logprobs.token_logprobs == [None] * len(offline.get_tokenizer().encode(prompt))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_event_loop_does_not_build_the_echo(server, monkeypatch, stream):
+    """F2.12: the log-probabilities of a prompt, token by token, are put together in the thread for inputs."""
+    threads = []
+    prepare = _Choice.prepare_echo
+
+    def watched(self):
+        if self._echoed is None:
+            threads.append(threading.current_thread().name)
+        return prepare(self)
+
+    monkeypatch.setattr(_Choice, "prepare_echo", watched)
+    answer = complete(server, prompt=PROMPTS[:2], echo=True, logprobs=1, stream=stream)
+    assert len(list(answer) if stream else answer.choices) >= 2
+    assert len(threads) == 2
+    assert all(name.startswith("inputs") for name in threads)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 12])
+def test_usage_of_the_tokens_so_far(server, offline, max_tokens):
+    """vLLM's `continuous_usage_stats`: it grows with the text, and its last value is the total."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, end = complete(server, prompt=PROMPTS[:2], max_tokens=max_tokens, stream=True, stream_options=options)
+    num_prompt = sum(len(offline.get_tokenizer().encode(p)) for p in PROMPTS[:2])
+    counts = [c.usage.completion_tokens for c in chunks]
+    assert counts == sorted(counts)
+    assert {c.usage.prompt_tokens for c in chunks} == {num_prompt}
+    assert counts[-1] == end.usage.completion_tokens == 2 * max_tokens
+    assert (len(set(counts)) > 2) == (max_tokens > 0), "also in between"
+
+
+def test_what_asks_for_nothing_is_accepted(server):
+    """Fields that vLLM knows, at the values that its clients write out of habit; the request's own name comes back."""
+    body = {"use_beam_search": False, "length_penalty": 1.0, "spaces_between_special_tokens": True,
+            "detokenize": True, "truncate_prompt_tokens": None, "request_id": "mine-1", "cache_salt": "x",
+            "suffix": "", "stream_options": None}
+    answer = complete(server, prompt="x", extra_body=body)
+    assert answer.usage.completion_tokens == 12
+    assert answer.id == "cmpl-mine-1"
+    for name, value in (("use_beam_search", True), ("length_penalty", 0.5), ("detokenize", False),
+                        ("truncate_prompt_tokens", 4), ("spaces_between_special_tokens", False)):
+        with pytest.raises(openai.BadRequestError, match=f"{name} is not supported by this server; allowed: null"):
+            complete(server, prompt="x", extra_body={name: value})
 
 
 def test_unknown_model_is_404(server):
