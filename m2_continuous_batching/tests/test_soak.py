@@ -1,17 +1,23 @@
 """F2.12: the soak test passes over a good server, and says what is wrong with a bad one."""
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
+import time
+from functools import partial
 
 import pytest
 
-from m2_continuous_batching.soak import Soak
-from m2_continuous_batching.soak_server import as_flags
+from m2_continuous_batching import LLM, soak_clients
+from m2_continuous_batching.soak import Soak, offline_answers
+from m2_continuous_batching.soak_clients import ACTIONS, SYNC_ACTIONS, run_client, run_sync_client, send_raw
+from m2_continuous_batching.soak_server import GAUGES, as_flags
+from m2_continuous_batching.testing.server import MODEL, RunningServer
 
-GOOD = Soak(clients=2, seconds=1.0, counts=dict.fromkeys(
-    ("whole", "stream", "malformed", "leave_stream", "leave_whole"), 3), different=[], errors=[], lost=0,
-    output_tokens=9, rss_early=100.0, rss_end=105.0, gauges_at_end={"vllm:num_requests_running": 0.0}, exit_status=0)
+IDLE = dict.fromkeys(GAUGES, 0.0)
+GOOD = Soak(clients=2, seconds=1.0, counts=dict.fromkeys((*ACTIONS, *SYNC_ACTIONS), 3), different=[], errors=[], lost=0,
+            output_tokens=9, rss_early=100.0, rss_end=105.0, gauges_at_end=IDLE, exit_status=0)
 
 
 def test_a_short_soak_of_a_tiny_model(command, tiny_model, tmp_path):
@@ -30,12 +36,31 @@ def test_a_short_soak_of_a_tiny_model(command, tiny_model, tmp_path):
 @pytest.mark.parametrize(("change", "complaint"), [
     ({"different": [{}]}, "1 answers differ"), ({"errors": ["whole: oops"]}, "the first: whole: oops"),
     ({"lost": 2}, "2 requests were lost"), ({"rss_end": 120.0}, "memory grew from 100 to 120 MiB"),
-    ({"gauges_at_end": {"vllm:num_requests_running": 1.0}}, "vllm:num_requests_running is 1.0 at the end"),
+    ({"gauges_at_end": IDLE | {"vllm:num_requests_running": 1.0}}, "vllm:num_requests_running is 1.0 at the end"),
+    ({"gauges_at_end": {}}, "vllm:num_requests_waiting is not in /metrics"),
     ({"exit_status": -9}, "status -9"), ({"counts": {"whole": 1}}, "no client did stream"),
 ])
 def test_every_fault_is_named(change, complaint):
     assert GOOD.complaints == []
     assert complaint in "; ".join(dataclasses.replace(GOOD, **change).complaints)
+
+
+def test_the_clients_notice_a_server_that_answers_something_else(tiny_model, monkeypatch):
+    """Every good action compares: with other texts expected, each finds a difference; and no bad body is served."""
+    options = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8}
+    folder = str(tiny_model("qwen3"))
+    monkeypatch.setattr(soak_clients, "MODEL", MODEL)
+    answers = offline_answers(LLM, {"model": folder, **options})
+    expected = [dataclasses.replace(answer, text="something else") for answer in answers]
+    with RunningServer(partial(LLM, folder, **options)) as server:
+        deadline = time.monotonic() + 4.0
+        sync = run_sync_client(server.url, 0, deadline - 2.0, expected)
+        tally = asyncio.run(run_client(server.url, 0, deadline, expected))
+        assert asyncio.run(send_raw(server.url, b'{"prompt": "x", "max_tokens": 1}')) == 200
+    assert len(sync.different) == sum(sync.counts.values()) > 0
+    compared = sum(tally.counts[action] for action in ("whole", "stream", "chat", "chat_stream"))
+    assert len(tally.different) == compared > 0
+    assert (tally.errors, sync.errors) == ([], [])
 
 
 def test_flags_of_engine_options():
