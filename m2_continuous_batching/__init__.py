@@ -4,7 +4,10 @@ from m0_basics.sampling_params import StructuredOutputsParams
 
 from .config import EngineConfig
 from .llm import LLM
+from .metrics import MetricsCollector
+from .plugins import AttentionPlugin, CachePlugin, SchedulerPlugin
 from .policies import SchedulingParams
 
-__all__ = ["LLM", "CompletionOutput", "ConfigError", "EngineConfig", "Logprob", "RequestOutput", "SamplingParams",
-           "SchedulingParams", "StructuredOutputsParams"]
+__all__ = ["LLM", "AttentionPlugin", "CachePlugin", "CompletionOutput", "ConfigError", "EngineConfig", "Logprob",
+           "MetricsCollector", "RequestOutput", "SamplingParams", "SchedulerPlugin", "SchedulingParams",
+           "StructuredOutputsParams"]

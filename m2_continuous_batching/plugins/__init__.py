@@ -1,4 +1,7 @@
-"""Plugins: hooks into scheduling, attention and cache, and the built-in ones."""
+"""Plugins: hooks into scheduling, attention and cache, and the built-in ones.
+
+One more built-in plugin, `MetricsCollector`, lives with what it measures: in `metrics.py`, one folder up.
+"""
 from __future__ import annotations
 
 from collections.abc import Sequence
