@@ -29,6 +29,7 @@ class BeamCache(Protocol):
     @property
     def num_free(self) -> int: ...
     def allocate(self, sequence: Sequence) -> None: ...
+    def reserve(self, sequence: Sequence, num_tokens: int) -> None: ...
     def fork(self, parent: Sequence, child: Sequence) -> None: ...
     def free(self, sequence: Sequence) -> None: ...
 
@@ -69,7 +70,7 @@ def beam_search(runner: ModelRunner, cache: BeamCache, request: Request, params:
     beams, finished = [root], list[BeamSearchSequence]()
     try:
         for _ in range(min(params.max_tokens, max_model_len - root.num_prompt_tokens)):
-            candidates = _extend(runner, beams, width)
+            candidates = _extend(runner, cache, beams, width)
             beams = _select(cache, beams, candidates, finished, params)
             if not beams or _cannot_improve(beams, finished, params):
                 break
@@ -81,13 +82,17 @@ def beam_search(runner: ModelRunner, cache: BeamCache, request: Request, params:
     return BeamSearchOutput([_with_text(s, root.num_prompt_tokens, tokenizer) for s in best])
 
 
-def _extend(runner: ModelRunner, beams: list[Sequence], width: int) -> list[tuple[float, int, int]]:
+def _extend(runner: ModelRunner, cache: BeamCache, beams: list[Sequence],
+            width: int) -> list[tuple[float, int, int]]:
     """Run the newest token of each beam; return the best extensions (total, beam, token), best first.
 
     More than `width` of them: each beam has an extension for each end-of-sequence token that ends it, and `width`
     must still survive.
     """
-    logits = runner.execute_model([ScheduledSequence(s, s.num_tokens - s.num_computed_tokens) for s in beams])
+    scheduled = [ScheduledSequence(s, s.num_tokens - s.num_computed_tokens) for s in beams]
+    for step in scheduled:
+        cache.reserve(step.sequence, step.num_tokens)
+    logits = runner.execute_model(scheduled)
     for s in beams:
         s.num_computed_tokens = s.num_tokens
     so_far = torch.tensor([s.cumulative_logprob for s in beams], device=logits.device).unsqueeze(1)

@@ -60,6 +60,10 @@ class CacheRows:
         assert sequence.seq_id not in self._row_of
         self._row_of[sequence.seq_id] = self._free.pop()
 
+    def reserve(self, sequence: Sequence, num_tokens: int) -> None:
+        """Make room for the next tokens of a sequence: its row has it."""
+        assert sequence.num_computed_tokens + num_tokens <= self.row_size
+
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Give `child` a row of its own with a copy of what `parent` has computed."""
         self.allocate(child)

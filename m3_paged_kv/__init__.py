@@ -1,0 +1,10 @@
+"""Milestone 3: the paged KV cache. Blocks instead of rows: allocated as sequences grow, shared where they agree."""
+from m0_basics import CompletionOutput, ConfigError, Logprob, RequestOutput, SamplingParams
+from m0_basics.sampling_params import BeamSearchParams, StructuredOutputsParams
+from m2_continuous_batching.policies import SchedulingParams
+
+from .config import EngineConfig
+from .llm import LLM
+
+__all__ = ["LLM", "BeamSearchParams", "CompletionOutput", "ConfigError", "EngineConfig", "Logprob", "RequestOutput",
+           "SamplingParams", "SchedulingParams", "StructuredOutputsParams"]

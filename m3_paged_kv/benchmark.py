@@ -1,0 +1,128 @@
+"""Benchmark of milestone 3: blocks against rows, at the same memory.
+
+  memory      64 ragged requests in a cache of fixed size: how many run side by side, and how fast is that?
+  roomy       the same with memory for all: what do block tables and gathers cost where there is no need for them?
+  block size  the same with other block sizes: small blocks waste less, large ones need fewer look-ups
+  preemption  a cache too small for all that runs: swapped to host memory, or recomputed
+  crossover   one sequence out and in again, by both ways, over its length
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import m2_continuous_batching as m2
+from m0_basics.bench import (
+    BenchReport,
+    Comparison,
+    Contender,
+    EngineContender,
+    Series,
+    Workload,
+    compare,
+    get_workload,
+    line_plot,
+    make_peers,
+    throughput_bars,
+)
+from m2_continuous_batching.step_costs import step_costs
+from m2_continuous_batching.timeline import draw_timelines, record_timeline
+
+from .crossover import crossover
+from .fragmentation import FragmentationMeter
+from .llm import LLM
+
+DEFAULT_PEERS = ("transformers-continuous",)
+MEMORY_ROWS = 8                     # rows of 1,024 tokens: the memory that both have in the first table
+MAX_NUM_SEQS = 64
+BLOCK_SIZES = (1, 4, 8, 16, 32, 128)
+STEP_SEQUENCES = 64
+
+
+def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: int = 3, quick: bool = False,
+        peers: Sequence[str] = (), peer_python: Sequence[Path] = (), output_dir: Path) -> BenchReport:
+    """Run everything, or one named `workload` over all contenders; print, save JSON and figures, return the report.
+
+    `quick` shrinks every part until it takes seconds; its numbers mean nothing.
+    """
+    base = {"max_model_len": 1024, **config_options}
+    chosen = get_workload(workload or ("ragged-64:num_requests=6,output_max=20" if quick else "ragged-64"))
+    row_size = base["max_model_len"] = max(base["max_model_len"], chosen.longest)
+    rows = m2.LLM(**base, max_num_seqs=MEMORY_ROWS)
+    chosen = chosen.fit_vocabulary(rows.spec.vocab_size)
+    size = base.get("block_size", 16)
+    blocks = LLM(**(base | {"num_blocks": MEMORY_ROWS * row_size // size, "max_num_seqs": MAX_NUM_SEQS}))
+    same_memory: list[Contender] = [
+        EngineContender("m2", rows, f"{MEMORY_ROWS} rows of {row_size} tokens"),
+        EngineContender("m3", blocks, f"the same memory in {MEMORY_ROWS * row_size // size} blocks of {size}")]
+    with ExitStack() as stack:
+        names = list(peers) or list(DEFAULT_PEERS)
+        others = [stack.enter_context(peer) for peer in make_peers(names, peer_python, rows, row_size)]
+        comparisons = [compare([*same_memory, *others], chosen, rounds, baseline="m2")]
+    if workload is not None:
+        report = BenchReport.create("m3_paged_kv", base, tuple(comparisons))
+        report.print()
+        report.save(output_dir / f"bench-{chosen.name.partition(':')[0]}.json")
+        return report
+    comparisons += [_roomy(base, chosen, rounds), _block_sizes(base, chosen, rounds), _preemption(base, chosen, rounds)]
+    concurrency = {"m2": _running(rows, chosen), "m3": _running(blocks, chosen)}
+    lengths = (16, 32) if quick else (32, 64, 128, 256, 512, 768)
+    ways = crossover(blocks, lengths, rounds)
+    steps = step_costs(LLM(**(base | {"max_num_seqs": STEP_SEQUENCES})), 4 if quick else STEP_SEQUENCES)
+    report = BenchReport.create("m3_paged_kv", base, tuple(comparisons), {
+        "concurrency": concurrency, "crossover": ways, "step_costs": steps,
+        "block_sizes": {str(s): _utilisation(base, chosen, s) for s in BLOCK_SIZES}})
+    report.print()
+    report.save(output_dir / "bench.json")
+    _draw(report, rows, blocks, chosen, output_dir)
+    return report
+
+
+def _roomy(base: dict[str, Any], workload: Workload, rounds: int) -> Comparison:
+    """Memory for everybody: rows and blocks run the same steps."""
+    return compare([EngineContender("m2", m2.LLM(**base, max_num_seqs=MAX_NUM_SEQS), "a row for each request"),
+                    EngineContender("m3", LLM(**base, max_num_seqs=MAX_NUM_SEQS), "blocks for each request")],
+                   workload, rounds)
+
+
+def _block_sizes(base: dict[str, Any], workload: Workload, rounds: int) -> Comparison:
+    contenders = [EngineContender(f"block {s}", LLM(**(base | {"block_size": s, "max_num_seqs": MAX_NUM_SEQS})))
+                  for s in BLOCK_SIZES]
+    return compare(contenders, workload, rounds, baseline="block 16")
+
+
+def _preemption(base: dict[str, Any], workload: Workload, rounds: int) -> Comparison:
+    """Blocks for a quarter of what runs when there is room: sequences have to give way again and again."""
+    few = max(-(-workload.longest // 16), len(workload.requests) * workload.longest // (16 * 4 * 2))
+    options = base | {"block_size": 16, "num_blocks": few, "max_num_seqs": MAX_NUM_SEQS}
+    return compare([EngineContender("recompute", LLM(**(options | {"swap_space": 0})), f"{few} blocks"),
+                    EngineContender("swap", LLM(**(options | {"swap_space": 1.0})), f"{few} blocks, and host memory")],
+                   workload, rounds)
+
+
+def _running(llm: m2.LLM | LLM, workload: Workload) -> dict[str, float]:
+    """Sequences that got a token per step: the most, and the mean over the steps."""
+    counts = [row.num_tokens for row in record_timeline(llm, workload)]
+    return {"most": max(counts), "mean": sum(counts) / len(counts)}
+
+
+def _utilisation(base: dict[str, Any], workload: Workload, block_size: int) -> float:
+    """Share of the reserved slots that held a token, on average over the steps of a run."""
+    meter = FragmentationMeter()
+    llm = LLM(**(base | {"block_size": block_size, "max_num_seqs": MAX_NUM_SEQS}), plugins=[meter])
+    EngineContender("m3", llm).serve(workload)
+    return meter.mean_utilisation
+
+
+def _draw(report: BenchReport, rows: m2.LLM, blocks: LLM, workload: Workload, output_dir: Path) -> None:
+    throughput_bars(report.comparisons[0], output_dir / "same_memory.png", "The same memory: output tokens per second")
+    draw_timelines({"rows": record_timeline(rows, workload), "blocks": record_timeline(blocks, workload)},
+                   MAX_NUM_SEQS, output_dir / "timeline.png")
+    ways = report.measurements["crossover"]
+    lengths = [w["length"] for w in ways]
+    line_plot({"recompute": Series(lengths, [w["recompute_s"] * 1e3 for w in ways]),
+               "swap out and in": Series(lengths, [w["swap_s"] * 1e3 for w in ways])}, output_dir / "crossover.png",
+              title="Bringing a preempted sequence back", xlabel="tokens of the sequence", ylabel="milliseconds",
+              log_y=True)

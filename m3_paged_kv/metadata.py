@@ -1,0 +1,45 @@
+"""Block table and slot mapping of a step as tensors, built without a Python loop over tokens.
+
+B sequences in the step, T tokens.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m0_basics.attention import AttentionMetadata, ScheduledSequence, query_start_loc
+
+from .kv_cache_manager import PagedKVCacheManager
+
+
+@dataclass(frozen=True)
+class PagedMetadata(AttentionMetadata):
+    """Where each sequence's keys and values lie, and where this step's new ones go. All tensors are int32."""
+
+    seq_lens: Tensor                # B: length of each sequence once the step's tokens are stored
+    block_table: Tensor             # [B, max_blocks]: blocks in order, -1 beyond the last
+    slot_mapping: Tensor            # T: slot of each new token
+    max_query_len: int
+
+
+def paged_metadata(scheduled: list[ScheduledSequence], manager: PagedKVCacheManager,
+                   device: torch.device) -> PagedMetadata:
+    """The step's metadata; the sequences' slots are allocated already."""
+    tables = [manager.block_table(s.sequence) for s in scheduled]
+    widths = np.array([len(table) for table in tables])
+    block_table = np.full((len(tables), widths.max()), -1, dtype=np.int32)
+    # One assignment fills all rows: the mask picks the first `width` places of each, in order.
+    block_table[np.arange(widths.max()) < widths[:, None]] = np.concatenate(tables)
+    starts = query_start_loc(scheduled)
+    counts = np.diff(starts)
+    computed = np.array([s.sequence.num_computed_tokens for s in scheduled])
+    sequence = np.repeat(np.arange(len(tables)), counts)                            # T: whose token it is
+    position = np.arange(starts[-1]) - np.repeat(np.array(starts[:-1]) - computed, counts)
+    size = manager.block_size
+    slots = block_table[sequence, position // size] * size + position % size
+    return PagedMetadata(starts, torch.from_numpy((computed + counts).astype(np.int32)).to(device),
+                         torch.from_numpy(block_table).to(device),
+                         torch.from_numpy(slots.astype(np.int32)).to(device), int(counts.max()))

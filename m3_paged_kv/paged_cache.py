@@ -1,0 +1,82 @@
+"""The memory behind the blocks: slots on the device, slots on the host, and copies between any two of them.
+
+    slot   0 ............ num_slots .................... num_slots + num_host_slots
+           [ device: attention reads and writes ][ host: swapped-out sequences wait ]
+
+On a CPU the host's slots are a second region of the same memory: the mechanism is the same, the distance is not.
+"""
+from __future__ import annotations
+
+import psutil
+import torch
+
+from m0_basics.config import ConfigError
+from m0_basics.model_spec import ModelSpec
+from m1_offline.kv_cache import KVCache, kv_cache_bytes
+from m2_continuous_batching.kv_cache_manager import SlotCopy
+from m2_continuous_batching.slot_cache import SlotCache
+
+from .config import CacheConfig
+
+_CPU_SHARE = 0.25           # of the memory that is available: a laptop has other things to do
+
+
+class HostCache:
+    """Keys and values of swapped-out sequences, in pinned memory where the device is a GPU."""
+
+    def __init__(self, device_cache: SlotCache, spec: ModelSpec, num_host_slots: int) -> None:
+        self.device_cache = device_cache
+        self.num_slots = device_cache.kv_cache.k.shape[1]
+        self.kv_cache = KVCache(spec, num_host_slots, device_cache.kv_cache.k.dtype, torch.device("cpu"))
+        if device_cache.device.type == "cuda":
+            self.kv_cache.k, self.kv_cache.v = self.kv_cache.k.pin_memory(), self.kv_cache.v.pin_memory()
+
+    def copy_slots(self, copies: list[SlotCopy]) -> None:
+        """Make the copies in order; slots from `num_slots` on are the host's."""
+        within: list[SlotCopy] = []
+        for c in copies:
+            if max(c.source, c.target) < self.num_slots:
+                within.append(c)
+                continue
+            self.device_cache.copy_slots(within)        # order matters: a block may be freed and filled again
+            within = []
+            self._copy(c)
+        self.device_cache.copy_slots(within)
+
+    def _copy(self, c: SlotCopy) -> None:
+        pools = ((self.device_cache.kv_cache.k, self.kv_cache.k), (self.device_cache.kv_cache.v, self.kv_cache.v))
+        for device, host in pools:
+            source, target = (self._view(slot, c.num_slots, device, host) for slot in (c.source, c.target))
+            target.copy_(source, non_blocking=True)
+
+    def _view(self, slot: int, num_slots: int, device: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
+        pool, first = (device, slot) if slot < self.num_slots else (host, slot - self.num_slots)
+        return pool[:, first:first + num_slots]
+
+
+def num_blocks_for(config: CacheConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device,
+                   longest: int, max_num_seqs: int) -> int:
+    """Blocks that the memory budget holds, at most as many as `max_num_seqs` longest sequences could use.
+
+    Raises ConfigError where they would not hold one sequence of `longest` tokens.
+    """
+    block_bytes = kv_cache_bytes(spec, config.block_size, dtype)
+    per_sequence = -(-longest // config.block_size)
+    if config.num_blocks is not None:
+        num_blocks, source = config.num_blocks, "num_blocks"
+    else:
+        budget, source = _budget(config, device)
+        num_blocks = min(budget // block_bytes, per_sequence * max_num_seqs)
+    if num_blocks < 1:
+        raise ConfigError(f"{source} is too small: not one block of {block_bytes:,} bytes fits")
+    return num_blocks
+
+
+def _budget(config: CacheConfig, device: torch.device) -> tuple[int, str]:
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes, f"kv_cache_memory_bytes={config.kv_cache_memory_bytes:,}"
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)       # the weights are loaded: they are not free any more
+        return (int(free - (1 - config.gpu_memory_utilization) * total),
+                f"gpu_memory_utilization={config.gpu_memory_utilization}")
+    return int(_CPU_SHARE * psutil.virtual_memory().available), "the memory of this machine"

@@ -1,0 +1,43 @@
+"""F3.7, F3.9: the benchmark runs every part, small; rows and blocks give the same tokens."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from m0_basics.bench import BenchReport
+from m0_basics.testing.fixtures import TinyModels
+from m3_paged_kv import LLM, benchmark
+from m3_paged_kv.crossover import crossover
+
+
+def test_every_part_is_there(tmp_path: Path, tiny_model: TinyModels) -> None:
+    options = {"model": str(tiny_model("llama")), "dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 400}
+    benchmark.run(options, rounds=1, quick=True, peers=["transformers"], output_dir=tmp_path)
+    report = BenchReport.load(tmp_path / "bench.json")
+    names = [[c.name for c in comparison.contenders] for comparison in report.comparisons]
+    assert names == [["m2", "m3", "transformers"], ["m2", "m3"], [f"block {s}" for s in benchmark.BLOCK_SIZES],
+                     ["recompute", "swap"]]
+    assert all(c.identical_requests == comparison.workload["num_requests"]
+               for comparison in report.comparisons for c in comparison.contenders)
+    shares = list(report.measurements["block_sizes"].values())
+    assert shares[0] == 1.0, "blocks of one token waste nothing"
+    assert all(0 < share <= 1 for share in shares)
+    assert {p.name for p in tmp_path.glob("*.png")} == {"same_memory.png", "timeline.png", "crossover.png"}
+
+
+def test_crossover_leaves_nothing_behind(tiny_model: TinyModels) -> None:
+    llm = LLM(str(tiny_model("llama")), dtype="float32", skip_tokenizer_init=True, max_model_len=128, num_blocks=16)
+    ways = crossover(llm, (16, 40), rounds=1)
+    assert [w["length"] for w in ways] == [16, 40]
+    assert all(w["recompute_s"] > 0 and w["swap_s"] > 0 for w in ways)
+    assert (llm.manager.usage, llm.manager.num_swapped, llm.manager.host_pool.num_used) == (0.0, 0, 0)
+
+
+
+def test_no_host_memory_no_measurement(tiny_model: TinyModels) -> None:
+    """F3.6: without host memory the measurement refuses to pretend."""
+    llm = LLM(str(tiny_model("llama")), dtype="float32", skip_tokenizer_init=True, max_model_len=128, num_blocks=16,
+              swap_space=0)
+    with pytest.raises(AssertionError, match="swap_space has room"):
+        crossover(llm, (16,), rounds=1)

@@ -1,0 +1,109 @@
+"""F3.4, F3.5, F3.6, F3.8: what the engine holds, shares, measures and refuses."""
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import m1_offline
+from m0_basics.config import ConfigError
+from m0_basics.sampling_params import BeamSearchParams, SamplingParams
+from m0_basics.testing.conformance import greedy, ids_of
+from m0_basics.testing.fixtures import TinyModels
+from m2_continuous_batching.plugins import SchedulerPlugin, StepStats
+from m2_continuous_batching.scheduler import Scheduler
+from m3_paged_kv import LLM
+from m3_paged_kv.fragmentation import FragmentationMeter, block_utilisation, row_utilisation
+from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
+
+
+def make(tiny_model: TinyModels, **options: Any) -> LLM:
+    return LLM(str(tiny_model("qwen3")), **{"dtype": "float32", "max_model_len": 256, "num_blocks": 128, **options})
+
+
+class BlockCount(SchedulerPlugin):
+    """The most blocks that were held after any step."""
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    def after_step(self, scheduler: Scheduler, stats: StepStats) -> None:
+        assert isinstance(scheduler.kv_cache_manager, PagedKVCacheManager)
+        self.most = max(self.most, scheduler.kv_cache_manager.pool.num_used)
+
+
+@pytest.mark.parametrize(("prompt", "output", "n"), [(40, 20, 4), (32, 17, 3), (3, 40, 6)])
+def test_outputs_share_their_prompt(tiny_model: TinyModels, prompt: int, output: int, n: int) -> None:
+    """F3.5: at the end the request holds the full blocks of its prompt once, and the rest once per output."""
+    count = BlockCount()
+    llm = make(tiny_model, block_size=8, plugins=[count])
+    params = SamplingParams(n=n, temperature=1.5, seed=3, max_tokens=output, ignore_eos=True)
+    outputs = llm.generate([[7] * prompt], params, use_tqdm=False)[0].outputs
+    assert len({tuple(o.token_ids) for o in outputs}) == n, "they did part ways"
+    stored = prompt + output - 1
+    # Finished outputs give their blocks back, so the last step that is seen stored one token less.
+    shared, own = prompt // 8, -(-(stored - 1) // 8) - prompt // 8
+    assert count.most == shared + n * own
+    assert llm.manager.usage == 0
+
+
+def test_beams_share_their_blocks(tiny_model: TinyModels) -> None:
+    """F3.5: the same beams as over copied rows, in a cache that could not hold the copies."""
+    params = BeamSearchParams(beam_width=4, max_tokens=12)
+    prompts = [[7, 9, 30] * 10, [50, 60]]
+    rows = m1_offline.LLM(str(tiny_model("qwen3")), dtype="float32", max_model_len=256, max_num_seqs=8)
+    llm = make(tiny_model, block_size=8, num_blocks=13)     # four copies of 41 tokens would take 24
+    ours, theirs = llm.beam_search(prompts, params), rows.beam_search(prompts, params)
+    assert [[s.tokens for s in o.sequences] for o in ours] == [[s.tokens for s in o.sequences] for o in theirs]
+    assert llm.manager.usage == 0
+
+
+def test_beams_without_room(tiny_model: TinyModels) -> None:
+    llm = make(tiny_model, block_size=8, num_blocks=6, max_model_len=48)
+    with pytest.raises(ConfigError, match="the beams need more than the 6 blocks"):
+        llm.beam_search([[7] * 30], BeamSearchParams(beam_width=4, max_tokens=16))
+    assert llm.manager.usage == 0
+    assert len(llm.generate([[7] * 30], greedy(4), use_tqdm=False)) == 1
+
+
+def test_a_request_larger_than_the_pool_is_refused(tiny_model: TinyModels) -> None:
+    """F3.8: on arrival, with what is allowed; the others are served."""
+    llm = make(tiny_model, block_size=8, num_blocks=4)
+    with pytest.raises(ConfigError, match="40 tokens of KV cache"):
+        llm.generate([[7] * 30], greedy(11), use_tqdm=False)
+    assert len(ids_of(llm.generate([[7] * 30], greedy(3), use_tqdm=False))[0]) == 3
+
+
+def test_example_of_rows() -> None:
+    """F3.4: 512 and 128 tokens in rows of 2,048: 15.6 %; in blocks of 16 nothing is wasted."""
+    assert row_utilisation([512, 128], 2048) == pytest.approx(0.15625)
+    assert block_utilisation([512, 128], 16) == 1.0
+    assert block_utilisation([17], 16) == pytest.approx(17 / 32)
+
+
+def test_meter_on_a_real_run(tiny_model: TinyModels) -> None:
+    """F3.4: waste per sequence is below a block in every step, and the meter's sums are those of the books."""
+    meter = FragmentationMeter()
+    llm = make(tiny_model, block_size=8, plugins=[meter])
+    llm.generate([[7] * n for n in (5, 30, 17, 60)], greedy(24), use_tqdm=False)
+    assert len(meter.history) >= 24
+    assert all(0 <= f.waste_per_sequence < 8 for f in meter.history)
+    first = meter.history[0]
+    assert (first.stored, first.reserved, first.num_sequences) == (112, 8 * (1 + 4 + 3 + 8), 4)
+    assert 0.8 < meter.mean_utilisation < 1
+
+
+def test_sizes_follow_the_memory(tiny_model: TinyModels) -> None:
+    """Bytes -> blocks; a budget without room for a block, or options that make no sense, are refused."""
+    llm = make(tiny_model, num_blocks=None, kv_cache_memory_bytes=100_000, block_size=16)
+    per_block = llm.cache.nbytes // llm.manager.pool.num_blocks
+    assert llm.manager.pool.num_blocks == 100_000 // per_block
+    assert make(tiny_model, num_blocks=None, max_num_seqs=2).manager.pool.num_blocks == 2 * 256 // 16
+    with pytest.raises(ConfigError, match="kv_cache_memory_bytes=100 is too small"):
+        make(tiny_model, num_blocks=None, kv_cache_memory_bytes=100)
+    with pytest.raises(ConfigError, match=r"gpu_memory_utilization=1\.5"):
+        make(tiny_model, gpu_memory_utilization=1.5)
+    with pytest.raises(ConfigError, match="swap_space=-1"):
+        make(tiny_model, swap_space=-1)
+    with pytest.raises(ConfigError, match="block_size=0"):
+        make(tiny_model, block_size=0)

@@ -1,0 +1,255 @@
+"""F3.1, F3.5, F3.6: whatever happens to sequences, each finds its own tokens where its block table says.
+
+The manager keeps books; here is a memory to go with them. Every slot holds the mark of the token that was written
+to it last. Copies are made as the engine makes them, before anything is written. If a block were shared and written,
+given away too early, or brought back to the wrong place, some sequence would find a stranger's mark.
+"""
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from m0_basics.request import Sequence, SequenceData, SequenceStatus, next_seq_id
+from m0_basics.sampling_params import SamplingParams
+from m2_continuous_batching.kv_cache_manager import SlotCopy
+from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
+
+
+def make_sequence(num_tokens: int = 1) -> Sequence:
+    return Sequence(next_seq_id(), SequenceData([1] * num_tokens), SamplingParams(), seed=0)
+
+
+class PagedMachine(RuleBasedStateMachine):
+    """Start, grow, fork, preempt, resume, free, in any order."""
+
+    @initialize(num_blocks=st.integers(2, 10), block_size=st.integers(1, 4), num_host_blocks=st.integers(0, 8))
+    def begin(self, num_blocks: int, block_size: int, num_host_blocks: int) -> None:
+        self.manager = PagedKVCacheManager(num_blocks, block_size, num_host_blocks)
+        self.memory: dict[int, int] = {}
+        self.marks = itertools.count()
+        self.content: dict[Sequence, list[int]] = {}        # on the device: the mark of each computed token
+        self.swapped: dict[Sequence, list[int]] = {}
+
+    def slots(self, sequence: Sequence, count: int) -> list[int]:
+        table, size = self.manager.block_table(sequence), self.manager.block_size
+        return [table[i // size] * size + i % size for i in range(count)]
+
+    def copy_and_write(self, sequence: Sequence, num_tokens: int) -> None:
+        """A step: the copies, then the new tokens of `sequence`."""
+        for copy in self.manager.take_copies():
+            values = [self.memory.get(copy.source + i, -1) for i in range(copy.num_slots)]
+            self.memory.update(zip(range(copy.target, copy.target + copy.num_slots), values, strict=True))
+        content = self.content[sequence]
+        for slot in self.slots(sequence, len(content) + num_tokens)[len(content):]:
+            content.append(next(self.marks))
+            self.memory[slot] = content[-1]
+        sequence.num_computed_tokens = len(content)
+        sequence.data.output_token_ids[:] = [1] * len(content)      # one more than is computed, as the prompt has one
+
+    @rule(num_tokens=st.integers(1, 12))
+    def start(self, num_tokens: int) -> None:
+        sequence = make_sequence()
+        free, nobody_runs = self.manager.pool.num_free, not self.content
+        started = self.manager.allocate_slots(sequence, num_tokens)
+        needed = self.manager.num_blocks_of(num_tokens)
+        if nobody_runs:
+            assert started == (needed <= self.manager.pool.num_blocks), "nobody may be locked out"
+            self.forget_dropped()
+        else:
+            assert started == (needed <= free)
+        if started:
+            sequence.status = SequenceStatus.RUNNING
+            self.content[sequence] = []
+            self.copy_and_write(sequence, num_tokens)
+
+    @precondition(lambda self: self.content)
+    @rule(data=st.data(), num_tokens=st.integers(1, 3))
+    def grow(self, data: st.DataObject, num_tokens: int) -> None:
+        sequence = data.draw(st.sampled_from(list(self.content)))
+        before = self.manager.pool.num_free
+        alone = len(self.content) == 1
+        if self.manager.allocate_slots(sequence, num_tokens):
+            self.copy_and_write(sequence, num_tokens)
+        else:
+            assert alone or self.manager.pool.num_free == before, "a refusal changes nothing"
+            assert not (alone and self.manager.can_ever_hold(len(self.content[sequence]) + num_tokens)), "locked out"
+        if alone:
+            self.forget_dropped()
+
+    @precondition(lambda self: self.content)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        parent = data.draw(st.sampled_from(list(self.content)))
+        before = self.manager.pool.num_used
+        child = parent.fork(next_seq_id(), 1)
+        assert self.manager.fork(parent, child)
+        assert self.manager.pool.num_used == before, "a fork costs nothing"
+        self.content[child] = self.content[parent].copy()
+
+    @precondition(lambda self: self.content)
+    @rule(data=st.data())
+    def preempt(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(list(self.content)))
+        shared = [b for b in self.manager.block_table(sequence) if self.manager.pool.ref_count(b) > 1]
+        status = self.manager.preempt(sequence)
+        content = self.content.pop(sequence)
+        assert all(self.manager.pool.ref_count(b) for b in shared), "shared blocks stay"
+        if status is SequenceStatus.SWAPPED:
+            self.swapped[sequence] = content
+        else:
+            assert status is SequenceStatus.WAITING
+            assert self.manager.get_num_computed_tokens(sequence) == 0
+
+    @precondition(lambda self: self.swapped)
+    @rule(data=st.data())
+    def resume(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(list(self.swapped)))
+        assert self.manager.get_num_computed_tokens(sequence) == len(self.swapped[sequence])
+        nobody_runs = not self.content
+        started = self.manager.allocate_slots(sequence, 1)
+        if started:
+            self.content[sequence] = self.swapped.pop(sequence)
+            sequence.num_computed_tokens = len(self.content[sequence])
+            self.copy_and_write(sequence, 1)
+        if nobody_runs:
+            assert started or not self.manager.can_ever_hold(len(self.swapped[sequence]) + 1)
+            self.forget_dropped()
+
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        everyone = [*self.content, *self.swapped]
+        if everyone:
+            sequence = data.draw(st.sampled_from(everyone))
+            self.manager.free(sequence)
+            self.manager.free(sequence)                     # it holds nothing any more: nothing happens
+            self.content.pop(sequence, None)
+            self.swapped.pop(sequence, None)
+
+    def forget_dropped(self) -> None:
+        """Sequences in host memory whose pinned blocks were needed: they will be recomputed."""
+        self.swapped = {s: c for s, c in self.swapped.items() if self.manager.get_num_computed_tokens(s)}
+
+    @invariant()
+    def everybody_finds_their_own_tokens(self) -> None:
+        if hasattr(self, "manager"):
+            pending = self.manager._copies
+            for sequence, content in self.content.items():
+                if not pending:
+                    assert [self.memory[slot] for slot in self.slots(sequence, len(content))] == content
+
+    @invariant()
+    def books_balance(self) -> None:
+        if hasattr(self, "manager"):
+            held = Counter(b for s in self.content for b in self.manager.block_table(s))
+            held.update(b for s in self.manager._swapped.values() for place, b in s.blocks if place == "device")
+            host = Counter(b for s in self.manager._swapped.values() for place, b in s.blocks if place == "host")
+            pool, host_pool = self.manager.pool, self.manager.host_pool
+            assert all(pool.ref_count(b) == held[b] for b in range(pool.num_blocks))
+            assert all(host_pool.ref_count(b) == host[b] for b in range(host_pool.num_blocks))
+            assert pool.num_free + len(held) == pool.num_blocks
+            assert self.manager.usage == pytest.approx(len(held) / pool.num_blocks)
+            assert self.manager.num_swapped == len(self.swapped)
+
+    @invariant()
+    def waste_is_below_a_block_each(self) -> None:
+        """F3.4: a sequence's table covers its tokens and less than one block more."""
+        if hasattr(self, "manager"):
+            for sequence, content in self.content.items():
+                spare = len(self.manager.block_table(sequence)) * self.manager.block_size - len(content)
+                assert 0 <= spare < self.manager.block_size
+
+
+TestPaged = PagedMachine.TestCase
+TestPaged.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def started(manager: PagedKVCacheManager, num_tokens: int) -> Sequence:
+    sequence = make_sequence()
+    assert manager.allocate_slots(sequence, num_tokens)
+    sequence.num_computed_tokens = num_tokens
+    sequence.status = SequenceStatus.RUNNING
+    return sequence
+
+
+def test_copy_on_write_by_hand() -> None:
+    """F3.5: 6 tokens in blocks of 4: the full block stays shared, the half one is copied by the first to write."""
+    manager = PagedKVCacheManager(8, 4)
+    parent = started(manager, 6)
+    child = parent.fork(next_seq_id(), 1)
+    manager.fork(parent, child)
+    assert manager.block_table(child) == manager.block_table(parent) == [0, 1]
+    assert manager.allocate_slots(parent, 1)
+    assert manager.take_copies() == [SlotCopy(4, 8, 2)], "the two tokens that block 1 holds"
+    assert (manager.block_table(parent), manager.block_table(child)) == ([0, 2], [0, 1])
+    assert manager.allocate_slots(child, 1)
+    assert manager.take_copies() == [], "alone with its block by now"
+    assert manager.pool.num_used == 3
+
+
+def test_no_copy_at_a_block_boundary() -> None:
+    manager = PagedKVCacheManager(8, 4)
+    parent = started(manager, 8)
+    child = parent.fork(next_seq_id(), 1)
+    manager.fork(parent, child)
+    assert manager.allocate_slots(parent, 1)
+    assert manager.allocate_slots(child, 1)
+    assert manager.take_copies() == []
+    assert (manager.block_table(parent), manager.block_table(child)) == ([0, 1, 2], [0, 1, 3])
+
+
+@pytest.mark.parametrize(("prompt", "output", "n", "block_size"), [(512, 128, 8, 16), (500, 128, 8, 16), (7, 9, 3, 4)])
+def test_blocks_held_are_shared_plus_own(prompt: int, output: int, n: int, block_size: int) -> None:
+    """F3.5: full blocks of the prompt once, and for each output the blocks from the prompt's last, half one on."""
+    manager = PagedKVCacheManager(4096, block_size)
+    parent = started(manager, prompt)
+    family = [parent, *(parent.fork(next_seq_id(), i) for i in range(1, n))]
+    for child in family[1:]:
+        manager.fork(parent, child)
+    for _ in range(output - 1):                             # the last token is returned and never stored
+        for sequence in family:
+            assert manager.allocate_slots(sequence, 1)
+            sequence.num_computed_tokens += 1
+    shared = prompt // block_size
+    own = -(-(prompt + output - 1) // block_size) - shared
+    assert manager.pool.num_used == shared + n * own
+
+
+def test_swapped_from_the_tail_to_the_head() -> None:
+    """F3.6: the shared head stays on the device; the private tail moves, last block first, and comes back in order."""
+    manager = PagedKVCacheManager(8, 4, num_host_blocks=4)
+    parent = started(manager, 8)
+    child = parent.fork(next_seq_id(), 1)
+    manager.fork(parent, child)
+    assert manager.allocate_slots(child, 7)                 # blocks 2 and 3
+    child.num_computed_tokens = 15
+    child.data.output_token_ids[:] = [1] * 15
+    assert manager.preempt(child) is SequenceStatus.SWAPPED
+    host = 8 * 4                                            # the host's slots follow the device's
+    assert manager.take_copies() == [SlotCopy(12, host, 4), SlotCopy(8, host + 4, 4)]
+    assert (manager.pool.num_used, manager.host_pool.num_used) == (2, 2)
+    assert manager.get_num_computed_tokens(child) == 15
+    other = started(manager, 1)                             # takes the block that was freed last
+    assert manager.block_table(other) == [2]
+    assert manager.allocate_slots(child, 1)
+    assert manager.take_copies() == [SlotCopy(host + 4, 12, 4), SlotCopy(host, 16, 4)]
+    assert manager.block_table(child) == [0, 1, 3, 4]
+    assert manager.host_pool.num_used == 0
+
+
+def test_no_room_in_host_memory_means_recompute() -> None:
+    manager = PagedKVCacheManager(8, 4, num_host_blocks=1)
+    sequence = started(manager, 8)
+    assert manager.preempt(sequence) is SequenceStatus.WAITING
+    assert (manager.usage, manager.host_pool.num_used, manager.take_copies()) == (0.0, 0, [])
+
+
+def test_newcomers_leave_the_watermark_free() -> None:
+    manager = PagedKVCacheManager(10, 4, watermark=0.2)
+    started(manager, 4)
+    assert not manager.allocate_slots(make_sequence(), 32)
+    assert manager.allocate_slots(make_sequence(), 28)
