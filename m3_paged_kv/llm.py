@@ -46,8 +46,10 @@ class LLM(ContinuousLLM):
         dtype = DTYPES.get(memory.kv_cache_dtype, weights.dtype)
         num_blocks = num_blocks_for(memory, weights.spec, dtype, weights.device, limits.max_model_len,
                                     limits.max_num_seqs)
-        num_host_blocks = int(memory.swap_space * 2**30) // kv_cache_bytes(weights.spec, memory.block_size, dtype)
         hooks = split_plugins(plugins)
+        num_host_blocks = int(memory.swap_space * 2**30) // kv_cache_bytes(weights.spec, memory.block_size, dtype)
+        if hooks.cache:
+            num_host_blocks = 0             # what a plugin keeps for a slot stays on the device: recompute instead
         cache = SlotCache(weights.spec, num_blocks * memory.block_size, dtype, weights.device, hooks.cache)
         host_cache = HostCache(cache, weights.spec, num_host_blocks * memory.block_size)
         manager = PagedKVCacheManager(num_blocks, memory.block_size, num_host_blocks)

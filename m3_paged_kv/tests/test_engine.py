@@ -11,6 +11,7 @@ from m0_basics.sampling_params import BeamSearchParams, SamplingParams
 from m0_basics.testing.conformance import greedy, ids_of
 from m0_basics.testing.fixtures import TinyModels
 from m2_continuous_batching.plugins import SchedulerPlugin, StepStats
+from m2_continuous_batching.plugins.kv_compression import KVCompressionPlugin
 from m2_continuous_batching.scheduler import Scheduler
 from m3_paged_kv import LLM
 from m3_paged_kv.fragmentation import FragmentationMeter, block_utilisation, row_utilisation
@@ -107,3 +108,15 @@ def test_sizes_follow_the_memory(tiny_model: TinyModels) -> None:
         make(tiny_model, swap_space=-1)
     with pytest.raises(ConfigError, match="block_size=0"):
         make(tiny_model, block_size=0)
+
+
+def test_a_compressed_cache_is_recomputed_not_swapped(tiny_model: TinyModels) -> None:
+    """A plugin's scales lie beside the device's slots; a sequence that gave way comes back with the right ones."""
+    prompts = [[7 + i] * 20 for i in range(4)]
+    roomy = make(tiny_model, plugins=[KVCompressionPlugin()])
+    count = BlockCount()
+    tight = make(tiny_model, plugins=[KVCompressionPlugin(), count], num_blocks=9, block_size=8, max_model_len=64)
+    assert tight.manager.host_pool.num_blocks == 0
+    assert ids_of(tight.generate(prompts, greedy(24), use_tqdm=False)) == (
+        ids_of(roomy.generate(prompts, greedy(24), use_tqdm=False)))
+    assert count.most == 9, "the pool was full"
