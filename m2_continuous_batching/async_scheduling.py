@@ -65,11 +65,6 @@ class AsyncSchedulingEngine(LLMEngine):
             self._report(start, output, num_prompt_tokens, len(self._recorded), budget)
         return self._hand_out(updated, ended)
 
-    def _choose(self) -> tuple[SchedulerOutput, int]:
-        for plugin in self.plugins:
-            plugin.before_step(self.scheduler)
-        return self.scheduler.schedule(), self.scheduler.token_budget
-
     def _take_chosen(self) -> tuple[SchedulerOutput, int]:
         """What was chosen ahead, less the sequences that have ended since; chosen now if nothing was.
 

@@ -76,9 +76,7 @@ class LLMEngine(Engine):
         """Schedule, execute, sample, update."""
         start = time.perf_counter()
         self._aborted = []
-        for plugin in self.plugins:
-            plugin.before_step(self.scheduler)
-        output, budget = self.scheduler.schedule(), self.scheduler.token_budget
+        output, budget = self._choose()
         ended = output.expired.copy()                       # requests that end in this step without a token
         num_prompt_tokens = sum(s.num_tokens for s in output.scheduled if not is_decode(s))
         self.copy_slots(output.copies)
@@ -91,6 +89,12 @@ class LLMEngine(Engine):
         if output.scheduled:
             self._report(start, output, num_prompt_tokens, len(recorded), budget)
         return self._hand_out(updated, ended)
+
+    def _choose(self) -> tuple[SchedulerOutput, int]:
+        """What runs next, and the token budget that it was chosen under."""
+        for plugin in self.plugins:
+            plugin.before_step(self.scheduler)
+        return self.scheduler.schedule(), self.scheduler.token_budget
 
     def _run_isolated(self, scheduled: list[ScheduledSequence]) -> tuple[list[Sampled], list[Failure]]:
         """Run the step; if it raises, run each sequence alone, so that only the one to blame ends with the error."""
