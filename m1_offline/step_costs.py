@@ -48,9 +48,9 @@ def step_costs(llm: LLM, sampling: str, num_sequences: int, prompt_len: int = 64
     try:
         for _ in range(steps):
             scheduled = [ScheduledSequence(s, 1) for s in sequences]
-            build_s, _ = _timed(lambda batch=scheduled: engine.runner.backend.build_metadata(batch))  # type: ignore[misc]
-            run_s, logits = _timed(lambda batch=scheduled: engine.runner.execute_model(batch))  # type: ignore[misc]
-            sample_s, sampled = _timed(lambda x=logits: engine.sampler(x, sequences))  # type: ignore[misc]
+            build_s, _ = timed(lambda batch=scheduled: engine.runner.backend.build_metadata(batch))  # type: ignore[misc]
+            run_s, logits = timed(lambda batch=scheduled: engine.runner.execute_model(batch))  # type: ignore[misc]
+            sample_s, sampled = timed(lambda x=logits: engine.sampler(x, sequences))  # type: ignore[misc]
             for sequence, token_id in zip(sequences, sampled.token_ids, strict=True):
                 sequence.num_computed_tokens += 1
                 sequence.append_token_id(token_id)
@@ -81,7 +81,8 @@ def _start(llm: LLM, engine: OfflineEngine, params: SamplingParams, count: int, 
     return sequences
 
 
-def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that a call takes, a GPU's work included, and what it returns."""
     start = time.perf_counter()
     result = call()
     if torch.cuda.is_available():

@@ -1,16 +1,14 @@
 """Swap or recompute: what it costs to bring one preempted sequence back, by both ways, over its length."""
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence as Items
 from statistics import median
 from typing import Any
 
-import torch
-
 from m0_basics.attention import ScheduledSequence
 from m0_basics.request import Sequence, SequenceData, SequenceStatus, next_seq_id
 from m0_basics.sampling_params import SamplingParams
+from m1_offline.step_costs import timed
 
 from .llm import LLM
 
@@ -35,11 +33,9 @@ def _start(llm: LLM, length: int) -> tuple[Sequence, float]:
     allocated = llm.manager.allocate_slots(sequence, length)
     assert allocated, "an idle cache holds one sequence"
     sequence.set_status(SequenceStatus.RUNNING)
-    start = time.perf_counter()
-    llm.engine.runner.execute_model([ScheduledSequence(sequence, length)])
-    _synchronize()
+    seconds, _ = timed(lambda: llm.engine.runner.execute_model([ScheduledSequence(sequence, length)]))
     sequence.num_computed_tokens = length
-    return sequence, time.perf_counter() - start
+    return sequence, seconds
 
 
 def _recompute(llm: LLM, length: int) -> float:
@@ -51,19 +47,16 @@ def _recompute(llm: LLM, length: int) -> float:
 def _swap(llm: LLM, length: int) -> float:
     sequence, _ = _start(llm, length)
     sequence.append_token_id(100)                   # the token that its prompt gave: the one to run next
-    start = time.perf_counter()
-    sequence.set_status(llm.manager.preempt(sequence))
-    llm.engine.copy_slots(llm.manager.take_copies())
-    assert sequence.status is SequenceStatus.SWAPPED, "swap_space has room for it"
-    back = llm.manager.allocate_slots(sequence, 1)
-    llm.engine.copy_slots(llm.manager.take_copies())
-    _synchronize()
-    seconds = time.perf_counter() - start
+    seconds, back = timed(lambda: _out_and_in(llm, sequence))
     assert back, "it fitted before"
     llm.manager.free(sequence)
     return seconds
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _out_and_in(llm: LLM, sequence: Sequence) -> bool:
+    sequence.set_status(llm.manager.preempt(sequence))
+    llm.engine.copy_slots(llm.manager.take_copies())
+    assert sequence.status is SequenceStatus.SWAPPED, "swap_space has room for it"
+    back = llm.manager.allocate_slots(sequence, 1)
+    llm.engine.copy_slots(llm.manager.take_copies())
+    return back

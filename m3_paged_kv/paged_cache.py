@@ -33,15 +33,11 @@ class HostCache:
 
     def copy_slots(self, copies: list[SlotCopy]) -> None:
         """Make the copies in order; slots from `num_slots` on are the host's."""
-        within: list[SlotCopy] = []
-        for c in copies:
+        for c in copies:                        # one by one: a block may be freed and filled again
             if max(c.source, c.target) < self.num_slots:
-                within.append(c)
-                continue
-            self.device_cache.copy_slots(within)        # order matters: a block may be freed and filled again
-            within = []
-            self._copy(c)
-        self.device_cache.copy_slots(within)
+                self.device_cache.copy_slots([c])
+            else:
+                self._copy(c)
 
     def _copy(self, c: SlotCopy) -> None:
         pools = ((self.device_cache.kv_cache.k, self.kv_cache.k), (self.device_cache.kv_cache.v, self.kv_cache.v))
@@ -58,7 +54,7 @@ def num_blocks_for(config: CacheConfig, spec: ModelSpec, dtype: torch.dtype, dev
                    longest: int, max_num_seqs: int) -> int:
     """Blocks that the memory budget holds, at most as many as `max_num_seqs` longest sequences could use.
 
-    Raises ConfigError where they would not hold one sequence of `longest` tokens.
+    Raises ConfigError where not one block fits.
     """
     block_bytes = kv_cache_bytes(spec, config.block_size, dtype)
     per_sequence = -(-longest // config.block_size)
