@@ -1,0 +1,1 @@
+"""Milestone 4: attention kernels."""

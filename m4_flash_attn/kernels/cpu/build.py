@@ -1,0 +1,108 @@
+"""Compile the C++ kernels once, keep the library, load it.
+
+    source + flags + compiler + machine  --sha256-->  ~/.cache/llm-inference-lab/kernels/<hash>.so
+
+The functions stand behind `extern "C"` and take pointers: no torch headers, so the build takes seconds, not minutes.
+A changed source or flag has another hash, so nothing stale is ever loaded.
+"""
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from m0_basics.gguf import cache_dir
+
+SOURCES = Path(__file__).parent
+# Reordering sums lets loops run in vector registers. Not -ffast-math as a whole: it assumes that there are no
+# infinities, and linking with it makes denormals zero for the whole process.
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math",
+          "-fno-signed-zeros", "-ffp-contract=fast")
+_TIMEOUT_S = 120
+
+
+class BuildError(RuntimeError):
+    """The kernels are not available; the message says why and what to do."""
+
+
+def find_compiler() -> str:
+    """The C++ compiler: what CXX names, or the first of g++, clang++, c++. Raises BuildError where there is none."""
+    wanted = os.environ.get("CXX")
+    for name in (wanted,) if wanted else ("g++", "clang++", "c++"):
+        if path := shutil.which(name):
+            return path
+    raise BuildError(f"CXX={wanted} does not exist; name a C++ compiler, or unset CXX" if wanted else
+                     "no C++ compiler was found; install one (g++ or clang++), or set CXX")
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels, built where this was not done before. Raises BuildError."""
+    compiler = find_compiler()
+    sources = sorted(SOURCES.glob("*.cpp"))
+    flags = (*_FLAGS, *_machine_flags(compiler))
+    path = cache_dir() / "kernels" / f"{_fingerprint(compiler, flags)}.so"
+    if not path.exists():
+        print("building the CPU kernels (once, some seconds) ...", file=sys.stderr, flush=True)
+        _compile(compiler, flags, sources, path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"the compiled kernels cannot be loaded: {error}; delete {path} to build them again") from error
+
+
+def _machine_flags(compiler: str) -> tuple[str, ...]:
+    """Everything this machine's processor can do, and threads where the compiler has OpenMP."""
+    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    flags = [native] if _accepts(compiler, (native,)) else []
+    # torch brings OpenMP's library and has loaded it: the kernels run on the same threads.
+    openmp = ("-Xpreprocessor", "-fopenmp", "-undefined", "dynamic_lookup") if sys.platform == "darwin" else (
+        "-fopenmp",)
+    return (*flags, *(openmp if _accepts(compiler, openmp) else ()))
+
+
+def _accepts(compiler: str, flags: tuple[str, ...]) -> bool:
+    """Whether a small program compiles with the flags."""
+    source = "#ifdef _OPENMP\n#include <omp.h>\n#endif\nextern \"C\" int f() { return 1; }\n"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [compiler, *flags, "-shared", "-fPIC", "-x", "c++", "-", "-o", str(Path(folder) / "probe.so")]
+        return subprocess.run(command, input=source.encode(), capture_output=True, check=False).returncode == 0
+
+
+def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
+    """What decides over the machine code: sources, flags, compiler, processor."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    digest = hashlib.sha256(repr((flags, version, platform.machine(), _processor())).encode())
+    for source in sorted(SOURCES.glob("*.[ch]pp")):
+        digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _processor() -> str:
+    """What `native` stands for: a cache folder may be shared by machines with other processors."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor()
+    lines = info.read_text(errors="replace").splitlines()
+    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def _compile(compiler: str, flags: tuple[str, ...], sources: list[Path], path: Path) -> None:
+    """Into a file of another name first: somebody else may be building, or be stopped half-way."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    command = [compiler, *flags, *map(str, sources), "-o", str(partial)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{compiler} did not finish within {_TIMEOUT_S} s") from error
+    if done.returncode != 0:
+        raise BuildError(f"{compiler} failed:\n{done.stderr.strip()[-2000:]}")
+    partial.replace(path)
