@@ -1,0 +1,330 @@
+// Attention over a paged KV cache, prefill and decode in one kernel: the online softmax, tile by tile.
+//
+//     one item of work = one sequence x one KV head x some query tokens x a range of keys
+//
+//     keys   [ tile 0 | tile 1 | tile 2 | .. ]        64 keys each, copied together from wherever their blocks lie
+//     rows   the item's query tokens x the G query heads that share the KV head: they read each tile together
+//
+//     for each tile:   S = rows x keys      m' = max(m, S)      P = 2^(S - m')
+//                      l = l * 2^(m - m') + sum P               O = O * 2^(m - m') + P x values
+//     in the end:      O / l
+//
+// A long sequence that decodes is cut into ranges of keys, for all threads to have work (split-KV); their O, m and l
+// are merged exactly. Scores are scaled by log2(e), so that 2^x takes the place of e^x.
+//
+// H_q / H_kv query / key-value heads, G = H_q / H_kv, D head size (a multiple of 16).
+#include "batch.hpp"
+#include "tiles.hpp"
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static inline int omp_get_max_threads() { return 1; }
+#endif
+
+namespace {
+
+constexpr int KEYS = 64;                // per tile
+constexpr int MAX_ROWS = 48;            // per item: as many as pay for copying a tile, few enough for the L1 cache
+constexpr int MIN_SPLIT = 256;          // keys: a shorter range is not worth a merge
+constexpr float LOWEST = -1e30f;        // below every score
+
+struct Item {
+    int sequence, kv_head;
+    int first_token, num_tokens;        // of the sequence's new tokens
+    int first_key, end_key;
+    int part;                           // where a partial result goes, -1 for a whole one
+};
+
+struct Merge {
+    int sequence, kv_head, first_part, num_parts;
+};
+
+template <class Kind> struct Scratch {
+    typedef typename Kind::element element;
+    std::vector<element> q, k, v, p;
+    std::vector<float> s, o;
+    float m[MAX_ROWS], l[MAX_ROWS], alpha[MAX_ROWS];
+    int limit[MAX_ROWS];                // the last key that a row sees
+
+    void fit(int head_dim) {
+        constexpr int per = Kind::per_element;
+        if (o.size() >= (size_t)MAX_ROWS * head_dim) return;
+        q.resize(MAX_ROWS * head_dim / per);
+        k.resize(KEYS * head_dim / per);
+        v.resize(KEYS * head_dim / per);
+        p.resize(MAX_ROWS * KEYS / per);
+        s.resize(MAX_ROWS * KEYS);
+        o.resize(MAX_ROWS * head_dim);
+    }
+};
+
+// ---- copying queries, keys and values into tiles: keys transposed, [D][KEYS]; values as they are, [KEYS][D]
+
+template <class T> void copy_query(Singles, float* to, const T* from, int head_dim) {
+    for (int d = 0; d < head_dim; d += VL) store(to + d, load(from + d));
+}
+
+template <class T> void copy_keys(Singles, float* to, const T* const* rows, int num_keys, int head_dim) {
+    for (int j = 0; j < num_keys; j++)
+        for (int d = 0; d < head_dim; d += VL) {
+            vf x = load(rows[j] + d);
+            for (int i = 0; i < VL; i++) to[(d + i) * KEYS + j] = x[i];
+        }
+    for (int d = 0; d < head_dim; d++)
+        for (int j = num_keys; j < KEYS; j++) to[d * KEYS + j] = 0;
+}
+
+template <class T> void copy_values(Singles, float* to, const T* const* rows, int num_keys, int head_dim) {
+    for (int j = 0; j < num_keys; j++)
+        for (int d = 0; d < head_dim; d += VL) store(to + j * head_dim + d, load(rows[j] + d));
+}
+
+static void copy_probabilities(Singles, float* to, const float* from, int columns) {
+    for (int j = 0; j < columns; j += VL) store(to + j, load(from + j));
+}
+
+#ifdef HAVE_PAIRS
+void copy_query(Pairs, uint32_t* to, const bf16* from, int head_dim) { std::memcpy(to, from, 2 * head_dim); }
+
+// 16 x 16 numbers of 32 bits: rows become columns.
+static inline void transpose(__m512i (&x)[16]) {
+    __m512i y[16];
+    for (int i = 0; i < 8; i++) {
+        y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+        y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++)
+        for (int h = 0; h < 2; h++) {
+            x[4 * i + 2 * h] = _mm512_unpacklo_epi64(y[4 * i + h], y[4 * i + 2 + h]);
+            x[4 * i + 2 * h + 1] = _mm512_unpackhi_epi64(y[4 * i + h], y[4 * i + 2 + h]);
+        }
+    for (int i = 0; i < 4; i++) {
+        y[i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88);
+        y[4 + i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd);
+        y[8 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88);
+        y[12 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        x[i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0x88);
+        x[4 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0x88);
+        x[8 + i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0xdd);
+        x[12 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0xdd);
+    }
+}
+
+// [D / 2][KEYS] pairs of neighbouring dimensions.
+void copy_keys(Pairs, uint32_t* to, const bf16* const* rows, int num_keys, int head_dim) {
+    for (int first = 0; first < KEYS && first < num_keys; first += 16)
+        for (int d = 0; d < head_dim / 2; d += 16) {
+            int width = std::min(16, head_dim / 2 - d);
+            __mmask16 mask = (1u << width) - 1;
+            __m512i x[16];
+            for (int j = 0; j < 16; j++)
+                x[j] = first + j < num_keys ? _mm512_maskz_loadu_epi32(mask, (const uint32_t*)rows[first + j] + d)
+                                            : _mm512_setzero_si512();
+            transpose(x);
+            for (int i = 0; i < width; i++) _mm512_storeu_si512(to + (d + i) * KEYS + first, x[i]);
+        }
+}
+
+// [KEYS / 2][D] pairs of neighbouring keys.
+void copy_values(Pairs, uint32_t* to, const bf16* const* rows, int num_keys, int head_dim) {
+    for (int j = 0; j < num_keys; j += 2)
+        for (int d = 0; d < head_dim; d += 16) {
+            vu low = __builtin_convertvector(load_as<vh>(rows[j] + d), vu);
+            vu high = j + 1 < num_keys ? __builtin_convertvector(load_as<vh>(rows[j + 1] + d), vu) : vu{};
+            vu both = low | high << 16;
+            std::memcpy(to + j / 2 * head_dim + d, &both, sizeof(both));
+        }
+}
+
+void copy_probabilities(Pairs, uint32_t* to, const float* from, int columns) {
+    for (int j = 0; j < columns; j += 16) store((bf16*)to + j, load(from + j));
+}
+#endif
+
+// ---- one item
+
+// S * scale -> P, with the rows' m, l and alpha brought up to date. `columns` is a multiple of 16.
+template <class Kind>
+void softmax_rows(Scratch<Kind>& scratch, const Shape& shape, int num_rows, int columns, int first_key, bool masked) {
+    const float factor = shape.scale * LOG2E;
+    for (int r = 0; r < num_rows; r++) {
+        float* s = scratch.s.data() + r * KEYS;
+        if (masked)
+            for (int j = 0; j < columns; j++) {
+                int key = first_key + j;
+                bool visible = key <= scratch.limit[r]
+                    && (!shape.window || key > scratch.limit[r] - shape.window || key < shape.num_sinks);
+                s[j] = visible ? s[j] : LOWEST / factor;
+            }
+        vf highest = splat(scratch.m[r]);
+        for (int j = 0; j < columns; j += VL) highest = max(highest, load(s + j) * factor);
+        float m = max(highest);
+        vf total{};
+        for (int j = 0; j < columns; j += VL) {
+            vf x = load(s + j) * factor;
+            vf p = exp2(x - m);
+            if (masked) p = x > LOWEST / 2 ? p : vf{};
+            store(s + j, p);
+            total += p;
+        }
+        scratch.alpha[r] = exp2(splat(scratch.m[r] - m))[0];
+        scratch.l[r] = scratch.l[r] * scratch.alpha[r] + sum(total);
+        scratch.m[r] = m;
+        copy_probabilities(Kind{}, scratch.p.data() + r * (KEYS / Kind::per_element), s, columns);
+    }
+}
+
+template <class T, class Kind>
+void run_item(const Item& item, const Shape& shape, const Batch& batch, const T* q, long q_stride, const T* k_cache,
+              const T* v_cache, T* out, float* parts) {
+    static thread_local Scratch<Kind> scratch;
+    constexpr int per = Kind::per_element;
+    const int D = shape.head_dim, G = shape.num_heads / shape.num_kv_heads, num_rows = item.num_tokens * G;
+    const long slot_size = (long)shape.num_kv_heads * D;
+    const int first_row = batch.query_start_loc[item.sequence] + item.first_token;
+    const int num_new = batch.query_start_loc[item.sequence + 1] - batch.query_start_loc[item.sequence];
+    const int first_position = batch.seq_lens[item.sequence] - num_new + item.first_token;
+    const int32_t* table = batch.block_table + item.sequence * batch.max_blocks;
+    scratch.fit(D);
+    for (int r = 0; r < num_rows; r++) {
+        copy_query(Kind{}, scratch.q.data() + r * (D / per),
+                   q + (first_row + r / G) * q_stride + (item.kv_head * G + r % G) * D, D);
+        scratch.limit[r] = first_position + r / G;
+        scratch.m[r] = LOWEST;
+        scratch.l[r] = 0;
+    }
+    std::fill_n(scratch.o.data(), num_rows * D, 0.0f);
+    for (int first = item.first_key; first < item.end_key; first += KEYS) {
+        const int num_keys = std::min(KEYS, item.end_key - first), columns = (num_keys + 15) / 16 * 16;
+        const bool behind_window = shape.window && first + num_keys <= first_position - shape.window + 1;
+        if (behind_window && first >= shape.num_sinks) continue;
+        const T *k_rows[KEYS], *v_rows[KEYS];
+        for (int j = 0; j < num_keys; j++) {
+            int key = first + j;
+            long slot = (long)table[key / shape.block_size] * shape.block_size + key % shape.block_size;
+            k_rows[j] = k_cache + slot * slot_size + item.kv_head * D;
+            v_rows[j] = v_cache + slot * slot_size + item.kv_head * D;
+        }
+        copy_keys(Kind{}, scratch.k.data(), k_rows, num_keys, D);
+        multiply<Kind>(num_rows, columns, D / per, scratch.q.data(), D / per, scratch.k.data(), KEYS,
+                       scratch.s.data(), KEYS, nullptr);
+        // Every row sees the whole tile where it ends at or before the first row's position, and no window cuts it.
+        const bool masked = columns > num_keys || first + num_keys - 1 > first_position || shape.window;
+        softmax_rows<Kind>(scratch, shape, num_rows, columns, first, masked);
+        copy_values(Kind{}, scratch.v.data(), v_rows, num_keys, D);
+        multiply<Kind>(num_rows, D, (num_keys + per - 1) / per, scratch.p.data(), KEYS / per, scratch.v.data(), D,
+                       scratch.o.data(), D, scratch.alpha);
+    }
+    if (item.part >= 0) {
+        for (int r = 0; r < num_rows; r++) {
+            float* part = parts + ((long)item.part * G + r) * (D + 2);
+            part[0] = scratch.m[r];
+            part[1] = scratch.l[r];
+            std::memcpy(part + 2, scratch.o.data() + r * D, 4 * D);
+        }
+        return;
+    }
+    for (int r = 0; r < num_rows; r++) {
+        T* to = out + ((long)(first_row + r / G) * shape.num_heads + item.kv_head * G + r % G) * D;
+        for (int d = 0; d < D; d += VL) store(to + d, load(scratch.o.data() + r * D + d) * (1.0f / scratch.l[r]));
+    }
+}
+
+// The parts of one sequence and KV head: the highest m decides, everybody is scaled to it.
+template <class T>
+void run_merge(const Merge& merge, const Shape& shape, const Batch& batch, const float* parts, T* out) {
+    const int D = shape.head_dim, G = shape.num_heads / shape.num_kv_heads;
+    for (int g = 0; g < G; g++) {
+        const float* first = parts + ((long)merge.first_part * G + g) * (D + 2);
+        const long stride = (long)G * (D + 2);
+        float m = LOWEST, l = 0, o[1024] = {};
+        for (int i = 0; i < merge.num_parts; i++) m = std::max(m, first[i * stride]);
+        for (int i = 0; i < merge.num_parts; i++) {
+            const float* part = first + i * stride;
+            const float factor = exp2(splat(part[0] - m))[0];
+            l += part[1] * factor;
+            for (int d = 0; d < D; d++) o[d] += part[2 + d] * factor;
+        }
+        T* to = out + ((long)batch.query_start_loc[merge.sequence] * shape.num_heads + merge.kv_head * G + g) * D;
+        for (int d = 0; d < D; d += VL) store(to + d, load(o + d) * (1.0f / l));
+    }
+}
+
+// ---- cutting the step into items
+
+struct Plan {
+    std::vector<Item> items;
+    std::vector<Merge> merges;
+    int num_parts = 0;
+};
+
+Plan make_plan(const Shape& shape, const Batch& batch, int num_threads) {
+    Plan plan;
+    const int G = shape.num_heads / shape.num_kv_heads, tokens_per_item = std::max(1, MAX_ROWS / G);
+    long work = 0;
+    for (int b = 0; b < batch.num_sequences; b++) work += (long)batch.seq_lens[b] * shape.num_kv_heads;
+    // Ranges of keys such that each thread gets a few; a multiple of the tile.
+    const long range = std::max<long>(MIN_SPLIT, (work / (4 * num_threads) + KEYS - 1) / KEYS * KEYS);
+    for (int b = 0; b < batch.num_sequences; b++) {
+        const int num_new = batch.query_start_loc[b + 1] - batch.query_start_loc[b], length = batch.seq_lens[b];
+        const int num_ranges = num_new == 1 && num_threads > 1 ? (int)((length + range - 1) / range) : 1;
+        for (int head = 0; head < shape.num_kv_heads; head++) {
+            if (num_ranges > 1) {
+                plan.merges.push_back({b, head, plan.num_parts, num_ranges});
+                for (int i = 0; i < num_ranges; i++)
+                    plan.items.push_back({b, head, 0, 1, (int)(i * range), (int)std::min<long>(length, (i + 1) * range),
+                                          plan.num_parts++});
+                continue;
+            }
+            for (int token = 0; token < num_new; token += tokens_per_item) {
+                const int count = std::min(tokens_per_item, num_new - token);
+                plan.items.push_back({b, head, token, count, 0, length - num_new + token + count, -1});
+            }
+        }
+    }
+    return plan;
+}
+
+template <class T, class Kind>
+void attend(const Shape& shape, const Batch& batch, const T* q, long q_stride, const T* k_cache, const T* v_cache,
+            T* out) {
+    const Plan plan = make_plan(shape, batch, omp_get_max_threads());
+    const int G = shape.num_heads / shape.num_kv_heads;
+    std::vector<float> parts((size_t)plan.num_parts * G * (shape.head_dim + 2));
+    float* partial = parts.data();
+    const int num_items = plan.items.size(), num_merges = plan.merges.size();
+    // The last items are the longest of a prompt: handed out first, so that nobody waits for one at the end.
+#pragma omp parallel
+    {
+#pragma omp for schedule(dynamic)
+        for (int i = num_items - 1; i >= 0; i--)
+            run_item<T, Kind>(plan.items[i], shape, batch, q, q_stride, k_cache, v_cache, out, partial);
+#pragma omp for schedule(static)
+        for (int i = 0; i < num_merges; i++) run_merge<T>(plan.merges[i], shape, batch, partial, out);
+    }
+}
+
+}  // namespace
+
+// q: rows of `q_stride` elements; out [T, H_q, D]; caches [num_slots, H_kv, D] of one layer.
+extern "C" void attend_paged(const Shape* shape, const Batch* batch, const void* q, int64_t q_stride,
+                             const void* k_cache, const void* v_cache, void* out) {
+    if (shape->is_bf16) {
+#ifdef HAVE_PAIRS
+        typedef Pairs Kind;
+#else
+        typedef Singles Kind;
+#endif
+        return attend<bf16, Kind>(*shape, *batch, (const bf16*)q, q_stride, (const bf16*)k_cache,
+                                  (const bf16*)v_cache, (bf16*)out);
+    }
+    attend<float, Singles>(*shape, *batch, (const float*)q, q_stride, (const float*)k_cache, (const float*)v_cache,
+                           (float*)out);
+}
