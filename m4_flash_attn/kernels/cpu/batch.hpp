@@ -18,5 +18,4 @@ struct Batch {
     const int32_t* seq_lens;            // B
     const int32_t* block_table;         // [B, max_blocks]
     const int32_t* slot_mapping;        // T
-    const int64_t* positions;           // T
 };

@@ -97,8 +97,8 @@ void rotate_store(const Shape& shape, const Batch& batch, T* qkv, const T* q_nor
 #pragma omp parallel for schedule(static) if (batch.num_tokens * width > SMALL)
     for (long t = 0; t < batch.num_tokens; t++) {
         T* row = qkv + t * width;
-        const long position = batch.positions[t], slot = batch.slot_mapping[t];
-        const T *c = cos + position * D, *s = signed_sin + position * D;
+        const long slot = batch.slot_mapping[t];
+        const T *c = cos + t * D, *s = signed_sin + t * D;
         for (int h = 0; h < Hq; h++) rotate_head(row + h * D, q_norm, eps, c, s, row + h * D, D);
         if (slot < 0) continue;
         for (int h = 0; h < Hkv; h++)
@@ -134,7 +134,8 @@ extern "C" void silu_mul(int32_t is_bf16, int64_t rows, int64_t n, const void* g
     else silu_mul_rows(rows, n, (const float*)gate_up, (float*)out);
 }
 
-// qkv [T, H_q + 2 H_kv, D]: q is normed and rotated in place, k on its way into the cache; v goes there as it is.
+// qkv [T, H_q + 2 H_kv, D], cos and signed_sin [T, D]: q is normed and rotated in place, k on its way into the cache;
+// v goes there as it is.
 extern "C" void rotate_store_kv(const Shape* shape, const Batch* batch, void* qkv, const void* q_norm,
                                 const void* k_norm, float eps, const void* cos, const void* signed_sin, void* k_cache,
                                 void* v_cache) {

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops import ElementwiseOps
 from .build import library
 
 
@@ -27,7 +28,7 @@ class Batch(Structure):
 
     _fields_ = [("num_tokens", c_int64), ("num_sequences", c_int64), ("max_blocks", c_int64),  # noqa: RUF012
                 ("query_start_loc", c_void_p), ("seq_lens", c_void_p), ("block_table", c_void_p),
-                ("slot_mapping", c_void_p), ("positions", c_void_p)]
+                ("slot_mapping", c_void_p)]
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,15 @@ class Step:
     tensors: tuple[Tensor, ...]
 
 
-def make_step(query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, slot_mapping: Tensor,
-              positions: Tensor) -> Step:
-    """query_start_loc [B + 1], seq_lens [B], block_table [B, max_blocks], slot_mapping [T]: int32; positions [T]: int64."""
-    tensors = (query_start_loc, seq_lens, block_table, slot_mapping, positions)
-    assert all(t.dtype is torch.int32 and t.is_contiguous() for t in tensors[:4])
-    assert positions.dtype is torch.int64 and positions.is_contiguous()
+def make_step(query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, slot_mapping: Tensor) -> Step:
+    """query_start_loc [B + 1], seq_lens [B], block_table [B, max_blocks], slot_mapping [T], all int32."""
+    tensors = (query_start_loc, seq_lens, block_table, slot_mapping)
+    assert all(t.dtype is torch.int32 and t.is_contiguous() for t in tensors)
     return Step(Batch(slot_mapping.numel(), seq_lens.numel(), block_table.shape[1], *(t.data_ptr() for t in tensors)),
                 tensors)
 
 
-class CpuOps:
+class CpuOps(ElementwiseOps):
     """The kernels, for one model and one layout of its cache. Raises BuildError where they cannot be built."""
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype,
@@ -67,7 +66,7 @@ class CpuOps:
 
     def rotate_store_kv(self, step: Step, qkv: Tensor, norms: tuple[Tensor, Tensor] | None, eps: float, cos: Tensor,
                         signed_sin: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-        """qkv [T, (H_q + 2 H_kv) D]: q normed and rotated in place, k and v into the cache. cos, sin: [max_len, D]."""
+        """qkv [T, (H_q + 2 H_kv) D]: q normed and rotated in place, k and v into the cache. cos, signed_sin [T, 1, D]."""
         assert qkv.is_contiguous() and qkv.dtype is self.dtype
         q_norm, k_norm = (n.data_ptr() for n in norms) if norms is not None else (None, None)
         self._functions["rotate_store_kv"](self._shape_ref, byref(step.batch), qkv.data_ptr(), q_norm, k_norm, eps,
