@@ -22,14 +22,13 @@ from torch import Tensor
 MIXED = ((0, 7), (20, 1), (5, 3), (0, 1), (31, 1), (16, 17), (0, 33), (47, 2))
 
 
-def visible(positions: Tensor, num_keys: int, window: int | None = None, num_sinks: int = 0) -> Tensor:
-    """Mask [n, num_keys]: which keys the queries at `positions` [n] see.
+def visible(queries: Tensor, keys: Tensor, window: int | None = None, num_sinks: int = 0) -> Tensor:
+    """Mask [n, t]: which of the keys at positions `keys` [t] the queries at positions `queries` [n] see.
 
     `window` counts a query's own token, as `sliding_window` does in Mistral's configuration; the first `num_sinks`
     tokens are seen from everywhere (StreamingLLM, arXiv 2309.17453).
     """
-    keys = torch.arange(num_keys, device=positions.device)
-    distance = positions.unsqueeze(1) - keys
+    distance = queries.unsqueeze(1) - keys
     mask = distance >= 0
     return mask if window is None else mask & ((distance < window) | (keys < num_sinks))
 
@@ -59,7 +58,7 @@ def paged_attention_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, query
         tokens = torch.arange(length, device=q.device)
         slots = block_table[i].long()[tokens // block_size] * block_size + tokens % block_size
         positions = torch.arange(length - (stop - start), length, device=q.device)
-        mask = visible(positions, length, window, num_sinks)
+        mask = visible(positions, tokens, window, num_sinks)
         queries, keys, values = (x.to(compute_dtype) for x in (q[start:stop], k_cache[slots], v_cache[slots]))
         out[start:stop] = masked_attention(queries, keys, values, mask, scale)
     return out

@@ -45,7 +45,7 @@ def test_equals_loops_over_plain_numbers(num_heads: int, num_kv_heads: int, bloc
 
 def test_mask_by_hand() -> None:
     """F4.6: positions 3 and 5 of six tokens, a window of two (the query's own token counts), one sink."""
-    mask = visible(torch.tensor([3, 5]), 6, window=2, num_sinks=1)
+    mask = visible(torch.tensor([3, 5]), torch.arange(6), window=2, num_sinks=1)
     assert mask.int().tolist() == [[1, 0, 1, 1, 0, 0], [1, 0, 0, 0, 1, 1]]
 
 
