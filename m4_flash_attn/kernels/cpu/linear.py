@@ -1,0 +1,153 @@
+"""Linear layers whose weights are packed once, in the order in which the product reads them.
+
+A decode step multiplies few rows by every weight of the model: it is as fast as the weights come from memory.
+`torch.nn.functional.linear` reads them row by row and, in bf16, converts or copies them on every call; the packed
+order lets the product stream through them (linear.hpp), and find the next ones fetched when it gets there.
+"""
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import POINTER, Structure, byref, c_int32, c_int64, c_void_p
+from functools import cache
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .build import BuildError, library
+
+Kind = Literal["native", "onednn", "torch"]
+_STEP = {torch.float32: 1, torch.bfloat16: 2}       # elements of K that lie side by side in a panel
+_FUNCTIONS = {(torch.float32, torch.float32): "linear_f32",
+              (torch.bfloat16, torch.bfloat16): "linear_bf16",
+              (torch.bfloat16, torch.float32): "linear_bf16_f32"}
+_TYPICAL_ROWS = 32      # oneDNN chooses a layout for a number of rows; any number works with it
+
+
+class Weights(Structure):
+    """`struct Weights` of linear.hpp: a layer, for the kernels."""
+
+    _fields_ = [("packed", c_void_p), ("bias", c_void_p), ("columns", c_int32), ("depth", c_int32)]
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + b for inference on the CPU. It keeps its own, packed copy of the weights and no other."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None,
+                 kind: Kind | None = None) -> None:
+        """weight [N, K], bias [N] or None. `out_dtype`: y's, the weight's unless given. `kind`: see `choose`."""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.dtype, self.out_dtype = weight.dtype, out_dtype or weight.dtype
+        self.kind = kind or choose(self.dtype, self.out_dtype)
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        self.weights: Weights | None = None     # for kernels that call linear.hpp themselves; None unless native
+        if self.kind == "native":
+            self.weights, self.nbytes, self._product = _native(weight, bias, self.out_dtype)
+        elif self.kind == "onednn":
+            self.nbytes, self._product = _onednn(weight, bias, self.out_dtype)
+        else:
+            self.nbytes, self._product = weight.nbytes, lambda x: F.linear(x, weight, bias).to(self.out_dtype)
+
+    @classmethod
+    def of(cls, linear: nn.Linear, out_dtype: torch.dtype | None = None) -> Self:
+        """The packed form of a layer. The caller drops the layer, where nothing else shares its weight."""
+        return cls(linear.weight, linear.bias, out_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, K] of the weight's dtype, rows may be apart -> [T, N] in `out_dtype`."""
+        if x.dtype is not self.dtype or x.dim() != 2 or x.shape[1] != self.in_features:
+            raise ValueError(f"x is {x.dtype} {list(x.shape)}, not {self.dtype} [T, {self.in_features}]")
+        return self._product(x)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.kind}, {self.nbytes:,} bytes"
+
+
+@cache
+def choose(dtype: torch.dtype, out_dtype: torch.dtype) -> Kind:
+    """Which product to use on this machine, by what was measured with `linear_bench`.
+
+    native  fp32 and bf16: ahead of both others from 1 row to 2048, with AVX-512 and with AVX2, so the number of rows
+            does not come into it
+    onednn  bf16 on a processor with matrix tiles (AMX), which linear.hpp does not use; or where nothing compiles
+    torch   everything else: fp16, and what oneDNN cannot do on this processor
+    """
+    if (dtype, out_dtype) not in _FUNCTIONS:
+        return "torch"
+    onednn: Kind = "onednn" if _reorder(torch.zeros(16, 16, dtype=dtype)) is not None else "torch"
+    if dtype is torch.bfloat16 and onednn == "onednn" and _has_matrix_tiles():
+        return onednn
+    try:
+        library()
+    except BuildError:
+        return onednn
+    return "native"
+
+
+def pack(weight: Tensor, panel: int) -> Tensor:
+    """weight [N, K] -> [ceil(N / panel), ceil(K / s), panel, s], filled up with zeros; s is 2 in bf16, else 1."""
+    step = _STEP[weight.dtype]
+    columns, depth = weight.shape
+    padded = F.pad(weight, (0, -depth % step, 0, -columns % panel))
+    panels = padded.view(padded.shape[0] // panel, panel, padded.shape[1] // step, step)
+    return panels.permute(0, 2, 1, 3).contiguous()
+
+
+def multiply_packed(x: Tensor, packed: Tensor, columns: int) -> Tensor:
+    """The readable twin of linear.hpp: x [T, K] times what `pack` returns -> [T, columns] in fp32."""
+    panels, steps, panel, step = packed.shape
+    x = F.pad(x, (0, steps * step - x.shape[1])).view(-1, steps, step)
+    y = torch.einsum("tks,pkcs->tpc", x.float(), packed.float())
+    return y.reshape(-1, panels * panel)[:, :columns]
+
+
+def _native(weight: Tensor, bias: Tensor | None,
+            out_dtype: torch.dtype) -> tuple[Weights, int, Callable[[Tensor], Tensor]]:
+    function, panel = _function(_FUNCTIONS[weight.dtype, out_dtype]), library().linear_panel()
+    columns, depth = weight.shape
+    packed = pack(weight, panel)
+    padded_bias = None if bias is None else F.pad(bias.float(), (0, -columns % panel))
+    weights = Weights(packed.data_ptr(), None if padded_bias is None else padded_bias.data_ptr(), columns, depth)
+    reference = byref(weights)
+    tensors = (packed, padded_bias)
+
+    def product(x: Tensor, keep: Any = tensors) -> Tensor:      # `weights` points into the tensors
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        rows = x.shape[0]
+        y = torch.empty(rows, columns, dtype=out_dtype)
+        function(reference, x.data_ptr(), x.stride(0), y.data_ptr(), columns, rows)
+        return y
+
+    return weights, packed.nbytes + (0 if padded_bias is None else padded_bias.nbytes), product
+
+
+def _onednn(weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> tuple[int, Callable[[Tensor], Tensor]]:
+    packed = _reorder(weight)
+    if packed is None:
+        raise ValueError(f"this torch has no packed oneDNN product for {weight.dtype} on this processor")
+    multiply = torch.ops.mkldnn._linear_pointwise
+    return weight.nbytes, lambda x: multiply(x, packed, bias, "none", [], "").to(out_dtype)
+
+
+def _reorder(weight: Tensor) -> Tensor | None:
+    """`weight` in oneDNN's own order, through the function that torch's compiler calls; None where there is none."""
+    try:
+        return torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
+    except (AttributeError, RuntimeError):
+        return None
+
+
+def _has_matrix_tiles() -> bool:
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+@cache
+def _function(name: str) -> ctypes._NamedFuncPointer:
+    function = getattr(library(), name)
+    function.argtypes = [POINTER(Weights), c_void_p, c_int64, c_void_p, c_int64, c_int64]
+    function.restype = None
+    return function
