@@ -48,6 +48,7 @@ def draw_tile(axes: Axes, stages: npt.NDArray[np.int64], tile: Trace) -> None:
     top, left = tile.queries.start - 0.5, tile.keys.start - 0.5
     bottom, right = tile.queries.stop - 0.5, tile.keys.stop - 0.5
     axes.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=INK, lw=1.2, clip_on=False)
+    axes.set_frame_on(False)
     axes.set(xticks=[], yticks=[], xlim=(-0.6, stages.shape[1] - 0.4), ylim=(stages.shape[0] - 0.4, -0.6))
 
 
@@ -90,7 +91,8 @@ def draw_turns(scores_axes: Axes, sum_axes: Axes, scores: torch.Tensor, rows: Se
     sum_axes.bar(places, carried, 0.6, color=BLUE, label="carried over: l x exp(old m - new m)")
     sum_axes.bar(places, [turn.added for turn in rows], 0.6, bottom=carried, color=ORANGE, label="added by the tile")
     sum_axes.set_xticks(places, [f"{turn.keys.start}-{turn.keys.stop - 1}" for turn in rows])
-    sum_axes.set(xlabel="keys of the tile", ylabel="l")
+    highest = max(max(turn.before, turn.carried + turn.added) for turn in rows)
+    sum_axes.set(xlabel="keys of the tile", ylabel="l", ylim=(0, 1.35 * highest))       # room for the legend
     scores_axes.set(xlabel="key", ylabel="score")
     for axes in (scores_axes, sum_axes):
         axes.legend(fontsize=9)
