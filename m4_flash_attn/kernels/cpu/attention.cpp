@@ -1,6 +1,7 @@
 // Attention over a paged KV cache, prefill and decode in one kernel: the online softmax, tile by tile.
 //
-//     one item of work = one sequence x one KV head x some query tokens x a range of keys
+//     one item of work = one sequence x one KV head x some query tokens       (prefill)
+//                      = one sequence x all KV heads x a range of keys        (decode)
 //
 //     keys   [ tile 0 | tile 1 | tile 2 | .. ]        64 keys each, copied together from wherever their blocks lie
 //     rows   the item's query tokens x the G query heads that share the KV head: they read each tile together
@@ -29,37 +30,43 @@ static inline int omp_get_max_threads() { return 1; }
 namespace {
 
 constexpr int KEYS = 64;                // per tile
-constexpr int MAX_ROWS = 48;            // per item: as many as pay for copying a tile, few enough for the L1 cache
-constexpr int MIN_SPLIT = 256;          // keys: a shorter range is not worth a merge
+constexpr int ROWS = 48;                // of a prompt's item: enough to pay for copying a tile, few enough for L1
+constexpr int MAX_HEAD_DIM = 1024;
 constexpr float LOWEST = -1e30f;        // below every score
 
 struct Item {
-    int sequence, kv_head;
+    int sequence;
+    int first_head, num_heads;          // KV heads
     int first_token, num_tokens;        // of the sequence's new tokens
     int first_key, end_key;
     int part;                           // where a partial result goes, -1 for a whole one
 };
 
 struct Merge {
-    int sequence, kv_head, first_part, num_parts;
+    int sequence, first_part, num_parts;
 };
 
+// What a thread works in: rows are the item's query tokens x query heads, those of one KV head together.
 template <class Kind> struct Scratch {
     typedef typename Kind::element element;
     std::vector<element> q, k, v, p;
-    std::vector<float> s, o;
-    float m[MAX_ROWS], l[MAX_ROWS], alpha[MAX_ROWS];
-    int limit[MAX_ROWS];                // the last key that a row sees
+    std::vector<float> s, o, m, l, alpha;
 
-    void fit(int head_dim) {
+    void fit(int num_rows, int head_dim) {
         constexpr int per = Kind::per_element;
-        if (o.size() >= (size_t)MAX_ROWS * head_dim) return;
-        q.resize(MAX_ROWS * head_dim / per);
-        k.resize(KEYS * head_dim / per);
-        v.resize(KEYS * head_dim / per);
-        p.resize(MAX_ROWS * KEYS / per);
-        s.resize(MAX_ROWS * KEYS);
-        o.resize(MAX_ROWS * head_dim);
+        if (m.size() < (size_t)num_rows || o.size() < (size_t)num_rows * head_dim) {
+            q.resize(num_rows * head_dim / per);
+            o.resize(num_rows * head_dim);
+            m.resize(num_rows);
+            l.resize(num_rows);
+            alpha.resize(num_rows);
+            p.resize(num_rows * KEYS / per);
+            s.resize(num_rows * KEYS);
+        }
+        if (k.size() < (size_t)KEYS * head_dim / per) {
+            k.resize(KEYS * head_dim / per);
+            v.resize(KEYS * head_dim / per);
+        }
     }
 };
 
@@ -150,22 +157,39 @@ void copy_probabilities(Pairs, uint32_t* to, const float* from, int columns) {
 
 // ---- one item
 
-// S * scale -> P, with the rows' m, l and alpha brought up to date. `columns` is a multiple of 16.
+inline long slot_of(const int32_t* table, int key, int block_size) {
+    return (long)table[key / block_size] * block_size + key % block_size;
+}
+
+// Read a tile once from end to end, one number per cache line. Many lines are on their way from memory at a time, which
+// the strided reads of the copies do not achieve: a third off the time of a decode step whose cache is not in L3.
+template <class T> inline void touch(const T* cache, const long* slots, int num_keys, int width) {
+    uint32_t seen = 0;
+    for (int j = 0; j < num_keys; j++)
+        for (int d = 0; d < width; d += 64 / (int)sizeof(T)) seen += load_as<uint32_t>(cache + slots[j] + d);
+    asm volatile("" : : "r"(seen));     // the compiler must not find out that nobody needs it
+}
+
+// S * scale -> P, with the rows' m, l and alpha brought up to date. `columns` is a multiple of 16; `position` is the
+// first row's: its own key is the last that it sees, and every `rows_per_token` rows later it is one more.
 template <class Kind>
-void softmax_rows(Scratch<Kind>& scratch, const Shape& shape, int num_rows, int columns, int first_key, bool masked) {
+void softmax_rows(Scratch<Kind>& scratch, const Shape& shape, int first_row, int num_rows, int rows_per_token,
+                  int position, int first_key, int columns, bool masked) {
     const float factor = shape.scale * LOG2E;
-    for (int r = 0; r < num_rows; r++) {
+    for (int r = first_row; r < first_row + num_rows; r++) {
         float* s = scratch.s.data() + r * KEYS;
-        if (masked)
+        if (masked) {
+            const int last = position + (r - first_row) / rows_per_token;
             for (int j = 0; j < columns; j++) {
-                int key = first_key + j;
-                bool visible = key <= scratch.limit[r]
-                    && (!shape.window || key > scratch.limit[r] - shape.window || key < shape.num_sinks);
+                const int key = first_key + j;
+                const bool visible = key <= last
+                    && (!shape.window || key > last - shape.window || key < shape.num_sinks);
                 s[j] = visible ? s[j] : LOWEST / factor;
             }
+        }
         vf highest = splat(scratch.m[r]);
         for (int j = 0; j < columns; j += VL) highest = max(highest, load(s + j) * factor);
-        float m = max(highest);
+        const float m = max(highest);
         vf total{};
         for (int j = 0; j < columns; j += VL) {
             vf x = load(s + j) * factor;
@@ -186,65 +210,72 @@ void run_item(const Item& item, const Shape& shape, const Batch& batch, const T*
               const T* v_cache, T* out, float* parts) {
     static thread_local Scratch<Kind> scratch;
     constexpr int per = Kind::per_element;
-    const int D = shape.head_dim, G = shape.num_heads / shape.num_kv_heads, num_rows = item.num_tokens * G;
+    const int D = shape.head_dim, G = shape.num_heads / shape.num_kv_heads;
+    const int rows_per_head = item.num_tokens * G, num_rows = item.num_heads * rows_per_head;
     const long slot_size = (long)shape.num_kv_heads * D;
-    const int first_row = batch.query_start_loc[item.sequence] + item.first_token;
+    const int first_token = batch.query_start_loc[item.sequence] + item.first_token;
     const int num_new = batch.query_start_loc[item.sequence + 1] - batch.query_start_loc[item.sequence];
-    const int first_position = batch.seq_lens[item.sequence] - num_new + item.first_token;
+    const int position = batch.seq_lens[item.sequence] - num_new + item.first_token;
     const int32_t* table = batch.block_table + item.sequence * batch.max_blocks;
-    scratch.fit(D);
-    for (int r = 0; r < num_rows; r++) {
-        copy_query(Kind{}, scratch.q.data() + r * (D / per),
-                   q + (first_row + r / G) * q_stride + (item.kv_head * G + r % G) * D, D);
-        scratch.limit[r] = first_position + r / G;
-        scratch.m[r] = LOWEST;
-        scratch.l[r] = 0;
-    }
+    // Row r is query head `head_of(r)` of the step's token `token_of(r)`.
+    auto token_of = [&](int r) { return first_token + r % rows_per_head / G; };
+    auto head_of = [&](int r) { return (item.first_head + r / rows_per_head) * G + r % G; };
+
+    scratch.fit(num_rows, D);
+    for (int r = 0; r < num_rows; r++)
+        copy_query(Kind{}, scratch.q.data() + r * (D / per), q + token_of(r) * q_stride + head_of(r) * D, D);
+    std::fill_n(scratch.m.data(), num_rows, LOWEST);
+    std::fill_n(scratch.l.data(), num_rows, 0.0f);
     std::fill_n(scratch.o.data(), num_rows * D, 0.0f);
+
     for (int first = item.first_key; first < item.end_key; first += KEYS) {
         const int num_keys = std::min(KEYS, item.end_key - first), columns = (num_keys + 15) / 16 * 16;
-        const bool behind_window = shape.window && first + num_keys <= first_position - shape.window + 1;
+        const bool behind_window = shape.window && first + num_keys <= position - shape.window + 1;
         if (behind_window && first >= shape.num_sinks) continue;
-        const T *k_rows[KEYS], *v_rows[KEYS];
-        for (int j = 0; j < num_keys; j++) {
-            int key = first + j;
-            long slot = (long)table[key / shape.block_size] * shape.block_size + key % shape.block_size;
-            k_rows[j] = k_cache + slot * slot_size + item.kv_head * D;
-            v_rows[j] = v_cache + slot * slot_size + item.kv_head * D;
-        }
-        copy_keys(Kind{}, scratch.k.data(), k_rows, num_keys, D);
-        multiply<Kind>(num_rows, columns, D / per, scratch.q.data(), D / per, scratch.k.data(), KEYS,
-                       scratch.s.data(), KEYS, nullptr);
         // Every row sees the whole tile where it ends at or before the first row's position, and no window cuts it.
-        const bool masked = columns > num_keys || first + num_keys - 1 > first_position || shape.window;
-        softmax_rows<Kind>(scratch, shape, num_rows, columns, first, masked);
-        copy_values(Kind{}, scratch.v.data(), v_rows, num_keys, D);
-        multiply<Kind>(num_rows, D, (num_keys + per - 1) / per, scratch.p.data(), KEYS / per, scratch.v.data(), D,
-                       scratch.o.data(), D, scratch.alpha);
+        const bool masked = columns > num_keys || first + num_keys - 1 > position || shape.window;
+        long slots[KEYS];
+        for (int j = 0; j < num_keys; j++) slots[j] = slot_of(table, first + j, shape.block_size) * slot_size;
+        // All heads of a tile, then the next tile: the cache is read in the order in which it lies in memory.
+        touch(k_cache + item.first_head * D, slots, num_keys, item.num_heads * D);
+        touch(v_cache + item.first_head * D, slots, num_keys, item.num_heads * D);
+        for (int h = 0; h < item.num_heads; h++) {
+            const int row = h * rows_per_head;
+            const T *k_rows[KEYS], *v_rows[KEYS];
+            for (int j = 0; j < num_keys; j++) {
+                k_rows[j] = k_cache + slots[j] + (item.first_head + h) * D;
+                v_rows[j] = v_cache + slots[j] + (item.first_head + h) * D;
+            }
+            copy_keys(Kind{}, scratch.k.data(), k_rows, num_keys, D);
+            multiply<Kind>(rows_per_head, columns, D / per, scratch.q.data() + row * (D / per), D / per,
+                           scratch.k.data(), KEYS, scratch.s.data() + row * KEYS, KEYS, nullptr);
+            softmax_rows<Kind>(scratch, shape, row, rows_per_head, G, position, first, columns, masked);
+            copy_values(Kind{}, scratch.v.data(), v_rows, num_keys, D);
+            multiply<Kind>(rows_per_head, D, (num_keys + per - 1) / per, scratch.p.data() + row * (KEYS / per),
+                           KEYS / per, scratch.v.data(), D, scratch.o.data() + row * D, D, scratch.alpha.data() + row);
+        }
     }
-    if (item.part >= 0) {
-        for (int r = 0; r < num_rows; r++) {
-            float* part = parts + ((long)item.part * G + r) * (D + 2);
+    for (int r = 0; r < num_rows; r++) {
+        if (item.part >= 0) {
+            float* part = parts + ((long)item.part * num_rows + r) * (D + 2);
             part[0] = scratch.m[r];
             part[1] = scratch.l[r];
             std::memcpy(part + 2, scratch.o.data() + r * D, 4 * D);
+        } else {
+            T* to = out + ((long)token_of(r) * shape.num_heads + head_of(r)) * D;
+            for (int d = 0; d < D; d += VL) store(to + d, load(scratch.o.data() + r * D + d) * (1.0f / scratch.l[r]));
         }
-        return;
-    }
-    for (int r = 0; r < num_rows; r++) {
-        T* to = out + ((long)(first_row + r / G) * shape.num_heads + item.kv_head * G + r % G) * D;
-        for (int d = 0; d < D; d += VL) store(to + d, load(scratch.o.data() + r * D + d) * (1.0f / scratch.l[r]));
     }
 }
 
-// The parts of one sequence and KV head: the highest m decides, everybody is scaled to it.
+// The parts of one sequence's new token: the highest m decides, everybody is scaled to it.
 template <class T>
 void run_merge(const Merge& merge, const Shape& shape, const Batch& batch, const float* parts, T* out) {
-    const int D = shape.head_dim, G = shape.num_heads / shape.num_kv_heads;
-    for (int g = 0; g < G; g++) {
-        const float* first = parts + ((long)merge.first_part * G + g) * (D + 2);
-        const long stride = (long)G * (D + 2);
-        float m = LOWEST, l = 0, o[1024] = {};
+    const int D = shape.head_dim;
+    const long stride = (long)shape.num_heads * (D + 2);
+    for (int head = 0; head < shape.num_heads; head++) {
+        const float* first = parts + merge.first_part * stride + head * (D + 2);
+        float m = LOWEST, l = 0, o[MAX_HEAD_DIM] = {};
         for (int i = 0; i < merge.num_parts; i++) m = std::max(m, first[i * stride]);
         for (int i = 0; i < merge.num_parts; i++) {
             const float* part = first + i * stride;
@@ -252,7 +283,7 @@ void run_merge(const Merge& merge, const Shape& shape, const Batch& batch, const
             l += part[1] * factor;
             for (int d = 0; d < D; d++) o[d] += part[2 + d] * factor;
         }
-        T* to = out + ((long)batch.query_start_loc[merge.sequence] * shape.num_heads + merge.kv_head * G + g) * D;
+        T* to = out + ((long)batch.query_start_loc[merge.sequence] * shape.num_heads + head) * D;
         for (int d = 0; d < D; d += VL) store(to + d, load(o + d) * (1.0f / l));
     }
 }
@@ -267,27 +298,27 @@ struct Plan {
 
 Plan make_plan(const Shape& shape, const Batch& batch, int num_threads) {
     Plan plan;
-    const int G = shape.num_heads / shape.num_kv_heads, tokens_per_item = std::max(1, MAX_ROWS / G);
-    long work = 0;
-    for (int b = 0; b < batch.num_sequences; b++) work += (long)batch.seq_lens[b] * shape.num_kv_heads;
-    // Ranges of keys such that each thread gets a few; a multiple of the tile.
-    const long range = std::max<long>(MIN_SPLIT, (work / (4 * num_threads) + KEYS - 1) / KEYS * KEYS);
+    const int tokens_per_item = std::max(1, ROWS * shape.num_kv_heads / shape.num_heads);
+    long num_keys = 0;
+    for (int b = 0; b < batch.num_sequences; b++) num_keys += batch.seq_lens[b];
+    // Ranges of keys such that each thread gets a few; whole tiles.
+    const int range = (int)((num_keys / (4 * num_threads) + KEYS - 1) / KEYS + 1) * KEYS;
     for (int b = 0; b < batch.num_sequences; b++) {
         const int num_new = batch.query_start_loc[b + 1] - batch.query_start_loc[b], length = batch.seq_lens[b];
-        const int num_ranges = num_new == 1 && num_threads > 1 ? (int)((length + range - 1) / range) : 1;
-        for (int head = 0; head < shape.num_kv_heads; head++) {
-            if (num_ranges > 1) {
-                plan.merges.push_back({b, head, plan.num_parts, num_ranges});
-                for (int i = 0; i < num_ranges; i++)
-                    plan.items.push_back({b, head, 0, 1, (int)(i * range), (int)std::min<long>(length, (i + 1) * range),
-                                          plan.num_parts++});
-                continue;
-            }
+        if (num_new == 1) {
+            const int num_ranges = num_threads > 1 ? (length + range - 1) / range : 1;
+            if (num_ranges > 1) plan.merges.push_back({b, plan.num_parts, num_ranges});
+            for (int i = 0; i < num_ranges; i++)
+                plan.items.push_back({b, 0, shape.num_kv_heads, 0, 1, i * range,
+                                      num_ranges > 1 ? std::min(length, (i + 1) * range) : length,
+                                      num_ranges > 1 ? plan.num_parts++ : -1});
+            continue;
+        }
+        for (int head = 0; head < shape.num_kv_heads; head++)
             for (int token = 0; token < num_new; token += tokens_per_item) {
                 const int count = std::min(tokens_per_item, num_new - token);
-                plan.items.push_back({b, head, token, count, 0, length - num_new + token + count, -1});
+                plan.items.push_back({b, head, 1, token, count, 0, length - num_new + token + count, -1});
             }
-        }
     }
     return plan;
 }
@@ -296,13 +327,12 @@ template <class T, class Kind>
 void attend(const Shape& shape, const Batch& batch, const T* q, long q_stride, const T* k_cache, const T* v_cache,
             T* out) {
     const Plan plan = make_plan(shape, batch, omp_get_max_threads());
-    const int G = shape.num_heads / shape.num_kv_heads;
-    std::vector<float> parts((size_t)plan.num_parts * G * (shape.head_dim + 2));
+    std::vector<float> parts((size_t)plan.num_parts * shape.num_heads * (shape.head_dim + 2));
     float* partial = parts.data();
     const int num_items = plan.items.size(), num_merges = plan.merges.size();
-    // The last items are the longest of a prompt: handed out first, so that nobody waits for one at the end.
 #pragma omp parallel
     {
+        // The last items of a prompt are the longest: they go first, so that nobody waits for one at the end.
 #pragma omp for schedule(dynamic)
         for (int i = num_items - 1; i >= 0; i--)
             run_item<T, Kind>(plan.items[i], shape, batch, q, q_stride, k_cache, v_cache, out, partial);
