@@ -51,6 +51,12 @@ class PagedKVCacheManager(KVCacheManager):
         """The sequence's blocks, in order. Read only."""
         return self._tables[sequence.seq_id]
 
+    def places_of(self, sequence: Sequence) -> list[Place]:
+        """Where a sequence's blocks lie, in order; [] if it holds none. Only a swapped one has blocks on the host."""
+        if (table := self._tables.get(sequence.seq_id)) is not None:
+            return [("device", block) for block in table]
+        return self._swapped.get(sequence.seq_id, Swapped(0)).blocks.copy()
+
     def allocate_slots(self, sequence: Sequence, num_tokens: int) -> bool:
         if (table := self._tables.get(sequence.seq_id)) is not None:
             while not self._grow(table, sequence.num_computed_tokens, num_tokens):
