@@ -38,6 +38,7 @@ DEFAULT_PEERS = ("transformers-continuous",)
 MEMORY_ROWS = 8                     # rows of 1,024 tokens: the memory that both have in the first table
 MAX_NUM_SEQS = 64
 BLOCK_SIZES = (1, 4, 8, 16, 32, 128)
+CROSSOVER_LENGTHS = (32, 64, 128, 256, 512, 768)
 STEP_SEQUENCES = 64
 
 
@@ -68,7 +69,7 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
         return report
     comparisons += [_roomy(base, chosen, rounds), _block_sizes(base, chosen, rounds), _preemption(base, chosen, rounds)]
     concurrency = {"m2": _running(rows, chosen), "m3": _running(blocks, chosen)}
-    lengths = (16, 32) if quick else (32, 64, 128, 256, 512, 768)
+    lengths = (16, 32) if quick else CROSSOVER_LENGTHS
     ways = crossover(blocks, lengths, rounds)
     steps = step_costs(LLM(**(base | {"max_num_seqs": STEP_SEQUENCES})), 4 if quick else STEP_SEQUENCES)
     report = BenchReport.create("m3_paged_kv", base, tuple(comparisons), {
