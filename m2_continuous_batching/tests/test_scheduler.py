@@ -336,6 +336,16 @@ class TestEndings:
         loop.run(2)
         assert loop.manager.usage == 0
 
+    def test_only_time_limits_are_looked_at(self) -> None:
+        """However many wait: a step without limits compares no clock."""
+        loop = loop_of(rows=1)
+        requests = [loop.add(make_request(2, 2), SchedulingParams(timeout_s=t)) for t in (None, 9.0, None)]
+        assert list(loop.scheduler._deadlines.values()) == [9.0]
+        loop.scheduler.abort_request(requests[1].request_id)
+        assert not loop.scheduler._deadlines
+        loop.now = 10.0
+        assert not loop.step().expired
+
     def test_an_output_that_has_ended_keeps_its_reason(self) -> None:
         loop = loop_of(rows=1)
         request = loop.add(make_request(2, 2, n=2), SchedulingParams(timeout_s=3.0))
