@@ -78,3 +78,27 @@ def draw_pool(axes: Any, history: Sequence[PoolState], pool: str, num_blocks: in
     axes.set(xlabel="step", ylabel=f"{pool} block")
     axes.set_yticks([block + 0.5 for block in range(0, num_blocks, max(1, num_blocks // 8))],
                     range(0, num_blocks, max(1, num_blocks // 8)))
+
+
+def draw_tables(axes: Any, tables: Mapping[int, Sequence[int]], num_blocks: int, colours: Mapping[int, str],
+                names: Mapping[int, str]) -> None:
+    """Each sequence's blocks in its own order, one sequence a row, and lines to where they lie in the pool below."""
+    left = (num_blocks - max(map(len, tables.values()))) / 2
+    holders = {block: [s for s, table in tables.items() if block in table] for block in range(num_blocks)}
+    for row, (seq_id, table) in enumerate(tables.items()):
+        height = 1.4 * (len(tables) - row)
+        for i, block in enumerate(table):
+            axes.plot([left + i + 0.5, block + 0.5], [height, 0.8], color=colours[seq_id], lw=1, alpha=0.6, zorder=0)
+            _box(axes, left + i, height, colours[seq_id], str(block))
+        axes.text(left - 0.3, height + 0.4, names[seq_id], ha="right", va="center")
+    for block, held_by in holders.items():
+        _box(axes, block, 0, colours[held_by[0]] if len(held_by) == 1 else SHARED if held_by else "white", str(block))
+    axes.text(-0.3, 0.4, "pool", ha="right", va="center")
+    axes.set(xlim=(-3, num_blocks + 0.2), ylim=(-0.1, 1.4 * len(tables) + 1))
+    axes.axis("off")
+
+
+def _box(axes: Any, x: float, y: float, colour: str, text: str) -> None:
+    axes.broken_barh([(x, 1)], (y, 0.8), facecolor=colour, edgecolor="#9aa5b1", linewidth=0.8)
+    axes.text(x + 0.5, y + 0.4, text, ha="center", va="center", fontsize=9,
+              color="#9aa5b1" if colour == "white" else "white")

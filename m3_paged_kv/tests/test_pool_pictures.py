@@ -4,13 +4,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from m0_basics.sampling_params import SamplingParams
 from m0_basics.testing.conformance import greedy
 from m0_basics.testing.fixtures import TinyModels
 from m3_paged_kv import LLM
-from m3_paged_kv.pool_pictures import SHARED, PoolRecorder, PoolState, draw_pool, slot_colours
+from m3_paged_kv.pool_pictures import SHARED, PoolRecorder, PoolState, draw_pool, draw_tables, slot_colours
 
 RED, BLUE = (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)
 COLOURS = {1: "red", 2: "blue"}
@@ -75,3 +76,14 @@ def test_drawing(tmp_path: Path) -> None:
     assert axes.images[0].get_array().shape == (8, 3, 3)
     figure.savefig(tmp_path / "pool.png")
     assert (tmp_path / "pool.png").stat().st_size > 0
+
+
+def test_tables_are_drawn_above_the_pool() -> None:
+    """A box for every entry and every block, a line for every entry; block 0 is both sequences', block 3 nobody's."""
+    axes = Figure().subplots()
+    draw_tables(axes, {1: [2, 0], 2: [0, 1]}, 4, COLOURS, {1: "A", 2: "B"})
+    assert [text.get_text() for text in axes.texts] == ["2", "0", "A", "0", "1", "B", "0", "1", "2", "3", "pool"]
+    assert len(axes.lines) == 4
+    assert [line.get_xdata()[1] for line in axes.lines] == [2.5, 0.5, 0.5, 1.5]
+    pool = [to_hex(bars.get_facecolor()[0]) for bars in axes.collections[-4:]]
+    assert pool == [SHARED, to_hex("blue"), to_hex("red"), to_hex("white")]
