@@ -12,7 +12,7 @@ import torch
 
 from m0_basics.config import ConfigError
 from m0_basics.model_spec import ModelSpec
-from m1_offline.kv_cache import KVCache, kv_cache_bytes
+from m1_offline.kv_cache import KVCache
 from m2_continuous_batching.kv_cache_manager import SlotCopy
 from m2_continuous_batching.slot_cache import SlotCache
 
@@ -50,13 +50,12 @@ class HostCache:
         return pool[:, first:first + num_slots]
 
 
-def num_blocks_for(config: CacheConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device,
-                   longest: int, max_num_seqs: int) -> int:
-    """Blocks that the memory budget holds, at most as many as `max_num_seqs` longest sequences could use.
+def num_blocks_for(config: CacheConfig, block_bytes: int, device: torch.device, longest: int,
+                   max_num_seqs: int) -> int:
+    """Blocks of `block_bytes` that the memory holds, at most as many as `max_num_seqs` longest sequences could use.
 
     Raises ConfigError where not one block fits.
     """
-    block_bytes = kv_cache_bytes(spec, config.block_size, dtype)
     per_sequence = -(-longest // config.block_size)
     if config.num_blocks is not None:
         num_blocks, source = config.num_blocks, "num_blocks"
