@@ -248,19 +248,30 @@ class PrefillFirstScheduler(Scheduler):
 
     def _make_room(self, entry: QueuedSequence, num_tokens: int, used: list[tuple[QueuedSequence, int]],
                    preempted: list[Sequence]) -> bool:
-        """Find a place for a waiting sequence, displacing running ones where the policy says so."""
-        while True:
-            if self._has_place(entry) and self.kv_cache_manager.allocate_slots(entry.sequence, num_tokens):
-                return True
-            joined = {e for e, _ in used}               # a victim must not be in the step already
-            victims = [e for e in self.running if e not in joined and self.policy.may_displace(entry, e)]
-            if not victims:
-                return False
-            self._preempt(max(victims, key=self.policy.key), preempted)
+        """Find a place for a waiting sequence, displacing running ones where the policy says so, and where it helps."""
+        if self._has_place(entry) and self.kv_cache_manager.allocate_slots(entry.sequence, num_tokens):
+            return True
+        joined = {e for e, _ in used}                   # a victim must not be in the step already
+        victims = [e for e in self.running if e not in joined and self.policy.may_displace(entry, e)]
+        victims.sort(key=self.policy.key, reverse=True)
 
-    def _has_place(self, entry: QueuedSequence) -> bool:
+        def helps(count: int) -> bool:
+            chosen = victims[:count]
+            return (self._has_place(entry, chosen) and
+                    self.kv_cache_manager.fits_without(entry.sequence, num_tokens, [e.sequence for e in chosen]))
+
+        # Each victim more leaves more room, so the fewest that help are found by halving.
+        fewest = bisect.bisect_left(range(len(victims) + 1), True, key=helps)
+        if fewest > len(victims):
+            return False                                # not even without all of them: nobody leaves in vain
+        for victim in victims[:fewest]:
+            self._preempt(victim, preempted)
+        return self.kv_cache_manager.allocate_slots(entry.sequence, num_tokens)
+
+    def _has_place(self, entry: QueuedSequence, without: list[QueuedSequence] | None = None) -> bool:
         """Whether one more may run, by the number of places that the policy lets `entry` see."""
-        return len(self.running) < self.policy.share(entry, [(e, 1) for e in self.running], self.max_num_seqs)
+        running = [e for e in self.running if e not in without] if without else self.running
+        return len(running) < self.policy.share(entry, [(e, 1) for e in running], self.max_num_seqs)
 
     def _schedule_decodes(self, scheduled: list[ScheduledSequence], preempted: list[Sequence]) -> None:
         """One token for each running sequence, as far as the budget goes; who is left out goes first next time."""

@@ -9,7 +9,8 @@ Slots [0, num_blocks * block_size) are the device's; the host's follow, so that 
 """
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from m0_basics.request import Sequence, SequenceStatus
@@ -71,6 +72,21 @@ class PagedKVCacheManager(KVCacheManager):
         assert grown, "_may_start has counted the blocks"
         return True
 
+    def fits_without(self, sequence: Sequence, num_tokens: int, victims: list[Sequence]) -> bool:
+        """Exact: counts what `preempt` would free, one victim after the other."""
+        if len(victims) == len(self._tables):
+            return True                 # alone it fits: it would have been refused on arrival if it did not
+        gone: Counter[int] = Counter()              # by block: references that the victims would give up
+        host_free = self.host_pool.num_free
+        for victim in victims:
+            ran, ahead = self._split_table(victim)
+            private = [block for block in ran if self.pool.ref_count(block) - gone[block] == 1]
+            swaps = self._may_swap(len(private), host_free)
+            gone.update(ahead + (private if swaps else ran))
+            host_free -= len(private) if swaps else 0
+        num_free = self.pool.num_free + sum(self.pool.ref_count(block) == count for block, count in gone.items())
+        return num_free - self._blocks_to_start(sequence, num_tokens, gone) >= self.num_reserved
+
     def fork(self, parent: Sequence, child: Sequence) -> bool:
         blocks = self._tables[parent.seq_id][:self.num_blocks_of(parent.num_computed_tokens)]
         for block in blocks:
@@ -80,11 +96,11 @@ class PagedKVCacheManager(KVCacheManager):
 
     def preempt(self, sequence: Sequence) -> SequenceStatus:
         """To host memory if it has room, else nothing is kept. Blocks that others use too stay where they are."""
-        blocks = self._tables.pop(sequence.seq_id)
-        while len(blocks) > self.num_blocks_of(sequence.num_computed_tokens):
-            self.pool.release(blocks.pop())                     # allocated for tokens that did not run
+        blocks, ahead = self._split_table(sequence)
+        del self._tables[sequence.seq_id]
+        self._release(("device", block) for block in reversed(ahead))
         num_private = sum(self.pool.ref_count(block) == 1 for block in blocks)
-        if not self.host_pool.num_blocks or num_private > self.host_pool.num_free:
+        if not self._may_swap(num_private, self.host_pool.num_free):
             self._release(("device", block) for block in blocks)
             return SequenceStatus.WAITING
         places: list[Place] = []
@@ -123,6 +139,14 @@ class PagedKVCacheManager(KVCacheManager):
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
+    def _split_table(self, sequence: Sequence) -> tuple[list[int], list[int]]:
+        """Blocks of the tokens that have run, and those allocated for tokens that have not."""
+        table, num_ran = self._tables[sequence.seq_id], self.num_blocks_of(sequence.num_computed_tokens)
+        return table[:num_ran], table[num_ran:]
+
+    def _may_swap(self, num_private: int, num_host_free: int) -> bool:
+        return self.host_pool.num_blocks > 0 and num_private <= num_host_free
+
     def _grow(self, table: list[int], start: int, num_tokens: int) -> bool:
         """Make the slots [start, start + num_tokens) of a table writable: own blocks for all of them."""
         num_new = self.num_blocks_of(start + num_tokens) - len(table)
@@ -142,8 +166,8 @@ class PagedKVCacheManager(KVCacheManager):
     def _may_start(self, sequence: Sequence, num_tokens: int) -> bool:
         """Whether a sequence that holds no table now may come in, and leave the watermark free."""
         if self._tables:
-            return self.pool.num_free - self._blocks_to_start(sequence, num_tokens) >= self.num_reserved
-        while self.pool.num_free < self._blocks_to_start(sequence, num_tokens):
+            return self.pool.num_free - self._blocks_to_start(sequence, num_tokens, {}) >= self.num_reserved
+        while self.pool.num_free < self._blocks_to_start(sequence, num_tokens, {}):
             if not self._drop_latest_swapped(sequence):
                 return False
         return True
@@ -158,14 +182,17 @@ class PagedKVCacheManager(KVCacheManager):
             self._forget_swapped(other)
         return other is not None
 
-    def _blocks_to_start(self, sequence: Sequence, num_tokens: int) -> int:
-        """Free blocks that a sequence takes as it comes in: for what is swapped, for what is new, for a copy."""
+    def _blocks_to_start(self, sequence: Sequence, num_tokens: int, gone: Mapping[int, int]) -> int:
+        """Free blocks that a sequence takes as it comes in: for what is swapped, for what is new, for a copy.
+
+        `gone` says of blocks how many of their holders will have let go by then.
+        """
         swapped = self._swapped.get(sequence.seq_id, Swapped(0))
         on_device = [block for place, block in swapped.blocks if place == "device"]
         start = self.get_num_computed_tokens(sequence)
         first = start // self.block_size                        # the block that the first new token goes into
-        is_shared = (first < len(swapped.blocks) and swapped.blocks[first][0] == "device"
-                     and self.pool.ref_count(swapped.blocks[first][1]) > 1)
+        place, block = swapped.blocks[first] if first < len(swapped.blocks) else ("host", 0)
+        is_shared = place == "device" and self.pool.ref_count(block) - gone.get(block, 0) > 1
         return self.num_blocks_of(start + num_tokens) - len(on_device) + is_shared
 
     def _swap_in(self, sequence: Sequence) -> list[int]:
