@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from m0_basics.analysis import calculators as calc
 from m0_basics.analysis.calculators import Work
 from m0_basics.analysis.model_specs import SPECS
@@ -15,12 +17,16 @@ from m0_basics.analysis.roofline import HARDWARE, roofline_time
 from m0_basics.bench.workloads import ragged
 from m0_basics.documents.factbook import Fact, Facts, Result
 from m0_basics.model_spec import ModelSpec
+from m2_continuous_batching.plugins import CachePlugin
+from m2_continuous_batching.plugins.kv_compression import KVCompressionPlugin
 from m2_continuous_batching.simulation import Simulation, Simulator
+from m2_continuous_batching.slot_cache import slot_cache_bytes
 
 from .benchmark import BLOCK_SIZES, CROSSOVER_LENGTHS, DEFAULT_PEERS, MAX_NUM_SEQS, MEMORY_ROWS
 from .config import CacheConfig
 from .fragmentation import block_utilisation, row_utilisation
 from .kv_cache_manager import PagedKVCacheManager
+from .kv_quant import BlockQuantisation
 
 SMOLLM2, H100 = SPECS["SmolLM2-135M"], HARDWARE["H100-SXM"]
 NAMES = {"SmolLM2-135M": "smollm2", "Qwen3-0.6B": "qwen3_0_6b", "Llama-3.1-8B": "llama_3_1_8b"}
@@ -28,6 +34,7 @@ LLAMA = SPECS["Llama-3.1-8B"]
 ROW_SIZE = 2048
 MEMORY_ROW = 1024                               # tokens of each of the benchmark's MEMORY_ROWS rows
 LENGTHS = (128, 640, 2048, 8192, 32_768)        # of a victim: swapped or recomputed
+PAGE_BYTES = 2 * 2**20
 HOST_BYTES_PER_SECOND = 25e9                    # an assumption: what a PCIe 4 x16 link does in practice
 
 
@@ -43,6 +50,7 @@ def blocks() -> dict[str, Fact]:
             "kv.smollm2.bytes": Fact(calc.kv_bytes_per_token(SMOLLM2), "B"),
             "kv.smollm2.by_hidden_size": Fact(calc.kv_bytes_per_token_by_hidden_size(SMOLLM2), "B"),
             "kv.llama_3_1_8b.bytes": Fact(calc.kv_bytes_per_token(LLAMA), "B"),
+            "kv.llama_3_1_8b.131072": Fact(calc.kv_bytes(LLAMA, 131_072), "B"),
             "kv.llama_2_13b.2048": Fact(calc.kv_bytes(SPECS["Llama-2-13B"], 2048), "B")}
 
 
@@ -125,6 +133,28 @@ def swap_and_recompute(spec: ModelSpec, length: int) -> tuple[float, float]:
     return 2 * calc.kv_bytes(spec, length) / HOST_BYTES_PER_SECOND, again
 
 
+def quantisation() -> dict[str, Fact]:
+    """Bytes of SmolLM2's cache in 8 and 4 bits, scales included, as a share of 16 bits."""
+    formats: dict[str, CachePlugin] = {"int8_token": KVCompressionPlugin()}
+    for bits in (8, 4):
+        formats |= {f"int{bits}": BlockQuantisation(bits), f"int{bits}_channel": BlockQuantisation(bits, 16, True)}
+    full, facts = calc.kv_bytes(SMOLLM2, 16), dict[str, Fact]()
+    for name, plugin in formats.items():
+        share = slot_cache_bytes(SMOLLM2, 16, torch.bfloat16, [plugin]) / full
+        facts |= {f"quant.{name}.ratio": Fact(share, "ratio"), f"quant.{name}.gain": Fact(1 / share, "ratio")}
+    # One scale in 16 bits for the D / 2 bytes of a vector in 4 bits.
+    return facts | {"quant.int4_token.ratio": Fact((SMOLLM2.head_dim / 2 + 2) / (2 * SMOLLM2.head_dim), "ratio")}
+
+
+def virtual_pages() -> dict[str, Fact]:
+    """Keys and values of Llama-3.1-8B in the driver's pages of 2 MB: one range of addresses per layer, twice."""
+    ranges, bytes_per_token = 2 * LLAMA.num_hidden_layers, LLAMA.num_key_value_heads * LLAMA.head_dim * 2
+    tokens = PAGE_BYTES // bytes_per_token
+    return {"vattention.ranges": Fact(ranges), "vattention.tokens_per_page": Fact(tokens),
+            "vattention.first_page_bytes": Fact(ranges * PAGE_BYTES, "B"),
+            "vattention.mean_waste": Fact((tokens - 1) / 2)}
+
+
 def gather() -> dict[str, Fact]:
     """A decode step on an H100: keys and values read in place once, or read, written to a copy, and read again."""
     facts: dict[str, Fact] = {}
@@ -165,5 +195,6 @@ def bench_results() -> dict[str, Result]:
 FOLDER = Path(__file__).parent
 FACTS = Facts(FOLDER,
               computed={"blocks": blocks, "utilisation": utilisation, "sharing": sharing, "capacity": capacity,
-                        "sizing": sizing, "crossover": crossover, "gather": gather},
+                        "sizing": sizing, "crossover": crossover, "gather": gather,
+                        "quantisation": quantisation, "virtual_pages": virtual_pages},
               results=bench_results() if (FOLDER / "results" / "bench.json").is_file() else {})

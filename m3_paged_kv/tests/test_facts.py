@@ -51,3 +51,12 @@ def test_blocks_hold_more_than_rows() -> None:
     victims = [facts[f"sim.{run}.preemptions"] for run in runs]
     assert victims == sorted(victims, reverse=True)
     assert victims[-1] == 0
+
+
+def test_shares_by_hand() -> None:
+    """F3.10: 16 x 64 numbers of a head and one scale; a page of 2 MB holds 1,024 tokens of 2 kB."""
+    facts = values()
+    assert facts["quant.int8.ratio"] == (16 * 64 + 2) / (16 * 64 * 2)
+    assert facts["quant.int4_channel.ratio"] == (16 * 32 + 2 + 16 * 32 + 2 * 64) / (2 * 16 * 64 * 2)
+    assert facts["quant.int8_token.ratio"] == (64 + 2) / 128
+    assert (facts["vattention.tokens_per_page"], facts["vattention.first_page_bytes"]) == (1024, 64 * 2**21)
