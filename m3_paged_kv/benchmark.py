@@ -39,7 +39,7 @@ MEMORY_ROWS = 8                     # rows of 1,024 tokens: the memory that both
 MAX_NUM_SEQS = 64
 BLOCK_SIZES = (1, 4, 8, 16, 32, 128)
 CROSSOVER_LENGTHS = (32, 64, 128, 256, 512, 768)
-STEP_SEQUENCES = 64
+STEP_SEQUENCES, STEP_PROMPT = 64, 300      # decoding side by side, each with that many tokens or a few more
 
 
 def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: int = 3, quick: bool = False,
@@ -71,7 +71,8 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
     concurrency = {"m2": _running(rows, chosen), "m3": _running(blocks, chosen)}
     lengths = (16, 32) if quick else CROSSOVER_LENGTHS
     ways = crossover(blocks, lengths, rounds)
-    steps = step_costs(LLM(**(base | {"max_num_seqs": STEP_SEQUENCES})), 4 if quick else STEP_SEQUENCES)
+    steps = step_costs(LLM(**(base | {"max_num_seqs": STEP_SEQUENCES})), 4 if quick else STEP_SEQUENCES,
+                       prompt_len=64 if quick else STEP_PROMPT)
     report = BenchReport.create("m3_paged_kv", base, tuple(comparisons), {
         "concurrency": concurrency, "crossover": ways, "step_costs": steps,
         "block_sizes": {str(s): _utilisation(base, chosen, s) for s in BLOCK_SIZES}})

@@ -23,6 +23,9 @@ def test_every_part_is_there(tmp_path: Path, tiny_model: TinyModels) -> None:
     shares = list(report.measurements["block_sizes"].values())
     assert shares[0] == 1.0, "blocks of one token waste nothing"
     assert all(0 < share <= 1 for share in shares)
+    steps = report.measurements["step_costs"]
+    assert 0 < steps["metadata_s"] < steps["prepare_s"] < steps["step_s"]
+    assert 0 < steps["metadata_share"] < steps["prepare_share"] < 1
     assert {p.name for p in tmp_path.glob("*.png")} == {"same_memory.png", "timeline.png", "crossover.png"}
 
 
