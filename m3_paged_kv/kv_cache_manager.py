@@ -5,6 +5,7 @@
 
 A shared block is only read. Before a sequence writes into one, it gets a copy of its own (copy-on-write).
 A sequence that has to give way either loses its blocks, and is recomputed, or has them moved to host memory.
+One that may forget gives up blocks from the middle: its later tokens then lie that much further to the front.
 Slots [0, num_blocks * block_size) are the device's; the host's follow, so that a swap is a copy like any other.
 """
 from __future__ import annotations
@@ -41,6 +42,7 @@ class PagedKVCacheManager(KVCacheManager):
         self.num_reserved = int(watermark * num_blocks)
         self._tables: dict[int, list[int]] = {}             # by seq_id: sequences on the device
         self._swapped: dict[int, Swapped] = {}              # by seq_id: sequences in host memory, oldest first
+        self._num_evicted: dict[int, int] = {}              # by seq_id: tokens of sequences that have forgotten some
         self._copies: list[SlotCopy] = []
 
     def get_num_computed_tokens(self, sequence: Sequence) -> int:
@@ -58,15 +60,36 @@ class PagedKVCacheManager(KVCacheManager):
             return [("device", block) for block in table]
         return self._swapped.get(sequence.seq_id, Swapped(0)).blocks.copy()
 
+    def num_evicted(self, sequence: Sequence) -> int:
+        """Computed tokens that the sequence has forgotten: position p lies at place p - num_evicted of its table."""
+        return self._num_evicted.get(sequence.seq_id, 0)
+
+    def num_kept(self, sequence: Sequence) -> int:
+        """Computed tokens whose keys and values are still there."""
+        return sequence.num_computed_tokens - self.num_evicted(sequence)
+
+    def evict(self, sequence: Sequence, indices: Iterable[int]) -> None:
+        """Let a running sequence forget the tokens in some of its blocks, named by their index in its table.
+
+        They have all run, and the newest token is not among them.
+        """
+        table, chosen = self._tables[sequence.seq_id], sorted(set(indices), reverse=True)
+        if not chosen:
+            return
+        assert chosen[-1] >= 0 and (chosen[0] + 1) * self.block_size < self.num_kept(sequence)
+        for index in chosen:
+            self.pool.release(table.pop(index))
+        self._num_evicted[sequence.seq_id] = self.num_evicted(sequence) + len(chosen) * self.block_size
+
     def allocate_slots(self, sequence: Sequence, num_tokens: int) -> bool:
         if (table := self._tables.get(sequence.seq_id)) is not None:
-            while not self._grow(table, sequence.num_computed_tokens, num_tokens):
+            while not self._grow(table, self.num_kept(sequence), num_tokens):
                 if len(self._tables) > 1 or not self._drop_latest_swapped(sequence):
                     return False
             return True
         if not self._may_start(sequence, num_tokens):
             return False
-        start = self.get_num_computed_tokens(sequence)
+        start = self.get_num_computed_tokens(sequence) - self.num_evicted(sequence)
         self._tables[sequence.seq_id] = table = self._swap_in(sequence)
         grown = self._grow(table, start, num_tokens)
         assert grown, "_may_start has counted the blocks"
@@ -88,10 +111,12 @@ class PagedKVCacheManager(KVCacheManager):
         return num_free - self._blocks_to_start(sequence, num_tokens, gone) >= self.num_reserved
 
     def fork(self, parent: Sequence, child: Sequence) -> bool:
-        blocks = self._tables[parent.seq_id][:self.num_blocks_of(parent.num_computed_tokens)]
+        blocks = self._tables[parent.seq_id][:self.num_blocks_of(self.num_kept(parent))]
         for block in blocks:
             self.pool.share(block)
         self._tables[child.seq_id] = blocks
+        if parent.seq_id in self._num_evicted:
+            self._num_evicted[child.seq_id] = self._num_evicted[parent.seq_id]
         return True
 
     def preempt(self, sequence: Sequence) -> SequenceStatus:
@@ -102,6 +127,7 @@ class PagedKVCacheManager(KVCacheManager):
         num_private = sum(self.pool.ref_count(block) == 1 for block in blocks)
         if not self._may_swap(num_private, self.host_pool.num_free):
             self._release(("device", block) for block in blocks)
+            self._num_evicted.pop(sequence.seq_id, None)            # recomputed, it has everything again
             return SequenceStatus.WAITING
         places: list[Place] = []
         for block in reversed(blocks):                          # from the tail to the head
@@ -141,7 +167,7 @@ class PagedKVCacheManager(KVCacheManager):
 
     def _split_table(self, sequence: Sequence) -> tuple[list[int], list[int]]:
         """Blocks of the tokens that have run, and those allocated for tokens that have not."""
-        table, num_ran = self._tables[sequence.seq_id], self.num_blocks_of(sequence.num_computed_tokens)
+        table, num_ran = self._tables[sequence.seq_id], self.num_blocks_of(self.num_kept(sequence))
         return table[:num_ran], table[num_ran:]
 
     def _may_swap(self, num_private: int, num_host_free: int) -> bool:
@@ -189,7 +215,7 @@ class PagedKVCacheManager(KVCacheManager):
         """
         swapped = self._swapped.get(sequence.seq_id, Swapped(0))
         on_device = [block for place, block in swapped.blocks if place == "device"]
-        start = self.get_num_computed_tokens(sequence)
+        start = self.get_num_computed_tokens(sequence) - self.num_evicted(sequence)
         first = start // self.block_size                        # the block that the first new token goes into
         place, block = swapped.blocks[first] if first < len(swapped.blocks) else ("host", 0)
         is_shared = place == "device" and self.pool.ref_count(block) - gone.get(block, 0) > 1
@@ -208,6 +234,7 @@ class PagedKVCacheManager(KVCacheManager):
         return table
 
     def _forget_swapped(self, seq_id: int) -> None:
+        self._num_evicted.pop(seq_id, None)
         if (swapped := self._swapped.pop(seq_id, None)) is not None:
             self._release(swapped.blocks)
 
