@@ -43,7 +43,7 @@ class PoolRecorder(SchedulerPlugin):
         for entry in (*scheduler.running, *scheduler.waiting):
             sequence = entry.sequence
             for i, place in enumerate(manager.places_of(sequence)):
-                stored = sequence.num_computed_tokens - i * manager.block_size
+                stored = manager.num_kept(sequence) - i * manager.block_size
                 state.setdefault(place, {})[sequence.seq_id] = min(manager.block_size, max(0, stored))
         self.history.append(state)
 
@@ -82,19 +82,18 @@ def draw_pool(axes: Any, history: Sequence[PoolState], pool: str, num_blocks: in
 
 def draw_tables(axes: Any, tables: Mapping[int, Sequence[int]], num_blocks: int, colours: Mapping[int, str],
                 names: Mapping[int, str]) -> None:
-    """Each sequence's blocks in its own order, one sequence a row, and lines to where they lie in the pool below."""
-    left = (num_blocks - max(map(len, tables.values()))) / 2
-    holders = {block: [s for s, table in tables.items() if block in table] for block in range(num_blocks)}
-    for row, (seq_id, table) in enumerate(tables.items()):
-        height = 1.4 * (len(tables) - row)
+    """Above each sequence's blocks in its own order, below the pool, and a line from each entry to its block."""
+    left = (num_blocks - sum(map(len, tables.values())) - len(tables) + 1) / 2
+    for seq_id, table in tables.items():
+        axes.text(left - 0.2, 3.4, names[seq_id], ha="right", va="center")
         for i, block in enumerate(table):
-            axes.plot([left + i + 0.5, block + 0.5], [height, 0.8], color=colours[seq_id], lw=1, alpha=0.6, zorder=0)
-            _box(axes, left + i, height, colours[seq_id], str(block))
-        axes.text(left - 0.3, height + 0.4, names[seq_id], ha="right", va="center")
-    for block, held_by in holders.items():
-        _box(axes, block, 0, colours[held_by[0]] if len(held_by) == 1 else SHARED if held_by else "white", str(block))
+            axes.plot([left + i + 0.5, block + 0.5], [3, 0.8], color=colours[seq_id], lw=1.2)
+            _box(axes, left + i, 3, colours[seq_id], str(block))
+        left += len(table) + 1
+    for block in range(num_blocks):
+        held_by = [seq_id for seq_id, table in tables.items() if block in table]
+        _box(axes, block, 0, SHARED if len(held_by) > 1 else colours[held_by[0]] if held_by else "white", str(block))
     axes.text(-0.3, 0.4, "pool", ha="right", va="center")
-    axes.set(xlim=(-3, num_blocks + 0.2), ylim=(-0.1, 1.4 * len(tables) + 1))
     axes.axis("off")
 
 

@@ -82,7 +82,7 @@ def test_tables_are_drawn_above_the_pool() -> None:
     """A box for every entry and every block, a line for every entry; block 0 is both sequences', block 3 nobody's."""
     axes = Figure().subplots()
     draw_tables(axes, {1: [2, 0], 2: [0, 1]}, 4, COLOURS, {1: "A", 2: "B"})
-    assert [text.get_text() for text in axes.texts] == ["2", "0", "A", "0", "1", "B", "0", "1", "2", "3", "pool"]
+    assert [text.get_text() for text in axes.texts] == ["A", "2", "0", "B", "0", "1", "0", "1", "2", "3", "pool"]
     assert len(axes.lines) == 4
     assert [line.get_xdata()[1] for line in axes.lines] == [2.5, 0.5, 0.5, 1.5]
     pool = [to_hex(bars.get_facecolor()[0]) for bars in axes.collections[-4:]]
