@@ -25,7 +25,8 @@ from .attention import PagedAttention
 from .beam_cache import BeamBlocks
 from .config import EngineConfig
 from .kv_cache_manager import PagedKVCacheManager
-from .paged_cache import HostCache, num_blocks_for
+from .paged_cache import num_blocks_for
+from .swap import make_host_cache
 
 
 class LLM(ContinuousLLM):
@@ -51,7 +52,7 @@ class LLM(ContinuousLLM):
             num_host_blocks = 0             # what a plugin keeps for a slot stays on the device: recompute instead
         cache = SlotCache(weights.spec, num_blocks * memory.block_size, dtype, weights.device, hooks.cache,
                           memory.block_size)
-        host_cache = HostCache(cache, weights.spec, num_host_blocks * memory.block_size)
+        host_cache = make_host_cache(cache, memory.block_size, num_host_blocks)
         manager = PagedKVCacheManager(num_blocks, memory.block_size, num_host_blocks)
         runner = ModelRunner(weights, hooks.around(PagedAttention(cache, manager, weights.dtype)))
         scheduler = PrefillFirstScheduler(make_policy(limits.policy), manager, limits.max_num_seqs,
