@@ -134,14 +134,17 @@ def swap_and_recompute(spec: ModelSpec, length: int) -> tuple[float, float]:
 
 
 def quantisation() -> dict[str, Fact]:
-    """Bytes of SmolLM2's cache in 8 and 4 bits, scales included, as a share of 16 bits."""
+    """SmolLM2's cache in 8 and 4 bits, scales included: bytes of a token and of a block, and their share of 16 bits."""
     formats: dict[str, CachePlugin] = {"int8_token": KVCompressionPlugin()}
     for bits in (8, 4):
         formats |= {f"int{bits}": BlockQuantisation(bits), f"int{bits}_channel": BlockQuantisation(bits, 16, True)}
-    full, facts = calc.kv_bytes(SMOLLM2, 16), dict[str, Fact]()
+    full = calc.kv_bytes(SMOLLM2, 16)
+    facts = {"kv.bytes.bf16": Fact(full / 16, "B"), "kv.block_bytes.bf16": Fact(full, "B")}
     for name, plugin in formats.items():
-        share = slot_cache_bytes(SMOLLM2, 16, torch.bfloat16, [plugin]) / full
-        facts |= {f"quant.{name}.ratio": Fact(share, "ratio"), f"quant.{name}.gain": Fact(1 / share, "ratio")}
+        block_bytes = slot_cache_bytes(SMOLLM2, 16, torch.bfloat16, [plugin])
+        facts |= {f"kv.bytes.{name}": Fact(block_bytes / 16, "B"), f"kv.block_bytes.{name}": Fact(block_bytes, "B"),
+                  f"quant.{name}.ratio": Fact(block_bytes / full, "ratio"),
+                  f"quant.{name}.gain": Fact(full / block_bytes, "ratio")}
     # One scale in 16 bits for the D / 2 bytes of a vector in 4 bits.
     return facts | {"quant.int4_token.ratio": Fact((SMOLLM2.head_dim / 2 + 2) / (2 * SMOLLM2.head_dim), "ratio")}
 

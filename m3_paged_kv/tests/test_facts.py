@@ -57,6 +57,10 @@ def test_shares_by_hand() -> None:
     """F3.10: 16 x 64 numbers of a head and one scale; a page of 2 MB holds 1,024 tokens of 2 kB."""
     facts = values()
     assert facts["quant.int8.ratio"] == (16 * 64 + 2) / (16 * 64 * 2)
+    assert (facts["kv.bytes.bf16"], facts["kv.block_bytes.bf16"]) == (23_040, 16 * 23_040)
+    heads = 2 * 30 * 3                                      # keys and values, layers, heads
+    assert facts["kv.block_bytes.int8"] == heads * (16 * 64 + 2)
+    assert facts["kv.bytes.int4"] == heads * (16 * 32 + 2) / 16
     assert facts["quant.int4_channel.ratio"] == (16 * 32 + 2 + 16 * 32 + 2 * 64) / (2 * 16 * 64 * 2)
     assert facts["quant.int8_token.ratio"] == (64 + 2) / 128
     assert (facts["vattention.tokens_per_page"], facts["vattention.first_page_bytes"]) == (1024, 64 * 2**21)
