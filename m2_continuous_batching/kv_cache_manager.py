@@ -37,6 +37,13 @@ class KVCacheManager(ABC):
         """Make room for the next `num_tokens` tokens of `sequence`. False: there is none, and nothing has changed."""
 
     @abstractmethod
+    def fits_without(self, sequence: Sequence, num_tokens: int, victims: list[Sequence]) -> bool:
+        """Whether `allocate_slots` would find room for a sequence that is not running, once `victims` are preempted.
+
+        The scheduler asks before it acts: nobody is thrown out for a newcomer who does not fit even so.
+        """
+
+    @abstractmethod
     def fork(self, parent: Sequence, child: Sequence) -> bool:
         """Let `child` start with what `parent` has computed. False: there is no room, and nothing has changed."""
 
@@ -86,6 +93,9 @@ class RowKVCacheManager(KVCacheManager):
             return False
         self._row_of[sequence.seq_id] = heapq.heappop(self._free)
         return True
+
+    def fits_without(self, sequence: Sequence, num_tokens: int, victims: list[Sequence]) -> bool:
+        return bool(self._free or victims)          # a row is long enough for anybody
 
     def fork(self, parent: Sequence, child: Sequence) -> bool:
         if not self.allocate_slots(child, parent.num_computed_tokens):

@@ -8,7 +8,7 @@ from m0_basics.attention import AttentionBackend
 from m0_basics.config import DEFAULT_MODEL, DTYPES
 from m0_basics.loader import load_model, load_tokenizer
 from m0_basics.model_runner import ModelRunner
-from m1_offline.kv_cache import check_memory, kv_cache_bytes
+from m1_offline.kv_cache import check_memory
 from m1_offline.output_processor import OutputProcessor
 from m1_offline.sampler import FullSampler
 
@@ -21,7 +21,7 @@ from .kv_cache_manager import RowKVCacheManager
 from .plugins import Plugin, split_plugins
 from .policies import make_policy
 from .scheduler import PrefillFirstScheduler
-from .slot_cache import SlotCache
+from .slot_cache import SlotCache, slot_cache_bytes
 from .structured_output import StructuredSampler
 
 
@@ -41,10 +41,10 @@ class LLM(ContinuousLLM):
         assert row_size is not None and limits.max_num_batched_tokens is not None
 
         dtype = DTYPES.get(config.cache_config.kv_cache_dtype, weights.dtype)
-        check_memory(kv_cache_bytes(weights.spec, num_rows * row_size, dtype), config.cache_config, num_rows, row_size,
-                     weights.device)
         hooks = split_plugins(plugins)
-        cache = SlotCache(weights.spec, num_rows * row_size, dtype, weights.device, hooks.cache)
+        check_memory(slot_cache_bytes(weights.spec, num_rows * row_size, dtype, hooks.cache), config.cache_config,
+                     num_rows, row_size, weights.device)
+        cache = SlotCache(weights.spec, num_rows * row_size, dtype, weights.device, hooks.cache, row_size)
         manager = RowKVCacheManager(num_rows, row_size)
         backend: AttentionBackend = (NaiveRaggedAttention(cache, manager)
                                      if config.attention_config.attention_backend == "naive"

@@ -111,6 +111,7 @@ class PrefillFirstScheduler(Scheduler):
         self.running: list[QueuedSequence] = []
         self._entries: dict[int, QueuedSequence] = {}           # by seq_id: all that wait or run
         self._requests: dict[str, Request] = {}
+        self._deadlines: dict[str, float] = {}                  # by request_id, of those that have a time limit
         self._token_budget = max_num_batched_tokens
         self._step = 0
         self._num_queued = 0
@@ -141,6 +142,8 @@ class PrefillFirstScheduler(Scheduler):
         if request.request_id in self._requests:
             raise reject("request_id", request.request_id, "an id that no unfinished request has")
         self._requests[request.request_id] = request
+        if params.timeout_s is not None:
+            self._deadlines[request.request_id] = request.metrics.arrival_time + params.timeout_s
         self._wait(QueuedSequence(request.sequences[0], request, params))
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
@@ -184,7 +187,7 @@ class PrefillFirstScheduler(Scheduler):
         (self.running if entry in self.running else self.waiting).remove(entry)
         self.kv_cache_manager.free(sequence)
         if entry.request.is_finished:
-            self._requests.pop(entry.request.request_id, None)
+            self._forget(entry.request.request_id)
 
     def abort_request(self, request_id: str) -> Request | None:
         request = self._requests.get(request_id)
@@ -194,7 +197,7 @@ class PrefillFirstScheduler(Scheduler):
                     sequence.set_status(SequenceStatus.FINISHED_ABORTED)
                     if sequence.seq_id in self._entries:        # an output that was not forked off yet is nowhere
                         self.finish(sequence)
-            self._requests.pop(request_id, None)
+            self._forget(request_id)
         return request
 
     def get_request(self, sequence: Sequence) -> Request:
@@ -206,14 +209,18 @@ class PrefillFirstScheduler(Scheduler):
     def _expire(self) -> list[Request]:
         """Abort the requests whose time limit has passed."""
         now = self.clock()
-        late = {e.request.request_id: e.request for e in (*self.waiting, *self.running)
-                if e.params.timeout_s is not None and now > e.arrival_time + e.params.timeout_s}
-        for request_id, request in late.items():
+        late = [self._requests[request_id] for request_id, deadline in self._deadlines.items() if now > deadline]
+        for request in late:
             for sequence in request.sequences:
                 if not sequence.is_finished:
                     sequence.stop_reason = TIME_LIMIT
-            self.abort_request(request_id)
-        return list(late.values())
+            self.abort_request(request.request_id)
+        return late
+
+    def _forget(self, request_id: str) -> None:
+        """The request has ended."""
+        self._requests.pop(request_id, None)
+        self._deadlines.pop(request_id, None)
 
     def _schedule_prefills(self, scheduled: list[ScheduledSequence], preempted: list[Sequence]) -> None:
         """Admit waiting sequences in their order, until one does not fit: nobody in its lane overtakes it."""
@@ -241,19 +248,30 @@ class PrefillFirstScheduler(Scheduler):
 
     def _make_room(self, entry: QueuedSequence, num_tokens: int, used: list[tuple[QueuedSequence, int]],
                    preempted: list[Sequence]) -> bool:
-        """Find a place for a waiting sequence, displacing running ones where the policy says so."""
-        while True:
-            if self._has_place(entry) and self.kv_cache_manager.allocate_slots(entry.sequence, num_tokens):
-                return True
-            joined = {e for e, _ in used}               # a victim must not be in the step already
-            victims = [e for e in self.running if e not in joined and self.policy.may_displace(entry, e)]
-            if not victims:
-                return False
-            self._preempt(max(victims, key=self.policy.key), preempted)
+        """Find a place for a waiting sequence, displacing running ones where the policy says so, and where it helps."""
+        if self._has_place(entry) and self.kv_cache_manager.allocate_slots(entry.sequence, num_tokens):
+            return True
+        joined = {e for e, _ in used}                   # a victim must not be in the step already
+        victims = [e for e in self.running if e not in joined and self.policy.may_displace(entry, e)]
+        victims.sort(key=self.policy.key, reverse=True)
 
-    def _has_place(self, entry: QueuedSequence) -> bool:
+        def helps(count: int) -> bool:
+            chosen = victims[:count]
+            return (self._has_place(entry, chosen) and
+                    self.kv_cache_manager.fits_without(entry.sequence, num_tokens, [e.sequence for e in chosen]))
+
+        # Each victim more leaves more room, so the fewest that help are found by halving.
+        fewest = bisect.bisect_left(range(len(victims) + 1), True, key=helps)
+        if fewest > len(victims):
+            return False                                # not even without all of them: nobody leaves in vain
+        for victim in victims[:fewest]:
+            self._preempt(victim, preempted)
+        return self.kv_cache_manager.allocate_slots(entry.sequence, num_tokens)
+
+    def _has_place(self, entry: QueuedSequence, without: list[QueuedSequence] | None = None) -> bool:
         """Whether one more may run, by the number of places that the policy lets `entry` see."""
-        return len(self.running) < self.policy.share(entry, [(e, 1) for e in self.running], self.max_num_seqs)
+        running = [e for e in self.running if e not in without] if without else self.running
+        return len(running) < self.policy.share(entry, [(e, 1) for e in running], self.max_num_seqs)
 
     def _schedule_decodes(self, scheduled: list[ScheduledSequence], preempted: list[Sequence]) -> None:
         """One token for each running sequence, as far as the budget goes; who is left out goes first next time."""

@@ -15,7 +15,7 @@ from m0_basics.bench.workloads import BenchRequest
 from m0_basics.request import Request, RequestMetrics, SequenceStatus
 from m0_basics.sampling_params import SamplingParams
 
-from .kv_cache_manager import RowKVCacheManager
+from .kv_cache_manager import KVCacheManager, RowKVCacheManager
 from .plugins.base import SchedulerPlugin, StepStats
 from .policies import SchedulingParams, make_policy
 from .scheduler import PrefillFirstScheduler, SchedulerOutput
@@ -74,7 +74,10 @@ class Simulation:
 
 @dataclass
 class Simulator:
-    """One run's parts. `declared` is the max_tokens that requests ask for; None: the length that they will have."""
+    """One run's parts. `declared` is the max_tokens that requests ask for; None: the length that they will have.
+
+    `kv_cache_manager` is a cache other than a row for each sequence.
+    """
 
     max_num_seqs: int
     policy: str = "fcfs"
@@ -83,14 +86,15 @@ class Simulator:
     row_size: int = 2048
     declared: int | None = None
     plugins: Sequence[SchedulerPlugin] = ()
+    kv_cache_manager: KVCacheManager | None = None
     clock: SimulatedClock = field(default_factory=SimulatedClock)
 
     def run(self, requests: Sequence[BenchRequest],
             params: Callable[[int], SchedulingParams] = lambda i: SchedulingParams()) -> Simulation:
         """Serve `requests`, in the order of their arrival; `params(i)` says how urgent request i is."""
-        scheduler = PrefillFirstScheduler(
-            make_policy(self.policy), RowKVCacheManager(self.max_num_seqs, self.row_size), self.max_num_seqs,
-            max(self.token_budget, self.row_size), self.row_size, self.clock)
+        cache = self.kv_cache_manager or RowKVCacheManager(self.max_num_seqs, self.row_size)
+        scheduler = PrefillFirstScheduler(make_policy(self.policy), cache, self.max_num_seqs,
+                                          max(self.token_budget, self.row_size), self.row_size, self.clock)
         scheduler.token_budget = self.token_budget
         made = [self._request(i, r) for i, r in enumerate(requests)]
         steps: list[SimulatedStep] = []

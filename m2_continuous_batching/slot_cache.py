@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from m0_basics.model_spec import ModelSpec
-from m1_offline.kv_cache import KVCache
+from m1_offline.kv_cache import KVCache, kv_cache_bytes
 
 from .kv_cache_manager import SlotCopy
 from .plugins.base import CachePlugin
@@ -17,13 +18,13 @@ class SlotCache:
     """Keys and values of all layers in `num_slots` slots. Without plugins it is m1's `KVCache` and nothing more."""
 
     def __init__(self, spec: ModelSpec, num_slots: int, dtype: torch.dtype, device: torch.device,
-                 plugins: Sequence[CachePlugin] = ()) -> None:
+                 plugins: Sequence[CachePlugin] = (), block_size: int = 1) -> None:
+        """Slots are handed out `block_size` at a time: a row, or a block."""
         self.plugins = tuple(plugins)
-        stored = dtype
-        for plugin in self.plugins:
-            plugin.attach(spec.num_hidden_layers, num_slots, spec.num_key_value_heads, stored, device)
-            stored = plugin.storage_dtype(stored)
-        self.kv_cache = KVCache(spec, num_slots, stored, device)
+        *incoming, stored = storage_formats(spec, dtype, self.plugins)
+        self.kv_cache = KVCache(replace(spec, head_dim=stored[1]), num_slots, stored[0], device)
+        for plugin, (vector_dtype, _) in zip(self.plugins, incoming, strict=True):
+            plugin.attach(self.kv_cache, vector_dtype, block_size)
 
     @property
     def device(self) -> torch.device:
@@ -58,3 +59,20 @@ class SlotCache:
         if copies:
             for plugin in self.plugins:
                 plugin.on_copy(copies)
+
+
+def storage_formats(spec: ModelSpec, dtype: torch.dtype,
+                    plugins: Sequence[CachePlugin]) -> list[tuple[torch.dtype, int]]:
+    """Element type and length of a head's vector: as it comes to each plugin, and at last as it is stored."""
+    formats = [(dtype, spec.head_dim)]
+    for plugin in plugins:
+        formats.append(plugin.storage_format(*formats[-1]))
+    return formats
+
+
+def slot_cache_bytes(spec: ModelSpec, num_slots: int, dtype: torch.dtype, plugins: Sequence[CachePlugin] = ()) -> int:
+    """Bytes of a `SlotCache`, and of what its plugins keep beside it, without making one."""
+    *incoming, (stored, head_dim) = storage_formats(spec, dtype, plugins)
+    beside = sum(plugin.extra_bytes(num_slots, spec.num_key_value_heads, length)
+                 for plugin, (_, length) in zip(plugins, incoming, strict=True))
+    return kv_cache_bytes(replace(spec, head_dim=head_dim), num_slots, stored) + spec.num_hidden_layers * beside

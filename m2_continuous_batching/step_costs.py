@@ -6,7 +6,10 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from m0_basics.attention import ScheduledSequence
+from torch import Tensor
+
+from m0_basics.attention import AttentionBackend, AttentionMetadata, ScheduledSequence
+from m0_basics.model_runner import ModelRunner
 from m0_basics.sampling_params import SamplingParams
 
 from .continuous_llm import ContinuousLLM
@@ -14,6 +17,23 @@ from .engine import Batch, LLMEngine, Sampled
 
 _WARM_UP = 4            # steps that are run and not counted
 _PARTS = ("schedule", "prepare", "model", "conclude")
+
+
+class TimedMetadata(AttentionBackend):
+    """A backend, and how long it took to build the metadata of the last step."""
+
+    def __init__(self, backend: AttentionBackend) -> None:
+        self.backend = backend
+        self.seconds = 0.0
+
+    def build_metadata(self, scheduled: list[ScheduledSequence]) -> AttentionMetadata:
+        start = time.perf_counter()
+        metadata = self.backend.build_metadata(scheduled)
+        self.seconds = time.perf_counter() - start
+        return metadata
+
+    def forward(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
+        return self.backend.forward(layer_idx, q, k, v, metadata)
 
 
 class TimedEngine(LLMEngine):
@@ -43,10 +63,12 @@ def step_costs(llm: ContinuousLLM, num_sequences: int, steps: int = 24, prompt_l
     """Medians over decode steps of `num_sequences` greedy sequences, in seconds, and the shares of a step.
 
     `prepare` is packing the inputs and building the attention's metadata, `model` everything from embedding to
-    sampled tokens, `conclude` detokenising, stop conditions and outputs.
+    sampled tokens, `conclude` detokenising, stop conditions and outputs. `metadata` is a part of `prepare`.
     """
     parts = llm.engine
-    engine = TimedEngine(parts.scheduler, parts.runner, parts.sampler, parts.output_processor, parts.copy_slots)
+    backend = TimedMetadata(parts.runner.backend)
+    runner = ModelRunner(parts.runner.model, backend)
+    engine = TimedEngine(parts.scheduler, runner, parts.sampler, parts.output_processor, parts.copy_slots)
     params = SamplingParams(temperature=0, max_tokens=steps + _WARM_UP + 2, ignore_eos=True)
     prompt = [i % llm.spec.vocab_size for i in range(100, 100 + prompt_len)]
     requests = [llm.input_processor.process({"prompt_token_ids": prompt}, params) for _ in range(num_sequences)]
@@ -54,9 +76,11 @@ def step_costs(llm: ContinuousLLM, num_sequences: int, steps: int = 24, prompt_l
         engine.add_request(request)
     while any(not request.sequences[0].output_token_ids for request in requests):
         engine.timed_step()
-    costs = [engine.timed_step() for _ in range(_WARM_UP + steps)][_WARM_UP:]
+    costs = [engine.timed_step() | {"metadata": backend.seconds} for _ in range(_WARM_UP + steps)][_WARM_UP:]
+    totals = [sum(cost[part] for part in _PARTS) for cost in costs]
     for request in requests:
         engine.abort_request(request.request_id)
-    return {"num_sequences": num_sequences, "step_s": median(sum(c.values()) for c in costs),
-            **{f"{part}_s": median(c[part] for c in costs) for part in _PARTS},
-            **{f"{part}_share": median(c[part] / sum(c.values()) for c in costs) for part in _PARTS}}
+    return {"num_sequences": num_sequences, "prompt_len": prompt_len, "step_s": median(totals),
+            **{f"{part}_s": median(cost[part] for cost in costs) for part in costs[0]},
+            **{f"{part}_share": median(cost[part] / total for cost, total in zip(costs, totals, strict=True))
+               for part in costs[0]}}

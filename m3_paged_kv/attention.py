@@ -53,9 +53,10 @@ class PagedAttention(AttentionBackend):
     def build_metadata(self, scheduled: list[ScheduledSequence]) -> GatherMetadata:
         paged = paged_metadata(scheduled, self.manager, self.cache.device)
         starts = paged.query_start_loc
-        prefills = [Prefill(slice(starts[i], starts[i + 1]), self._gather_slots(paged, [i], s.end)[0])
+        lengths = [self.manager.num_kept(s.sequence) + s.num_tokens for s in scheduled]
+        prefills = [Prefill(slice(starts[i], starts[i + 1]), self._gather_slots(paged, [i], lengths[i])[0])
                     for i, s in enumerate(scheduled) if s.num_tokens > 1]
-        groups = [self._group(paged, members, scheduled[members[-1]].end) for members in group_decodes(scheduled)]
+        groups = [self._group(paged, members, max(lengths[i] for i in members)) for members in group_decodes(scheduled)]
         return GatherMetadata(**vars(paged), store_slots=paged.slot_mapping.long(), prefills=prefills,
                               decode_groups=groups)
 

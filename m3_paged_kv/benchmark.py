@@ -5,6 +5,7 @@
   block size  the same with other block sizes: small blocks waste less, large ones need fewer look-ups
   preemption  a cache too small for all that runs: swapped to host memory, or recomputed
   crossover   one sequence out and in again, by both ways, over its length
+  cache error a cache of fewer bits, or of fewer tokens: how far off is the next token's distribution?
 """
 from __future__ import annotations
 
@@ -30,6 +31,7 @@ from m0_basics.bench import (
 from m2_continuous_batching.step_costs import step_costs
 from m2_continuous_batching.timeline import draw_timelines, record_timeline
 
+from .cache_error import cache_errors
 from .crossover import crossover
 from .fragmentation import FragmentationMeter
 from .llm import LLM
@@ -38,7 +40,8 @@ DEFAULT_PEERS = ("transformers-continuous",)
 MEMORY_ROWS = 8                     # rows of 1,024 tokens: the memory that both have in the first table
 MAX_NUM_SEQS = 64
 BLOCK_SIZES = (1, 4, 8, 16, 32, 128)
-STEP_SEQUENCES = 64
+CROSSOVER_LENGTHS = (32, 64, 128, 256, 512, 768)
+STEP_SEQUENCES, STEP_PROMPT = 64, 300      # decoding side by side, each with that many tokens or a few more
 
 
 def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: int = 3, quick: bool = False,
@@ -68,11 +71,13 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
         return report
     comparisons += [_roomy(base, chosen, rounds), _block_sizes(base, chosen, rounds), _preemption(base, chosen, rounds)]
     concurrency = {"m2": _running(rows, chosen), "m3": _running(blocks, chosen)}
-    lengths = (16, 32) if quick else (32, 64, 128, 256, 512, 768)
+    lengths = (16, 32) if quick else CROSSOVER_LENGTHS
     ways = crossover(blocks, lengths, rounds)
-    steps = step_costs(LLM(**(base | {"max_num_seqs": STEP_SEQUENCES})), 4 if quick else STEP_SEQUENCES)
+    steps = step_costs(LLM(**(base | {"max_num_seqs": STEP_SEQUENCES})), 4 if quick else STEP_SEQUENCES,
+                       prompt_len=64 if quick else STEP_PROMPT)
+    errors = cache_errors(base, length=96, num_texts=2, budget=64) if quick else cache_errors(base)
     report = BenchReport.create("m3_paged_kv", base, tuple(comparisons), {
-        "concurrency": concurrency, "crossover": ways, "step_costs": steps,
+        "concurrency": concurrency, "crossover": ways, "step_costs": steps, "cache_error": errors,
         "block_sizes": {str(s): _utilisation(base, chosen, s) for s in BLOCK_SIZES}})
     report.print()
     report.save(output_dir / "bench.json")
@@ -126,3 +131,7 @@ def _draw(report: BenchReport, rows: m2.LLM, blocks: LLM, workload: Workload, ou
                "swap out and in": Series(lengths, [w["swap_s"] * 1e3 for w in ways])}, output_dir / "crossover.png",
               title="Bringing a preempted sequence back", xlabel="tokens of the sequence", ylabel="milliseconds",
               log_y=True)
+    errors = report.measurements["cache_error"]
+    line_plot({name: Series(errors["positions"], v["kl"]) for name, v in errors["variants"].items()},
+              output_dir / "cache_error.png", title="Error of the next token's distribution", xlabel="position",
+              ylabel="KL divergence from a cache in float32, nats", log_y=True)

@@ -59,9 +59,9 @@ class FragmentationMeter(SchedulerPlugin):
         assert isinstance(manager, PagedKVCacheManager), "blocks are measured, not rows"
         stored: dict[int, int] = {}             # block -> how much of it is filled, by who has filled it most
         for entry in scheduler.running:
-            computed = entry.sequence.num_computed_tokens
+            kept = manager.num_kept(entry.sequence)
             for i, block in enumerate(manager.block_table(entry.sequence)):
-                filled = min(manager.block_size, max(0, computed - i * manager.block_size))
+                filled = min(manager.block_size, max(0, kept - i * manager.block_size))
                 stored[block] = max(filled, stored.get(block, 0))
         self.history.append(Fragmentation(sum(stored.values()), len(stored) * manager.block_size,
                                           len(scheduler.running)))

@@ -5,11 +5,13 @@
 
 A shared block is only read. Before a sequence writes into one, it gets a copy of its own (copy-on-write).
 A sequence that has to give way either loses its blocks, and is recomputed, or has them moved to host memory.
+One that may forget gives up blocks from the middle: its later tokens then lie that much further to the front.
 Slots [0, num_blocks * block_size) are the device's; the host's follow, so that a swap is a copy like any other.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from m0_basics.request import Sequence, SequenceStatus
@@ -40,6 +42,7 @@ class PagedKVCacheManager(KVCacheManager):
         self.num_reserved = int(watermark * num_blocks)
         self._tables: dict[int, list[int]] = {}             # by seq_id: sequences on the device
         self._swapped: dict[int, Swapped] = {}              # by seq_id: sequences in host memory, oldest first
+        self._num_evicted: dict[int, int] = {}              # by seq_id: tokens of sequences that have forgotten some
         self._copies: list[SlotCopy] = []
 
     def get_num_computed_tokens(self, sequence: Sequence) -> int:
@@ -51,35 +54,80 @@ class PagedKVCacheManager(KVCacheManager):
         """The sequence's blocks, in order. Read only."""
         return self._tables[sequence.seq_id]
 
+    def places_of(self, sequence: Sequence) -> list[Place]:
+        """Where a sequence's blocks lie, in order; [] if it holds none. Only a swapped one has blocks on the host."""
+        if (table := self._tables.get(sequence.seq_id)) is not None:
+            return [("device", block) for block in table]
+        return self._swapped.get(sequence.seq_id, Swapped(0)).blocks.copy()
+
+    def num_evicted(self, sequence: Sequence) -> int:
+        """Computed tokens that the sequence has forgotten: position p lies at place p - num_evicted of its table."""
+        return self._num_evicted.get(sequence.seq_id, 0)
+
+    def num_kept(self, sequence: Sequence) -> int:
+        """Computed tokens whose keys and values are still there."""
+        return sequence.num_computed_tokens - self.num_evicted(sequence)
+
+    def evict(self, sequence: Sequence, indices: Iterable[int]) -> None:
+        """Let a running sequence forget the tokens in some of its blocks, named by their index in its table.
+
+        They have all run, and the newest token is not among them.
+        """
+        table, chosen = self._tables[sequence.seq_id], sorted(set(indices), reverse=True)
+        if not chosen:
+            return
+        assert chosen[-1] >= 0 and (chosen[0] + 1) * self.block_size < self.num_kept(sequence)
+        for index in chosen:
+            self.pool.release(table.pop(index))
+        self._num_evicted[sequence.seq_id] = self.num_evicted(sequence) + len(chosen) * self.block_size
+
     def allocate_slots(self, sequence: Sequence, num_tokens: int) -> bool:
         if (table := self._tables.get(sequence.seq_id)) is not None:
-            while not self._grow(table, sequence.num_computed_tokens, num_tokens):
+            while not self._grow(table, self.num_kept(sequence), num_tokens):
                 if len(self._tables) > 1 or not self._drop_latest_swapped(sequence):
                     return False
             return True
         if not self._may_start(sequence, num_tokens):
             return False
-        start = self.get_num_computed_tokens(sequence)
+        start = self.get_num_computed_tokens(sequence) - self.num_evicted(sequence)
         self._tables[sequence.seq_id] = table = self._swap_in(sequence)
         grown = self._grow(table, start, num_tokens)
         assert grown, "_may_start has counted the blocks"
         return True
 
+    def fits_without(self, sequence: Sequence, num_tokens: int, victims: list[Sequence]) -> bool:
+        """Exact: counts what `preempt` would free, one victim after the other."""
+        if len(victims) == len(self._tables):
+            return True                 # alone it fits: it would have been refused on arrival if it did not
+        gone: Counter[int] = Counter()              # by block: references that the victims would give up
+        host_free = self.host_pool.num_free
+        for victim in victims:
+            ran, ahead = self._split_table(victim)
+            private = [block for block in ran if self.pool.ref_count(block) - gone[block] == 1]
+            swaps = self._may_swap(len(private), host_free)
+            gone.update(ahead + (private if swaps else ran))
+            host_free -= len(private) if swaps else 0
+        num_free = self.pool.num_free + sum(self.pool.ref_count(block) == count for block, count in gone.items())
+        return num_free - self._blocks_to_start(sequence, num_tokens, gone) >= self.num_reserved
+
     def fork(self, parent: Sequence, child: Sequence) -> bool:
-        blocks = self._tables[parent.seq_id][:self.num_blocks_of(parent.num_computed_tokens)]
+        blocks = self._tables[parent.seq_id][:self.num_blocks_of(self.num_kept(parent))]
         for block in blocks:
             self.pool.share(block)
         self._tables[child.seq_id] = blocks
+        if parent.seq_id in self._num_evicted:
+            self._num_evicted[child.seq_id] = self._num_evicted[parent.seq_id]
         return True
 
     def preempt(self, sequence: Sequence) -> SequenceStatus:
         """To host memory if it has room, else nothing is kept. Blocks that others use too stay where they are."""
-        blocks = self._tables.pop(sequence.seq_id)
-        while len(blocks) > self.num_blocks_of(sequence.num_computed_tokens):
-            self.pool.release(blocks.pop())                     # allocated for tokens that did not run
+        blocks, ahead = self._split_table(sequence)
+        del self._tables[sequence.seq_id]
+        self._release(("device", block) for block in reversed(ahead))
         num_private = sum(self.pool.ref_count(block) == 1 for block in blocks)
-        if not self.host_pool.num_blocks or num_private > self.host_pool.num_free:
+        if not self._may_swap(num_private, self.host_pool.num_free):
             self._release(("device", block) for block in blocks)
+            self._num_evicted.pop(sequence.seq_id, None)            # recomputed, it has everything again
             return SequenceStatus.WAITING
         places: list[Place] = []
         for block in reversed(blocks):                          # from the tail to the head
@@ -117,6 +165,14 @@ class PagedKVCacheManager(KVCacheManager):
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
+    def _split_table(self, sequence: Sequence) -> tuple[list[int], list[int]]:
+        """Blocks of the tokens that have run, and those allocated for tokens that have not."""
+        table, num_ran = self._tables[sequence.seq_id], self.num_blocks_of(self.num_kept(sequence))
+        return table[:num_ran], table[num_ran:]
+
+    def _may_swap(self, num_private: int, num_host_free: int) -> bool:
+        return self.host_pool.num_blocks > 0 and num_private <= num_host_free
+
     def _grow(self, table: list[int], start: int, num_tokens: int) -> bool:
         """Make the slots [start, start + num_tokens) of a table writable: own blocks for all of them."""
         num_new = self.num_blocks_of(start + num_tokens) - len(table)
@@ -136,8 +192,8 @@ class PagedKVCacheManager(KVCacheManager):
     def _may_start(self, sequence: Sequence, num_tokens: int) -> bool:
         """Whether a sequence that holds no table now may come in, and leave the watermark free."""
         if self._tables:
-            return self.pool.num_free - self._blocks_to_start(sequence, num_tokens) >= self.num_reserved
-        while self.pool.num_free < self._blocks_to_start(sequence, num_tokens):
+            return self.pool.num_free - self._blocks_to_start(sequence, num_tokens, {}) >= self.num_reserved
+        while self.pool.num_free < self._blocks_to_start(sequence, num_tokens, {}):
             if not self._drop_latest_swapped(sequence):
                 return False
         return True
@@ -152,14 +208,17 @@ class PagedKVCacheManager(KVCacheManager):
             self._forget_swapped(other)
         return other is not None
 
-    def _blocks_to_start(self, sequence: Sequence, num_tokens: int) -> int:
-        """Free blocks that a sequence takes as it comes in: for what is swapped, for what is new, for a copy."""
+    def _blocks_to_start(self, sequence: Sequence, num_tokens: int, gone: Mapping[int, int]) -> int:
+        """Free blocks that a sequence takes as it comes in: for what is swapped, for what is new, for a copy.
+
+        `gone` says of blocks how many of their holders will have let go by then.
+        """
         swapped = self._swapped.get(sequence.seq_id, Swapped(0))
         on_device = [block for place, block in swapped.blocks if place == "device"]
-        start = self.get_num_computed_tokens(sequence)
+        start = self.get_num_computed_tokens(sequence) - self.num_evicted(sequence)
         first = start // self.block_size                        # the block that the first new token goes into
-        is_shared = (first < len(swapped.blocks) and swapped.blocks[first][0] == "device"
-                     and self.pool.ref_count(swapped.blocks[first][1]) > 1)
+        place, block = swapped.blocks[first] if first < len(swapped.blocks) else ("host", 0)
+        is_shared = place == "device" and self.pool.ref_count(block) - gone.get(block, 0) > 1
         return self.num_blocks_of(start + num_tokens) - len(on_device) + is_shared
 
     def _swap_in(self, sequence: Sequence) -> list[int]:
@@ -175,6 +234,7 @@ class PagedKVCacheManager(KVCacheManager):
         return table
 
     def _forget_swapped(self, seq_id: int) -> None:
+        self._num_evicted.pop(seq_id, None)
         if (swapped := self._swapped.pop(seq_id, None)) is not None:
             self._release(swapped.blocks)
 

@@ -10,7 +10,6 @@ from m0_basics.loader import load_model, load_tokenizer
 from m0_basics.model_runner import ModelRunner
 from m0_basics.sampling_params import BeamSearchParams, SamplingParams
 from m1_offline.beam_search import BeamSearchOutput, beam_search
-from m1_offline.kv_cache import kv_cache_bytes
 from m1_offline.output_processor import OutputProcessor
 from m1_offline.sampler import FullSampler
 from m2_continuous_batching.async_scheduling import AsyncSchedulingEngine
@@ -19,14 +18,15 @@ from m2_continuous_batching.engine import LLMEngine
 from m2_continuous_batching.plugins import Plugin, split_plugins
 from m2_continuous_batching.policies import make_policy
 from m2_continuous_batching.scheduler import PrefillFirstScheduler
-from m2_continuous_batching.slot_cache import SlotCache
+from m2_continuous_batching.slot_cache import SlotCache, slot_cache_bytes
 from m2_continuous_batching.structured_output import StructuredSampler
 
 from .attention import PagedAttention
 from .beam_cache import BeamBlocks
 from .config import EngineConfig
 from .kv_cache_manager import PagedKVCacheManager
-from .paged_cache import HostCache, num_blocks_for
+from .paged_cache import num_blocks_for
+from .swap import make_host_cache
 
 
 class LLM(ContinuousLLM):
@@ -44,14 +44,15 @@ class LLM(ContinuousLLM):
         assert limits.max_model_len is not None and limits.max_num_batched_tokens is not None
 
         dtype = DTYPES.get(memory.kv_cache_dtype, weights.dtype)
-        num_blocks = num_blocks_for(memory, weights.spec, dtype, weights.device, limits.max_model_len,
-                                    limits.max_num_seqs)
         hooks = split_plugins(plugins)
-        num_host_blocks = int(memory.swap_space * 2**30) // kv_cache_bytes(weights.spec, memory.block_size, dtype)
+        block_bytes = slot_cache_bytes(weights.spec, memory.block_size, dtype, hooks.cache)
+        num_blocks = num_blocks_for(memory, block_bytes, weights.device, limits.max_model_len, limits.max_num_seqs)
+        num_host_blocks = int(memory.swap_space * 2**30) // block_bytes
         if hooks.cache:
             num_host_blocks = 0             # what a plugin keeps for a slot stays on the device: recompute instead
-        cache = SlotCache(weights.spec, num_blocks * memory.block_size, dtype, weights.device, hooks.cache)
-        host_cache = HostCache(cache, weights.spec, num_host_blocks * memory.block_size)
+        cache = SlotCache(weights.spec, num_blocks * memory.block_size, dtype, weights.device, hooks.cache,
+                          memory.block_size)
+        host_cache = make_host_cache(cache, memory.block_size, num_host_blocks)
         manager = PagedKVCacheManager(num_blocks, memory.block_size, num_host_blocks)
         runner = ModelRunner(weights, hooks.around(PagedAttention(cache, manager, weights.dtype)))
         scheduler = PrefillFirstScheduler(make_policy(limits.policy), manager, limits.max_num_seqs,

@@ -19,7 +19,7 @@ from .kv_cache_manager import PagedKVCacheManager
 class PagedMetadata(AttentionMetadata):
     """Where each sequence's keys and values lie, and where this step's new ones go. All tensors are int32."""
 
-    seq_lens: Tensor                # B: length of each sequence once the step's tokens are stored
+    seq_lens: Tensor                # B: keys of each sequence once the step's tokens are stored, less what was evicted
     block_table: Tensor             # [B, max_blocks]: blocks in order, -1 beyond the last
     slot_mapping: Tensor            # T: slot of each new token
     max_query_len: int
@@ -35,11 +35,11 @@ def paged_metadata(scheduled: list[ScheduledSequence], manager: PagedKVCacheMana
     block_table[np.arange(widths.max()) < widths[:, None]] = np.concatenate(tables)
     starts = query_start_loc(scheduled)
     counts = np.diff(starts)
-    computed = np.array([s.sequence.num_computed_tokens for s in scheduled])
+    kept = np.array([manager.num_kept(s.sequence) for s in scheduled])
     sequence = np.repeat(np.arange(len(tables)), counts)                            # T: whose token it is
-    position = np.arange(starts[-1]) - np.repeat(np.array(starts[:-1]) - computed, counts)
+    place = np.arange(starts[-1]) - np.repeat(np.array(starts[:-1]) - kept, counts)     # T: among what is kept
     size = manager.block_size
-    slots = block_table[sequence, position // size] * size + position % size
-    return PagedMetadata(starts, torch.from_numpy((computed + counts).astype(np.int32)).to(device),
+    slots = block_table[sequence, place // size] * size + place % size
+    return PagedMetadata(starts, torch.from_numpy((kept + counts).astype(np.int32)).to(device),
                          torch.from_numpy(block_table).to(device),
                          torch.from_numpy(slots.astype(np.int32)).to(device), int(counts.max()))

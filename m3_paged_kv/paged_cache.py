@@ -11,8 +11,6 @@ import psutil
 import torch
 
 from m0_basics.config import ConfigError
-from m0_basics.model_spec import ModelSpec
-from m1_offline.kv_cache import KVCache, kv_cache_bytes
 from m2_continuous_batching.kv_cache_manager import SlotCopy
 from m2_continuous_batching.slot_cache import SlotCache
 
@@ -22,41 +20,39 @@ _CPU_SHARE = 0.25           # of the memory that is available: a laptop has othe
 
 
 class HostCache:
-    """Keys and values of swapped-out sequences, in pinned memory where the device is a GPU."""
+    """Keys and values of swapped-out sequences, where the device is a CPU. `swap` has what a GPU needs."""
 
-    def __init__(self, device_cache: SlotCache, spec: ModelSpec, num_host_slots: int) -> None:
+    def __init__(self, device_cache: SlotCache, num_host_slots: int) -> None:
         self.device_cache = device_cache
-        self.num_slots = device_cache.kv_cache.k.shape[1]
-        self.kv_cache = KVCache(spec, num_host_slots, device_cache.kv_cache.k.dtype, torch.device("cpu"))
-        if device_cache.device.type == "cuda":
-            self.kv_cache.k, self.kv_cache.v = self.kv_cache.k.pin_memory(), self.kv_cache.v.pin_memory()
+        k = device_cache.kv_cache.k
+        self.num_slots = k.shape[1]
+        self.k, self.v = (k.new_empty(k.shape[0], num_host_slots, *k.shape[2:]) for _ in range(2))
 
     def copy_slots(self, copies: list[SlotCopy]) -> None:
         """Make the copies in order; slots from `num_slots` on are the host's."""
-        for c in copies:                        # one by one: a block may be freed and filled again
+        for c in copies:                        # one by one: in batches, by index, it takes two to eight times as long
             if max(c.source, c.target) < self.num_slots:
                 self.device_cache.copy_slots([c])
             else:
                 self._copy(c)
 
     def _copy(self, c: SlotCopy) -> None:
-        pools = ((self.device_cache.kv_cache.k, self.kv_cache.k), (self.device_cache.kv_cache.v, self.kv_cache.v))
+        pools = ((self.device_cache.kv_cache.k, self.k), (self.device_cache.kv_cache.v, self.v))
         for device, host in pools:
             source, target = (self._view(slot, c.num_slots, device, host) for slot in (c.source, c.target))
-            target.copy_(source, non_blocking=True)
+            target.copy_(source)
 
     def _view(self, slot: int, num_slots: int, device: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
         pool, first = (device, slot) if slot < self.num_slots else (host, slot - self.num_slots)
         return pool[:, first:first + num_slots]
 
 
-def num_blocks_for(config: CacheConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device,
-                   longest: int, max_num_seqs: int) -> int:
-    """Blocks that the memory budget holds, at most as many as `max_num_seqs` longest sequences could use.
+def num_blocks_for(config: CacheConfig, block_bytes: int, device: torch.device, longest: int,
+                   max_num_seqs: int) -> int:
+    """Blocks of `block_bytes` that the memory holds, at most as many as `max_num_seqs` longest sequences could use.
 
     Raises ConfigError where not one block fits.
     """
-    block_bytes = kv_cache_bytes(spec, config.block_size, dtype)
     per_sequence = -(-longest // config.block_size)
     if config.num_blocks is not None:
         num_blocks, source = config.num_blocks, "num_blocks"

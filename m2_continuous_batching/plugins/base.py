@@ -18,6 +18,7 @@ from torch import Tensor
 
 from m0_basics.attention import AttentionMetadata
 from m0_basics.request import Request
+from m1_offline.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from ..kv_cache_manager import SlotCopy
@@ -72,13 +73,20 @@ class AttentionPlugin(ABC):
 class CachePlugin(ABC):
     """Called for each layer of each step, around the write to the cache, and before its contents are read."""
 
-    def storage_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Element type in which the cache is to store what `before_append` returns."""
-        return dtype
+    def storage_format(self, dtype: torch.dtype, head_dim: int) -> tuple[torch.dtype, int]:
+        """Vectors come with `head_dim` elements of `dtype` -> type and number of those that `before_append` returns."""
+        return dtype, head_dim
 
-    def attach(self, num_layers: int, num_slots: int, num_kv_heads: int, dtype: torch.dtype,  # noqa: B027
-               device: torch.device) -> None:
-        """Once, when the cache is made: allocate what the plugin keeps per slot."""
+    def extra_bytes(self, num_slots: int, num_kv_heads: int, head_dim: int) -> int:
+        """Bytes that the plugin will keep beside the cache for `num_slots` slots of one layer."""
+        return 0
+
+    def attach(self, kv_cache: KVCache, dtype: torch.dtype, block_size: int) -> None:  # noqa: B027
+        """Once, when the cache is made: allocate what the plugin keeps beside it.
+
+        `dtype` is that of the vectors that come in, and that `on_read` gives back. Slots are handed out `block_size`
+        at a time, from a multiple of it on.
+        """
 
     def before_append(self, layer_idx: int, k: Tensor, v: Tensor, slot_mapping: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [T, H_kv, D] on their way into the slots [T] -> what to store instead."""

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from m1_offline.kv_cache import KVCache
+
 from .base import CachePlugin
 
 if TYPE_CHECKING:
@@ -39,13 +41,15 @@ class KVCompressionPlugin(CachePlugin):
     def nbytes(self) -> int:
         return 0 if self._scales is None else self._scales.nbytes
 
-    def storage_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.int8
+    def storage_format(self, dtype: torch.dtype, head_dim: int) -> tuple[torch.dtype, int]:
+        return torch.int8, head_dim
 
-    def attach(self, num_layers: int, num_slots: int, num_kv_heads: int, dtype: torch.dtype,
-               device: torch.device) -> None:
+    def extra_bytes(self, num_slots: int, num_kv_heads: int, head_dim: int) -> int:
+        return 2 * num_slots * num_kv_heads * torch.float16.itemsize
+
+    def attach(self, kv_cache: KVCache, dtype: torch.dtype, block_size: int) -> None:
         assert self._scales is None, "one KVCompressionPlugin for each engine"
-        self._scales = torch.empty(2, num_layers, num_slots, num_kv_heads, dtype=torch.float16, device=device)
+        self._scales = torch.empty(2, *kv_cache.k.shape[:3], dtype=torch.float16, device=kv_cache.k.device)
         self._restored = dtype
 
     def before_append(self, layer_idx: int, k: Tensor, v: Tensor, slot_mapping: Tensor) -> tuple[Tensor, Tensor]:

@@ -92,7 +92,7 @@ class Lab:
         assert not self.engine.has_unfinished_requests()
         assert self.scheduler.kv_cache_manager.usage == 0
         assert (self.scheduler.waiting, self.scheduler.running) == ([], [])
-        assert (self.scheduler._entries, self.scheduler._requests) == ({}, {})
+        assert (self.scheduler._entries, self.scheduler._requests, self.scheduler._deadlines) == ({}, {}, {})
         assert self.engine.output_processor._states == {}
         assert all(count == 1 for count in self.watcher.completed.values()), "completed more than once"
 

@@ -37,6 +37,9 @@ class SlotPool(KVCacheManager):
     def allocate_slots(self, sequence: Sequence, num_tokens: int) -> bool:
         return self._hold(sequence, sequence.num_computed_tokens + num_tokens)
 
+    def fits_without(self, sequence: Sequence, num_tokens: int, victims: list[Sequence]) -> bool:
+        return num_tokens <= self.num_free + sum(self.held[v.seq_id] for v in victims)
+
     def fork(self, parent: Sequence, child: Sequence) -> bool:
         return self._hold(child, parent.num_computed_tokens)
 
@@ -85,10 +88,12 @@ class FakeLoop:
 
     def step(self) -> SchedulerOutput:
         running = {e.sequence for e in self.scheduler.running}
+        held = dict(self.manager.held) if isinstance(self.manager, SlotPool) else {}
         computed = {e.sequence: e.sequence.num_computed_tokens for e in self.scheduler.running}
         output = self.scheduler.schedule()
         self.num_steps += 1
         self._check(output, running, computed)
+        self._check_victims(output, held)
         families = [self._make_outputs(s.sequence) for s in output.scheduled]
         self.scheduler.update_from_output(output)
         for family in families:
@@ -149,6 +154,17 @@ class FakeLoop:
             assert output.total_num_scheduled_tokens <= scheduler.token_budget
         assert output.scheduled or not scheduler.has_unfinished_requests(), "something waits, and nothing runs"
         self._prefilled_last = bool(prefills)
+
+    def _check_victims(self, output: SchedulerOutput, held: dict[int, int]) -> None:
+        """Nobody is sent away in vain: without the last victim the step would not have fitted."""
+        if not output.preempted:
+            return
+        decodes = all(s.sequence.num_computed_tokens for s in output.scheduled)
+        if isinstance(self.manager, SlotPool):
+            short = self.manager.num_free <= held[output.preempted[-1].seq_id]      # equal: it needed the room itself
+            assert short or (not decodes and len(self.scheduler.running) == self.scheduler.max_num_seqs)
+        else:
+            assert not decodes, "a row is long enough: only a newcomer displaces"
 
     def check_queues(self) -> None:
         """Queues, states of the sequences, and what the manager has handed out agree."""

@@ -71,5 +71,7 @@ def test_step_costs_are_of_the_real_step(tiny_model: TinyModels) -> None:
     parts = [costs[f"{part}_share"] for part in ("schedule", "prepare", "model", "conclude")]
     assert all(share > 0 for share in parts)
     assert sum(parts) == pytest.approx(1, abs=0.2), "medians of shares"
+    assert 0 < costs["metadata_s"] < costs["prepare_s"], "metadata is a part of prepare"
+    assert costs["prompt_len"] == 64
     assert not llm.engine.has_unfinished_requests()
     assert llm.engine.scheduler.kv_cache_manager.usage == 0

@@ -32,7 +32,7 @@ from m2_continuous_batching.plugins import (
 )
 from m2_continuous_batching.plugins.kv_compression import quantise
 from m2_continuous_batching.simulation import Simulation, Simulator, StepCost
-from m2_continuous_batching.slot_cache import SlotCache
+from m2_continuous_batching.slot_cache import SlotCache, slot_cache_bytes
 
 PROMPTS = [[7, 8, 9], [20, 21], [5] * 9, [100, 3, 50, 60]]
 LENGTHS = [6, 3, 5, 1]
@@ -301,6 +301,12 @@ def test_compression_stores_fewer_bytes(tiny_model: TinyModels) -> None:
     assert compressed.cache.nbytes / plain.cache.nbytes == (head_dim + 2) / (2 * head_dim)
     assert compressed.cache.kv_cache.k.dtype is torch.int8
     assert plugin.nbytes == plugin.scales.nbytes == plain.cache.nbytes // head_dim
+    num_slots = plain.cache.kv_cache.k.shape[1]
+    assert compressed.cache.nbytes == slot_cache_bytes(plain.spec, num_slots, torch.bfloat16, [plugin])
+    with pytest.raises(ConfigError, match="kv_cache_memory_bytes"):
+        make(tiny_model, dtype="bfloat16", kv_cache_memory_bytes=compressed.cache.nbytes)
+    assert make(tiny_model, KVCompressionPlugin(), dtype="bfloat16",
+                kv_cache_memory_bytes=compressed.cache.nbytes).cache.nbytes == compressed.cache.nbytes
 
 
 def test_quantised_values_are_off_by_half_a_scale() -> None:

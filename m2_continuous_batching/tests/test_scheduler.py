@@ -164,6 +164,28 @@ class TestPolicies:
         output = loop.step()
         assert (who(output, a, b, c, d), output.preempted) == ({"d": 2}, b.sequences)
 
+    def test_nobody_leaves_for_a_newcomer_who_does_not_fit_even_so(self) -> None:
+        """F3.8. 24 slots: a (urgent) holds 15, b 4; c would need 10 and gets b's 4 and the 5 that are free at most."""
+        loop = loop_of("priority", rows=4, slots=24)
+        a, b = (loop.add(make_request(n, 5), SchedulingParams(priority=p)) for n, p in ((14, 0), (3, 2)))
+        loop.step()
+        c = loop.add(make_request(10, 2), SchedulingParams(priority=1))
+        loop.step()
+        output = loop.step()
+        assert (who(output, a, b, c), output.preempted) == ({"a": 1, "b": 1}, [])
+        loop.run(50)
+        assert all(r.is_finished for r in (a, b, c))
+
+    def test_no_more_leave_than_have_to(self) -> None:
+        """24 slots: three hold 5 each; a newcomer of 14 gets the 9 that are free and those of the least urgent."""
+        loop = loop_of("priority", rows=4, slots=24)
+        a, b, c = (loop.add(make_request(4, 5), SchedulingParams(priority=p)) for p in (1, 3, 2))
+        loop.step()
+        d = loop.add(make_request(14, 2), SchedulingParams(priority=0))
+        loop.step()
+        output = loop.step()
+        assert (who(output, a, b, c, d), output.preempted) == ({"d": 14}, b.sequences)
+
     def test_ageing_orders_by_priority_less_what_waiting_is_worth(self) -> None:
         """The constant key orders as priority - waited / interval does, at any time after the arrivals."""
         loop = loop_of("ageing:5", rows=1)
@@ -335,6 +357,16 @@ class TestEndings:
         assert a.sequences[0].status is SequenceStatus.FINISHED_ABORTED
         loop.run(2)
         assert loop.manager.usage == 0
+
+    def test_only_time_limits_are_looked_at(self) -> None:
+        """However many wait: a step without limits compares no clock."""
+        loop = loop_of(rows=1)
+        requests = [loop.add(make_request(2, 2), SchedulingParams(timeout_s=t)) for t in (None, 9.0, None)]
+        assert list(loop.scheduler._deadlines.values()) == [9.0]
+        loop.scheduler.abort_request(requests[1].request_id)
+        assert not loop.scheduler._deadlines
+        loop.now = 10.0
+        assert not loop.step().expired
 
     def test_an_output_that_has_ended_keeps_its_reason(self) -> None:
         loop = loop_of(rows=1)

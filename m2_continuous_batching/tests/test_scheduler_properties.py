@@ -88,6 +88,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(r.is_finished for r in self.requests)
         assert self.loop.manager.usage == 0
         assert not self.loop.scheduler._requests
+        assert not self.loop.scheduler._deadlines
         if self.policy == "fcfs" and not self.reordered:
             order = {r.request_id: i for i, r in enumerate(self.requests)}
             admitted = [order[i] for i in self.loop.admitted]

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 
 import openai
 import pytest
@@ -15,21 +14,11 @@ from m2_continuous_batching.server.answers import Envelope
 from m2_continuous_batching.server.chat import _events
 from m2_continuous_batching.server.parameters import chat_params
 from m2_continuous_batching.server.protocol import ChatBody
-from m2_continuous_batching.testing.server import MODEL, RunningServer
+from m2_continuous_batching.testing.fixtures import server_and_offline
+from m2_continuous_batching.testing.server import MODEL
 
-OPTIONS = {"dtype": "float32", "max_model_len": 96, "max_num_seqs": 4}
+server, offline = server_and_offline(LLM, max_model_len=96)
 MESSAGES = [{"role": "system", "content": "the one"}, {"role": "user", "content": "on the 中"}]
-
-
-@pytest.fixture(scope="module")
-def server(tiny_model):
-    with RunningServer(partial(LLM, str(tiny_model("qwen3")), **OPTIONS)) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def offline(tiny_model):
-    return LLM(str(tiny_model("qwen3")), **OPTIONS)
 
 
 def expected(offline, **settings):

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from functools import partial
 
 import openai
 import pytest
@@ -13,21 +12,11 @@ from m0_basics import SamplingParams
 from m0_basics.testing.parity import mixed_length_prompts, reference_logits
 from m2_continuous_batching import LLM
 from m2_continuous_batching.server.completions import _Choice
-from m2_continuous_batching.testing.server import MODEL, RunningServer
+from m2_continuous_batching.testing.fixtures import server_and_offline
+from m2_continuous_batching.testing.server import MODEL
 
-OPTIONS = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 4}
+server, offline = server_and_offline(LLM, max_model_len=128)
 PROMPTS = ["the one", "on the 中", "Hello", "in an error"]
-
-
-@pytest.fixture(scope="module")
-def server(tiny_model):
-    with RunningServer(partial(LLM, str(tiny_model("qwen3")), **OPTIONS)) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def offline(tiny_model):
-    return LLM(str(tiny_model("qwen3")), **OPTIONS)
 
 
 def greedy(offline, prompts, **settings):

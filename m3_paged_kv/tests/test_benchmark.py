@@ -1,4 +1,4 @@
-"""F3.7, F3.9: the benchmark runs every part, small; rows and blocks give the same tokens."""
+"""F3.7, F3.9, F3.10: the benchmark runs every part, small; rows and blocks give the same tokens."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 from m0_basics.bench import BenchReport
 from m0_basics.testing.fixtures import TinyModels
 from m3_paged_kv import LLM, benchmark
+from m3_paged_kv.cache_error import all_variants
 from m3_paged_kv.crossover import crossover
 
 
@@ -23,7 +24,14 @@ def test_every_part_is_there(tmp_path: Path, tiny_model: TinyModels) -> None:
     shares = list(report.measurements["block_sizes"].values())
     assert shares[0] == 1.0, "blocks of one token waste nothing"
     assert all(0 < share <= 1 for share in shares)
-    assert {p.name for p in tmp_path.glob("*.png")} == {"same_memory.png", "timeline.png", "crossover.png"}
+    steps = report.measurements["step_costs"]
+    assert 0 < steps["metadata_s"] < steps["prepare_s"] < steps["step_s"]
+    assert 0 < steps["metadata_share"] < steps["prepare_share"] < 1
+    errors = report.measurements["cache_error"]
+    assert errors["positions"] == [32, 64, 96]
+    assert set(errors["variants"]) == set(all_variants(64))
+    assert {p.name for p in tmp_path.glob("*.png")} == {"same_memory.png", "timeline.png", "crossover.png",
+                                                        "cache_error.png"}
 
 
 def test_crossover_leaves_nothing_behind(tiny_model: TinyModels) -> None:

@@ -1,4 +1,4 @@
-"""F3.1, F3.5, F3.6: whatever happens to sequences, each finds its own tokens where its block table says.
+"""F3.1, F3.5, F3.6, F3.10: whatever happens to sequences, each finds its own tokens where its block table says.
 
 The manager keeps books; here is a memory to go with them. Every slot holds the mark of the token that was written
 to it last. Copies are made as the engine makes them, before anything is written. If a block were shared and written,
@@ -25,14 +25,14 @@ def make_sequence(num_tokens: int = 1) -> Sequence:
 
 
 class PagedMachine(RuleBasedStateMachine):
-    """Start, grow, fork, preempt, resume, free, in any order."""
+    """Start, grow, fork, forget, preempt, resume, free, in any order."""
 
     @initialize(num_blocks=st.integers(2, 10), block_size=st.integers(1, 4), num_host_blocks=st.integers(0, 8))
     def begin(self, num_blocks: int, block_size: int, num_host_blocks: int) -> None:
         self.manager = PagedKVCacheManager(num_blocks, block_size, num_host_blocks)
         self.memory: dict[int, int] = {}
         self.marks = itertools.count()
-        self.content: dict[Sequence, list[int]] = {}        # on the device: the mark of each computed token
+        self.content: dict[Sequence, list[int]] = {}        # on the device: the mark of each token that is kept
         self.swapped: dict[Sequence, list[int]] = {}
 
     def slots(self, sequence: Sequence, count: int) -> list[int]:
@@ -48,8 +48,9 @@ class PagedMachine(RuleBasedStateMachine):
         for slot in self.slots(sequence, len(content) + num_tokens)[len(content):]:
             content.append(next(self.marks))
             self.memory[slot] = content[-1]
-        sequence.num_computed_tokens = len(content)
-        sequence.data.output_token_ids[:] = [1] * len(content)      # one more than is computed, as the prompt has one
+        sequence.num_computed_tokens = len(content) + self.manager.num_evicted(sequence)
+        # One more than is computed, as the prompt has one.
+        sequence.data.output_token_ids[:] = [1] * sequence.num_computed_tokens
 
     @rule(num_tokens=st.integers(1, 12))
     def start(self, num_tokens: int) -> None:
@@ -93,8 +94,27 @@ class PagedMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.content)
     @rule(data=st.data())
-    def preempt(self, data: st.DataObject) -> None:
+    def forget(self, data: st.DataObject) -> None:
+        """F3.10: full blocks leave from anywhere; the tokens after them are found that much further to the front."""
         sequence = data.draw(st.sampled_from(list(self.content)))
+        content, size = self.content[sequence], self.manager.block_size
+        full = range((len(content) - 1) // size)
+        chosen = data.draw(st.sets(st.sampled_from(full))) if full else set()
+        table = self.manager.block_table(sequence)
+        freed = sum(self.manager.pool.ref_count(table[i]) == 1 for i in chosen)
+        before, evicted = self.manager.pool.num_free, self.manager.num_evicted(sequence)
+        self.manager.evict(sequence, chosen)
+        assert self.manager.pool.num_free == before + freed, "blocks of others stay"
+        assert self.manager.num_evicted(sequence) == evicted + len(chosen) * size
+        self.content[sequence] = [mark for i, mark in enumerate(content) if i // size not in chosen]
+        assert self.manager.num_kept(sequence) == len(self.content[sequence])
+
+    @precondition(lambda self: self.content)
+    @rule(data=st.data())
+    def preempt(self, data: st.DataObject) -> None:
+        self.send_away(data.draw(st.sampled_from(list(self.content))))
+
+    def send_away(self, sequence: Sequence) -> None:
         shared = [b for b in self.manager.block_table(sequence) if self.manager.pool.ref_count(b) > 1]
         status = self.manager.preempt(sequence)
         content = self.content.pop(sequence)
@@ -103,22 +123,48 @@ class PagedMachine(RuleBasedStateMachine):
             self.swapped[sequence] = content
         else:
             assert status is SequenceStatus.WAITING
-            assert self.manager.get_num_computed_tokens(sequence) == 0
+            assert self.manager.get_num_computed_tokens(sequence) == self.manager.num_evicted(sequence) == 0
 
     @precondition(lambda self: self.swapped)
     @rule(data=st.data())
     def resume(self, data: st.DataObject) -> None:
         sequence = data.draw(st.sampled_from(list(self.swapped)))
-        assert self.manager.get_num_computed_tokens(sequence) == len(self.swapped[sequence])
+        assert (self.manager.get_num_computed_tokens(sequence)
+                == len(self.swapped[sequence]) + self.manager.num_evicted(sequence))
         nobody_runs = not self.content
         started = self.manager.allocate_slots(sequence, 1)
         if started:
             self.content[sequence] = self.swapped.pop(sequence)
-            sequence.num_computed_tokens = len(self.content[sequence])
+            sequence.num_computed_tokens = len(self.content[sequence]) + self.manager.num_evicted(sequence)
             self.copy_and_write(sequence, 1)
         if nobody_runs:
             assert started or not self.manager.can_ever_hold(len(self.swapped[sequence]) + 1)
             self.forget_dropped()
+
+    @precondition(lambda self: self.content)
+    @rule(data=st.data(), num_tokens=st.integers(1, 12))
+    def displace(self, data: st.DataObject, num_tokens: int) -> None:
+        """F3.8: what is said of a newcomer before anybody leaves is what is found afterwards."""
+        newcomer = data.draw(st.sampled_from([make_sequence(), *self.swapped]))
+        content = self.swapped.get(newcomer, [])
+        if content:
+            num_tokens = 1
+        victims = data.draw(st.lists(st.sampled_from(list(self.content)), unique=True))
+        if not self.manager.can_ever_hold(len(content) + num_tokens):
+            return
+        before = self.manager.pool.num_free, self.manager.host_pool.num_free
+        expected = self.manager.fits_without(newcomer, num_tokens, victims)
+        assert (self.manager.pool.num_free, self.manager.host_pool.num_free) == before, "to ask changes nothing"
+        for victim in victims:
+            self.send_away(victim)
+        assert self.manager.allocate_slots(newcomer, num_tokens) == expected
+        if expected:
+            newcomer.status = SequenceStatus.RUNNING
+            self.swapped.pop(newcomer, None)
+            self.content[newcomer] = content
+            newcomer.num_computed_tokens = len(content) + self.manager.num_evicted(newcomer)
+            self.copy_and_write(newcomer, num_tokens)
+        self.forget_dropped()
 
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
@@ -253,3 +299,18 @@ def test_newcomers_leave_the_watermark_free() -> None:
     started(manager, 4)
     assert not manager.allocate_slots(make_sequence(), 32)
     assert manager.allocate_slots(make_sequence(), 28)
+
+
+def test_what_victims_would_free_depends_on_host_memory() -> None:
+    """F3.8: host memory takes the first victim's block. The other two are recomputed, so what they share comes free."""
+    manager = PagedKVCacheManager(6, 4, num_host_blocks=1)
+    alone, parent = started(manager, 4), started(manager, 4)
+    child = parent.fork(next_seq_id(), 1)
+    manager.fork(parent, child)
+    for sequence in (parent, child):
+        assert manager.allocate_slots(sequence, 4)
+        sequence.num_computed_tokens = 8
+    started(manager, 4)                                     # five blocks are held, one is free
+    newcomer = make_sequence()
+    assert [manager.fits_without(newcomer, 4 * n, [alone, parent, child]) for n in (5, 6)] == [True, False]
+    assert [manager.fits_without(newcomer, 4 * n, [parent, child]) for n in (3, 4)] == [True, False]

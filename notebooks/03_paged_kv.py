@@ -1,0 +1,581 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # The paged KV cache: memory in blocks
+#
+# The engine before this one reserves a row of the cache for each sequence, as long as the longest one may get. Most of
+# it stays empty. Here the cache is cut into small blocks. A sequence takes one when it needs one, from anywhere.
+#
+# We watch the pool fill, share, overflow and empty. Then we count what it gains, and look for what it costs.
+
+# %%
+from functools import partial
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from IPython.display import Markdown
+from matplotlib.patches import Patch
+
+import m2_continuous_batching as m2
+from m0_basics import Sequence, SequenceData
+from m0_basics.analysis.cpu_roofline import best_seconds
+from m0_basics.attention import ScheduledSequence
+from m0_basics.bench import EngineContender
+from m0_basics.bench.workloads import ragged
+from m0_basics.request import Request
+from m2_continuous_batching.attention import RaggedAttention
+from m2_continuous_batching.kv_cache_manager import RowKVCacheManager, SlotCopy
+from m2_continuous_batching.plugins.base import SchedulerPlugin, StepStats
+from m2_continuous_batching.scheduler import Scheduler
+from m2_continuous_batching.slot_cache import SlotCache
+from m3_paged_kv import LLM, SamplingParams
+from m3_paged_kv.attention import PagedAttention
+from m3_paged_kv.crossover import crossover
+from m3_paged_kv.eviction import AttentionSinks
+from m3_paged_kv.fragmentation import FragmentationMeter, block_utilisation, row_utilisation
+from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
+from m3_paged_kv.pool_pictures import SHARED, PoolRecorder, draw_pool, draw_tables
+
+INK, BLUE, ORANGE, GREEN, RED, GREY, LIGHT = (
+    "#22313f", "#2f6f9f", "#e08a3c", "#4c9a6a", "#b5483a", "#9aa5b1", "#e8ecf0")
+SKY = "#9cc3de"
+plt.rcParams.update({
+    "figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 11, "axes.titlesize": 12,
+    "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
+    "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "legend.frameon": False})
+
+torch.set_num_threads(1)        # steadier times on a machine that has other work
+COMMON = {"dtype": "bfloat16", "device": "cpu", "max_model_len": 256}
+EXACT = COMMON | {"dtype": "float32"}        # where tokens are compared: rounding must not decide
+
+
+def output_of(length: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+
+
+def add(llm: LLM | m2.LLM, prompt: str, params: SamplingParams) -> Request:
+    """Queue a request in the engine, and return it to be looked at."""
+    request = llm.input_processor.process({"prompt": prompt}, params)
+    llm.engine.add_request(request)
+    return request
+
+
+def finish(llm: LLM | m2.LLM) -> None:
+    while llm.engine.has_unfinished_requests():
+        llm.engine.step()
+
+# %% [markdown]
+# ## 1. The pool fills, block by block
+#
+# Two dozen blocks, eight tokens each. Three requests start together; a fourth one comes when the shortest is done. After
+# every step a plugin notes who holds which block: `PoolRecorder`, which comes with this milestone.
+
+# %%
+BLOCKS, SIZE = 24, 8
+watch = PoolRecorder()
+llm = LLM(**EXACT, num_blocks=BLOCKS, block_size=SIZE, plugins=[watch])
+JOBS = {"A": ("The best thing about the sea is", 44), "B": ("Once upon a time there was a king who", 10),
+        "C": ("In the garden behind the old house we found a small door, and nobody knew where it led.", 30),
+        "D": ("A long letter from a friend in another town, about the weather, the harvest, the new road and", 26)}
+
+
+def serve(engine: LLM | m2.LLM) -> dict[str, Request]:
+    """A, B and C at once; D when B is done."""
+    requests = {name: add(engine, prompt, output_of(n)) for name, (prompt, n) in JOBS.items() if name != "D"}
+    while not requests["B"].is_finished:
+        engine.engine.step()
+    requests["D"] = add(engine, JOBS["D"][0], output_of(JOBS["D"][1]))
+    finish(engine)
+    return requests
+
+
+requests = serve(llm)
+ids = {request.sequences[0].seq_id: name for name, request in requests.items()}
+COLOURS = dict(zip(ids, (BLUE, ORANGE, GREEN, RED), strict=True))
+for name, request in requests.items():
+    [sequence] = request.sequences
+    stored = sequence.num_tokens - 1            # the last token is returned, and never stored
+    print(f"{name}: {sequence.num_prompt_tokens:2} prompt tokens, {len(sequence.output_token_ids):2} of output, "
+          f"{llm.manager.num_blocks_of(stored)} blocks in the end")
+print(f"blocks held at the busiest moment: {max(map(len, watch.history))} of {BLOCKS}; now: {llm.manager.pool.num_used}")
+
+# %%
+figure, axes = plt.subplots(figsize=(13, 5.6))
+draw_pool(axes, watch.history, "device", BLOCKS, SIZE, COLOURS)
+axes.set_title("Who holds which block, step by step", loc="left")
+figure.legend(handles=[Patch(color=c, label=ids[s]) for s, c in COLOURS.items()] +
+              [Patch(color=GREY, alpha=0.35, label="pale: reserved, still empty")], loc="outside lower center", ncols=5)
+plt.show()
+
+# %% [markdown]
+# Each stripe between two white lines is a block. A staircase is a sequence that fills its newest block, token by token.
+# When it is full, the next free block is taken, wherever it lies. When B leaves, its blocks go to whoever asks next.
+#
+# The pale corners are all the waste there is: the empty end of everybody's last block.
+#
+# **Question.** Why does a sequence never hold a block that it has not begun to fill?
+
+# %% [markdown]
+# ## 2. Any block will do
+#
+# The blocks of a sequence are scattered. Its block table says where they are: token `i` lies in slot
+# `table[i // size] * size + i % size`. We run the same requests half way, and look at the tables.
+
+# %%
+half = {name: add(llm, prompt, output_of(n)) for name, (prompt, n) in JOBS.items() if name != "D"}
+while not half["B"].is_finished:
+    llm.engine.step()
+half["D"] = add(llm, JOBS["D"][0], output_of(JOBS["D"][1]))
+for _ in range(12):
+    llm.engine.step()
+running = {name: request.sequences[0] for name, request in half.items() if not request.is_finished}
+tables = {s.seq_id: list(llm.manager.block_table(s)) for s in running.values()}
+keys = {name: llm.cache.kv_cache.k[:, [tables[s.seq_id][i // SIZE] * SIZE + i % SIZE
+                                       for i in range(s.num_computed_tokens)]] for name, s in running.items()}
+for name, s in running.items():
+    print(f"{name}: {s.num_computed_tokens:2} tokens stored, block table {tables[s.seq_id]}")
+
+# %%
+figure, axes = plt.subplots(figsize=(13, 2.8))
+draw_tables(axes, tables, BLOCKS, {s.seq_id: COLOURS[i] for i, name in ids.items() for n, s in running.items()
+                                   if n == name}, {s.seq_id: name for name, s in running.items()})
+axes.set_title("Block tables: in the order of the sequence above, where they lie below", loc="left")
+plt.show()
+
+# %% [markdown]
+# The model must not notice. So we let the engine with rows do the same, and compare twice: the keys of every sequence,
+# collected through its table here and cut out of its row there; and then the tokens.
+
+# %%
+rows = m2.LLM(**EXACT, max_num_seqs=4)
+again = {name: add(rows, prompt, output_of(n)) for name, (prompt, n) in JOBS.items() if name != "D"}
+while not again["B"].is_finished:
+    rows.engine.step()
+again["D"] = add(rows, JOBS["D"][0], output_of(JOBS["D"][1]))
+for _ in range(12):
+    rows.engine.step()
+for name, gathered in keys.items():
+    first = rows.engine.scheduler.kv_cache_manager.first_slot(again[name].sequences[0])
+    row = rows.cache.kv_cache.k[:, first:first + gathered.shape[1]]
+    print(f"{name}: {gathered.shape[1]} keys in each of {gathered.shape[0]} layers, largest difference "
+          f"{(gathered - row).abs().max():.0e} (largest key {row.abs().max():.0f})")
+    torch.testing.assert_close(gathered, row, rtol=1e-4, atol=1e-3)
+finish(llm)
+finish(rows)
+for name, request in again.items():
+    tokens = request.sequences[0].output_token_ids
+    assert tokens == half[name].sequences[0].output_token_ids == requests[name].sequences[0].output_token_ids
+print("the tokens of all requests are the same, from rows and from blocks")
+
+# %% [markdown]
+# The attention is the one of the milestone before. Only the addresses are looked up.
+#
+# **Question.** Two sequences run the same step. What would happen if a table named a block that belongs to the other?
+
+# %% [markdown]
+# ## 3. One prompt, several outputs
+#
+# With `n` outputs the prompt is the same for all. So they hold the same blocks, and each block counts its holders. The
+# moment one of them writes into a shared block, it gets a copy of that block alone: copy-on-write.
+#
+# We also note the copies that the engine is told to make.
+
+# %%
+class Copies(SchedulerPlugin):
+    """The copies of each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[SlotCopy]] = []
+
+    def after_step(self, scheduler: Scheduler, stats: StepStats) -> None:
+        self.steps.append(stats.output.copies)
+
+
+PROMPT, OUTPUT, N = 20, 16, 4
+copies = Copies()
+llm.engine.plugins.append(copies)
+watch.history.clear()
+params = SamplingParams(n=N, temperature=1.0, seed=7, max_tokens=OUTPUT, ignore_eos=True)
+request = llm.input_processor.process({"prompt_token_ids": list(range(1000, 1000 + PROMPT))}, params)
+llm.engine.add_request(request)
+finish(llm)
+family = [s.seq_id for s in request.sequences]
+holders = [sorted((len(h) for h in state.values()), reverse=True) for state in watch.history]
+print(f"a prompt of {PROMPT} tokens, {N} outputs of {OUTPUT}, blocks of {SIZE}")
+print(f"holders of each block: after the prompt's step {holders[0]}, one step later {holders[1]}")
+made = {step: copied for step, copied in enumerate(copies.steps) if copied}
+for step, copied in made.items():
+    print(f"step {step}: {len(copied)} copies of {', '.join(str(c.num_slots) for c in copied)} slots")
+assert list(made) == [1] and len(made[1]) == N - 1, "all but one of the holders copy; the last one has it for itself"
+
+# %%
+counts = (1, 2, 4, 6)
+held = []
+for n in counts:
+    watch.history.clear()
+    llm.generate([list(range(1000, 1000 + PROMPT))], SamplingParams(n=n, temperature=1.0, seed=7, max_tokens=OUTPUT,
+                                                                   ignore_eos=True), use_tqdm=False)
+    held.append(max(map(len, watch.history)))
+    if n == N:
+        drawn = list(watch.history)
+family = sorted({s for state in drawn for h in state.values() for s in h})
+figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.6), width_ratios=(2.2, 1))
+draw_pool(left, drawn, "device", BLOCKS, SIZE, dict(zip(family, (BLUE, ORANGE, GREEN, RED), strict=True)))
+left.set_title(f"{N} outputs of one prompt", loc="left")
+places = np.arange(len(counts))
+right.bar(places - 0.2, [n * held[0] for n in counts], 0.38, color=GREY, label="a copy of the prompt each")
+right.bar(places + 0.2, held, 0.38, color=BLUE, label="shared")
+right.set_xticks(places, counts)
+right.set(xlabel="outputs", ylabel="blocks at the most")
+right.set_title("Blocks held", loc="left")
+right.legend(loc="upper left")
+figure.legend(handles=[Patch(color=SHARED, label="a block of several outputs")], loc="outside lower left")
+plt.show()
+for n, blocks in zip(counts, held, strict=True):
+    # An output that is done gives its blocks back before we look, so the last token that we see stored is the one before.
+    shared, own = PROMPT // SIZE, llm.manager.num_blocks_of(PROMPT + OUTPUT - 2) - PROMPT // SIZE
+    assert blocks == shared + n * own
+print("blocks held = full blocks of the prompt + outputs x blocks of their own, for every n")
+
+# %% [markdown]
+# The dark stripes are the full blocks of the prompt. Nobody writes there again, so they are never copied. The block in
+# which the prompt ends is shared for one step only.
+#
+# **Question.** A prompt that ends exactly at the end of a block needs no copy at all. Why?
+
+# %% [markdown]
+# ## 4. Out to the host, and back
+#
+# Now the pool is too small. A sequence needs a block and there is none. Somebody has to give way. Its blocks are copied
+# to host memory, and later back, to whichever blocks are free then. Here both pools are small, so that we can see it.
+
+# %%
+FEW, HOST = 14, 10
+BLOCK_GIB = llm.cache.nbytes / BLOCKS / 2**30
+swap_watch, swap_copies = PoolRecorder(), Copies()
+tight = LLM(**EXACT, num_blocks=FEW, block_size=SIZE, swap_space=(HOST + 0.5) * BLOCK_GIB,
+            plugins=[swap_watch, swap_copies])
+STORIES = {"A": "The captain of the ship looked at the", "B": "My grandmother always used to say that",
+           "C": "The first rule of the kitchen is", "D": "In winter the little town by the lake"}
+want = [output_of(40)] * len(STORIES)
+tight_requests = {name: add(tight, text, output_of(40)) for name, text in STORIES.items()}
+finish(tight)
+undisturbed = llm.generate(list(STORIES.values()), want, use_tqdm=False)
+for (name, request), alone in zip(tight_requests.items(), undisturbed, strict=True):
+    assert list(request.sequences[0].output_token_ids) == list(alone.outputs[0].token_ids)
+    print(f"{name}: tokens identical to those of a run with room for all")
+last = FEW * SIZE               # the host's slots follow the device's
+out, back = ([c for step in swap_copies.steps for c in step if side(c)] for side in (
+    lambda c: c.target >= last, lambda c: c.source >= last))
+assert len(out) == len(back) > 0
+print(f"blocks copied to the host: {len(out)}, and back: {len(back)}; left behind on either side: "
+      f"{tight.manager.pool.num_used + tight.manager.host_pool.num_used}")
+
+# %%
+figure, panels = plt.subplots(2, 1, figsize=(13, 6.4), sharex=True)
+swap_ids = {request.sequences[0].seq_id: name for name, request in tight_requests.items()}
+swap_colours = dict(zip(swap_ids, (BLUE, ORANGE, GREEN, RED), strict=True))
+for axes, pool, count in zip(panels, ("device", "host"), (FEW, HOST), strict=True):
+    draw_pool(axes, swap_watch.history, pool, count, SIZE, swap_colours)
+panels[0].set(xlabel="")
+panels[0].set_title("The pool is full: the last one in the queue goes to the host, and comes back", loc="left")
+figure.legend(handles=[Patch(color=c, label=swap_ids[s]) for s, c in swap_colours.items()],
+              loc="outside lower center", ncols=4)
+plt.show()
+
+# %% [markdown]
+# While a sequence is on the host its tokens stand still, and the others have its blocks. It comes back to other blocks
+# than before, and only its table knows.
+#
+# **Question.** On the host the order of a sequence's blocks is turned round. Where in `preempt` does that come from?
+
+# %% [markdown]
+# ## 5. Copy, or compute again?
+#
+# The other way is to forget the cache and run prompt and output again, in one step. We time both for one sequence, as it
+# grows: run all its tokens; or copy its cache out and back.
+
+# %%
+roomy = LLM(**COMMON, num_blocks=128, block_size=16)
+ways = crossover(roomy, (8, 32, 64, 128, 224), rounds=3)
+Markdown("\n".join(["| tokens | run again (ms) | out and back (ms) | times |", "|--:|--:|--:|--:|"] + [
+    f"| {w['length']} | {1e3 * w['recompute_s']:.1f} | {1e3 * w['swap_s']:.2f} | {w['recompute_s'] / w['swap_s']:.0f} |"
+    for w in ways]))
+
+# %%
+figure, axes = plt.subplots(figsize=(8, 4))
+lengths = [w["length"] for w in ways]
+axes.plot(lengths, [1e3 * w["recompute_s"] for w in ways], "o-", color=RED, label="run the tokens again")
+axes.plot(lengths, [1e3 * w["swap_s"] for w in ways], "o-", color=BLUE, label="copy out and back")
+axes.set(yscale="log", xlabel="tokens of the sequence", ylabel="ms")
+axes.set_title("Bringing a sequence back")
+axes.legend()
+axes.grid(alpha=0.25)
+plt.show()
+
+# %% [markdown]
+# On this CPU a copy stays inside one memory, and computing is slow: copying wins everywhere. A GPU turns both around. Its
+# cache crosses a narrow bus, and it computes fast.
+#
+# **Question.** Which of the two curves rises faster than the length, for very long sequences?
+
+# %% [markdown]
+# ## 6. What a row wastes
+#
+# The same memory twice: as four rows for the longest sequence, and as blocks. The same ragged requests, all at once. After
+# every step we count the slots: those that hold a token, those that are reserved and empty, those that are free.
+
+# %%
+class RowMeter(SchedulerPlugin):
+    """What `FragmentationMeter` measures, for rows."""
+
+    def __init__(self) -> None:
+        self.history: list[tuple[int, int, int]] = []       # stored, reserved, sequences
+
+    def after_step(self, scheduler: Scheduler, stats: StepStats) -> None:
+        running = scheduler.running
+        self.history.append((sum(e.sequence.num_computed_tokens for e in running),
+                             len(running) * scheduler.kv_cache_manager.row_size, len(running)))
+
+
+ROWS, ROW = 4, COMMON["max_model_len"]
+SLOTS = ROWS * ROW
+workload = ragged(20, seed=3, prompt_min=8, prompt_max=96, output_min=6, output_max=20)
+row_meter, meter = RowMeter(), FragmentationMeter()
+in_rows = m2.LLM(**EXACT, max_num_seqs=ROWS, plugins=[row_meter])
+in_blocks = LLM(**EXACT, num_blocks=SLOTS // 16, plugins=[meter])
+served = {"rows": EngineContender("rows", in_rows).serve(workload),
+          "blocks": EngineContender("blocks", in_blocks).serve(workload)}
+history = {"rows": np.array(row_meter.history),
+           "blocks": np.array([(f.stored, f.reserved, f.num_sequences) for f in meter.history])}
+for name, counted in history.items():
+    stored, reserved, sequences = counted[counted[:, 1] > 0].T
+    print(f"{name:6} of what is reserved, {np.mean(stored / reserved):.0%} holds a token; wasted per sequence: "
+          f"{np.mean((reserved - stored) / sequences):.1f} slots")
+assert all(f.waste_per_sequence < 16 for f in meter.history), "less than one block each"
+print(f"a much quoted example, 512 and 128 tokens in rows of 2048: {row_utilisation([512, 128], 2048):.1%}; "
+      f"in blocks of 16: {block_utilisation([512, 128], 16):.0%}")
+
+# %%
+figure, panels = plt.subplots(1, 2, figsize=(13, 4), sharey=True)
+for axes, (name, counted) in zip(panels, history.items(), strict=True):
+    stored, reserved, _ = counted.T
+    axes.stackplot(range(len(counted)), stored, reserved - stored, SLOTS - reserved, step="post",
+                   colors=(BLUE, ORANGE, LIGHT), labels=("holds a token", "reserved, empty", "free"))
+    axes.set(xlim=(0, len(counted) - 1), ylim=(0, SLOTS), xlabel="step")
+    axes.set_title(f"{name}: {len(counted)} steps")
+panels[0].set_ylabel("slots")
+panels[0].legend(loc="lower left", facecolor="white", frameon=True, edgecolor="none", framealpha=0.85)
+plt.show()
+
+# %% [markdown]
+# Rows are full when all are taken, however little is in them. Blocks are full when they hold tokens.
+#
+# **Question.** In the right picture the orange band gets thinner towards the end. How thick is it for each sequence?
+
+# %% [markdown]
+# ## 7. More at the same time
+#
+# Memory that is not wasted holds other sequences. This is the same run: how many have a place in each step?
+
+# %%
+for name, counted in history.items():
+    sequences = counted[:, 2]
+    print(f"{name:6} at most {sequences.max():2} sequences side by side, {sequences.mean():4.1f} on average; "
+          f"{len(counted)} steps, {served[name].duration_s:.1f} s, "
+          f"{workload.num_output_tokens / served[name].duration_s:.0f} tokens/s")
+assert served["rows"].token_ids == served["blocks"].token_ids
+print("the tokens of all requests are the same")
+
+# %%
+figure, axes = plt.subplots(figsize=(11, 3.6))
+for (name, counted), colour in zip(history.items(), (GREY, BLUE), strict=True):
+    axes.fill_between(range(len(counted)), counted[:, 2], step="post", color=colour, alpha=0.8, label=name, lw=0)
+axes.set(xlabel="step", ylabel="sequences with a place", xlim=(0, None), ylim=(0, None))
+axes.set_title("The same memory, in rows and in blocks", loc="left")
+axes.legend()
+plt.show()
+
+# %% [markdown]
+# Fewer steps, each with more sequences. As every step reads all the weights, the run is over sooner.
+#
+# **Question.** If the rows were as long as the longest of these requests, and no longer, how many would fit?
+
+# %% [markdown]
+# ## 8. How large should a block be?
+#
+# A small block wastes less at the end. A large one needs fewer entries in the table. We run the same requests with room
+# for all, and time one attention layer and its metadata in a decode step.
+
+# %%
+SIZES = (1, 4, 16, 64, 256)
+BATCH, CONTEXT = 16, 200
+spec, heads = llm.spec, llm.spec.num_attention_heads
+
+
+def decode_step(manager: PagedKVCacheManager | RowKVCacheManager) -> list[ScheduledSequence]:
+    """Sequences of one length, each with a newest token to run."""
+    step = []
+    for i in range(BATCH):
+        sequence = Sequence(i, SequenceData(list(range(CONTEXT))), output_of(1), 0)
+        assert manager.allocate_slots(sequence, CONTEXT)
+        sequence.num_computed_tokens = CONTEXT - 1
+        step.append(ScheduledSequence(sequence, 1))
+    return step
+
+
+def times(backend: PagedAttention | RaggedAttention, step: list[ScheduledSequence]) -> tuple[float, float]:
+    """Seconds for the metadata of a step, and for one layer's attention in it."""
+    metadata = backend.build_metadata(step)
+    q, (k, v) = torch.randn(BATCH, heads, spec.head_dim), torch.randn(2, BATCH, spec.num_key_value_heads, spec.head_dim)
+    return (best_seconds(partial(backend.build_metadata, step), rounds=15),
+            best_seconds(partial(backend.forward, 0, q, k, v, metadata), rounds=15))
+
+
+cache = SlotCache(spec, BATCH * ROW, torch.float32, torch.device("cpu"))
+cache.kv_cache.k.normal_()
+cache.kv_cache.v.normal_()
+measured = {}
+for size in SIZES:
+    size_meter = FragmentationMeter()
+    EngineContender("m3", LLM(**COMMON, num_blocks=4 * SLOTS // size, block_size=size, plugins=[size_meter])).serve(workload)
+    manager = PagedKVCacheManager(BATCH * ROW // size, size)
+    backend = PagedAttention(cache, manager, torch.float32)
+    measured[size] = (size_meter.mean_utilisation, *times(backend, decode_step(manager)))
+row_manager = RowKVCacheManager(BATCH, ROW)
+row_times = times(RaggedAttention(cache, row_manager, torch.float32), decode_step(row_manager))
+assert measured[1][0] == 1.0, "blocks of one token waste nothing"
+Markdown("\n".join(["| block size | used | metadata (ms) | one layer (ms) |", "|--:|--:|--:|--:|"] + [
+    f"| {size} | {used:.1%} | {1e3 * prepare:.2f} | {1e3 * layer:.2f} |" for size, (used, prepare, layer) in measured.items()]
+    + [f"| a row each | | {1e3 * row_times[0]:.2f} | {1e3 * row_times[1]:.2f} |"]))
+
+# %%
+used, prepare, layer = (np.array(column) for column in zip(*measured.values(), strict=True))
+figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4))
+places = np.arange(len(SIZES))
+left.bar(places, 100 * used, 0.6, color=BLUE)
+left.set(ylim=(0, 105), ylabel="percent of the reserved slots", xlabel="block size")
+left.set_title("Holds a token")
+right.bar(places - 0.2, 1e3 * prepare, 0.38, color=ORANGE, label="metadata, once a step")
+right.bar(places + 0.2, 1e3 * layer, 0.38, color=BLUE, label="attention, one layer")
+right.axhline(1e3 * row_times[0], color=ORANGE, ls="--", lw=1)
+right.axhline(1e3 * row_times[1], color=BLUE, ls="--", lw=1)
+right.set(ylabel="ms", xlabel="block size", ylim=(0, 1.35e3 * max(layer)))
+right.set_title("A decode step (dashed: rows)")
+right.legend(loc="upper left", ncols=2)
+for axes in (left, right):
+    axes.set_xticks(places, SIZES)
+plt.show()
+
+# %% [markdown]
+# Up to a few dozen tokens the waste is small. The look-ups hardly matter here, because the gather copies all keys and
+# values in any case. A kernel that reads the blocks where they lie prefers them large enough to read in one go.
+#
+# **Question.** Sharing works in whole blocks. What does a large block do to what two prompts can share?
+
+# %% [markdown]
+# ## 9. Forgetting the middle
+#
+# Blocks can also be given back while a sequence runs. `AttentionSinks` keeps the first tokens and the newest ones, and
+# drops whole blocks between them. So the memory of a sequence is bounded, however long it grows.
+#
+# We generate the same story three times: with everything; with sinks and a window; with the window alone.
+
+# %%
+WINDOW, LONG = 40, 110
+WAYS = {"everything": [], "sinks and window": [AttentionSinks(num_sink_tokens=4, window=WINDOW)],
+        "window alone": [AttentionSinks(num_sink_tokens=0, window=WINDOW)]}
+stories, pools = {}, {}
+for way, plugins in WAYS.items():
+    recorder = PoolRecorder()
+    llm.engine.plugins = [*plugins, recorder]
+    stories[way] = llm.generate(["Once upon a time there was a"], output_of(LONG), use_tqdm=False)[0].outputs[0]
+    pools[way] = recorder.history
+    same = [a == b for a, b in zip(stories["everything"].token_ids, stories[way].token_ids, strict=True)]
+    agree = same.index(False) if False in same else LONG
+    print(f"--- {way}: at most {max(map(len, recorder.history))} blocks; as with everything for {agree} of {LONG} tokens")
+    print(f"...{stories[way].text[-180:]!r}")
+sinks = WAYS["sinks and window"][0]
+bound = sum(llm.manager.num_blocks_of(n) for n in (sinks.num_sink_tokens, sinks.window)) + 1
+assert max(map(len, pools["sinks and window"])) <= bound < max(map(len, pools["everything"]))
+
+# %%
+figure, panels = plt.subplots(1, 3, figsize=(13, 4), sharey=True)
+for axes, (way, pool_history) in zip(panels, pools.items(), strict=True):
+    seen = {s for state in pool_history for holders in state.values() for s in holders}
+    draw_pool(axes, pool_history, "device", BLOCKS, SIZE, dict.fromkeys(seen, BLUE))
+    axes.set_title(way)
+panels[1].set(ylabel="")
+panels[2].set(ylabel="")
+plt.show()
+
+# %% [markdown]
+# In the middle one block is held from the first step to the last: the sinks. The others come and go with the window, and
+# their places are used again.
+#
+# Without its first tokens the model loses the thread: read the last text. They carry no meaning; the attention of many
+# heads rests on them, and has nowhere to go when they are gone.
+#
+# **Question.** Which prompts must not be treated like this? Think of what a chat has at its beginning, and in its middle.
+
+# %% [markdown]
+# ## 10. When it does not help
+#
+# Paging saves what rows waste. So take that waste away: requests that are all as long as a row. We count how many
+# sequences of one length fit into the same memory, from short ones to the longest.
+
+# %%
+LENGTHS = (8, 16, 32, 64, 96, 128, 192, ROW)
+fit_rows = [ROWS for _ in LENGTHS]
+fit_blocks = []
+for length in LENGTHS:
+    manager, fitted = PagedKVCacheManager(SLOTS // 16, 16, watermark=0.0), 0
+    while manager.allocate_slots(Sequence(fitted, SequenceData([1] * length), output_of(1), 0), length):
+        fitted += 1
+    fit_blocks.append(fitted)
+for length, fitted in zip(LENGTHS, fit_blocks, strict=True):
+    print(f"{length:3} tokens: {ROWS} in rows, {fitted:3} in blocks, {fitted / ROWS:4.1f} times as many")
+assert fit_blocks[-1] == ROWS, "nothing to save"
+slots = {"rows": RowKVCacheManager(ROWS, ROW), "blocks": PagedKVCacheManager(SLOTS // 16, 16)}
+BATCH, CONTEXT = ROWS, ROW - 1
+row_s, block_s = (times(backend(cache, slots[name], torch.float32), decode_step(slots[name]))
+                  for name, backend in (("rows", RaggedAttention), ("blocks", PagedAttention)))
+print(f"a decode step of {ROWS} such sequences: rows {1e3 * row_s[0]:.2f} ms to prepare and {1e3 * row_s[1]:.2f} ms a "
+      f"layer, blocks {1e3 * block_s[0]:.2f} ms and {1e3 * block_s[1]:.2f} ms")
+
+# %%
+figure, axes = plt.subplots(figsize=(8, 4))
+axes.plot(LENGTHS, fit_blocks, "o-", color=BLUE, label="blocks")
+axes.plot(LENGTHS, fit_rows, "o-", color=GREY, label="rows")
+axes.set(xscale="log", yscale="log", xlabel="tokens of each sequence", ylabel="sequences that fit")
+axes.set_xticks(LENGTHS, LENGTHS)
+axes.set_yticks((4, 8, 16, 32, 64), (4, 8, 16, 32, 64))
+axes.minorticks_off()
+axes.set_title("The same memory")
+axes.legend()
+axes.grid(alpha=0.25)
+plt.show()
+
+# %% [markdown]
+# At the right end the lines meet. Whoever knows all lengths in advance needs no blocks. An engine never knows them.
+#
+# **Question.** Where else does paging gain nothing? Think of a batch so large that arithmetic is the limit.
+#
+# ## Try it
+#
+# 1. In section 1, set `SIZE = 2`. What becomes of the pale corners, and what of the block tables in section 2?
+# 2. In section 3, make the prompt `PROMPT = 24`. How many copies are made now?
+# 3. In section 4, set `HOST = 4`. Some sequences do not fit on the host: what happens to them, and do the tokens change?
+# 4. In section 6, give the blocks half the memory. How many sequences run side by side then?
