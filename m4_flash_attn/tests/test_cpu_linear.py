@@ -11,6 +11,7 @@ from torch import nn
 from m4_flash_attn.kernels.cpu import linear as module
 from m4_flash_attn.kernels.cpu.build import BuildError, library
 from m4_flash_attn.kernels.cpu.linear import PackedLinear, choose, multiply_packed, pack
+from m4_flash_attn.kernels.cpu.linear_bench import Timing, measure, table
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROUNDING = {torch.float32: 2.0 ** -24, torch.bfloat16: 2.0 ** -8}     # half a unit in the last of 24 and of 8 bits
@@ -159,3 +160,18 @@ def test_a_wrong_operand_is_refused(x):
 
 def test_no_rows():
     assert PackedLinear(torch.zeros(4, 8))(torch.zeros(0, 8)).shape == (0, 4)
+
+
+def test_rates_of_a_timing():
+    timing = Timing("native", rows=10, columns=100, depth=50, weight_bytes=10_000, seconds=1e-6)
+    assert timing.gflops == pytest.approx(100)
+    assert timing.gbytes == pytest.approx(10)
+
+
+def test_every_kind_is_timed_for_every_number_of_rows():
+    timings = measure(64, 32, [1, 3], torch.float32, rounds=1)
+    assert {(t.kind, t.rows) for t in timings} >= {(kind, rows) for kind in ("native", "torch") for rows in (1, 3)}
+    assert all(t.seconds > 0 and t.weight_bytes == 64 * 32 * 4 for t in timings)
+    lines = table(timings).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["1", "3"]
+    assert len({line.count("|") for line in lines}) == 1

@@ -70,6 +70,13 @@ template <> struct Step<bf16> {
     static inline operand last(const bf16* x) { return (__m512bh)_mm512_set1_epi32(x->bits); }
     static inline operand columns(const bf16* w) { return (__m512bh)_mm512_loadu_si512(w); }
     static inline vf dot(vf sum, operand a, operand b) { return (vf)_mm512_dpbf16_ps((__m512)sum, a, b); }
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    static constexpr int SUMS = 24;
+    typedef bfloat16x8_t operand;
+    static inline operand row(const bf16* x) { return vreinterpretq_bf16_u32(vdupq_n_u32(pair(x))); }
+    static inline operand last(const bf16* x) { return vreinterpretq_bf16_u32(vdupq_n_u32(x->bits)); }
+    static inline operand columns(const bf16* w) { return vreinterpretq_bf16_u32((uint32x4_t)load_as<vu>(w)); }
+    static inline vf dot(vf sum, operand a, operand b) { return (vf)vbfdotq_f32((float32x4_t)sum, a, b); }
 #else
     static constexpr int SUMS = REGISTERS == 32 ? 24 : 8;
     struct operand {

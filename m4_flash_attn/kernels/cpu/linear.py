@@ -58,7 +58,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, K] of the weight's dtype, rows may be apart -> [T, N] in `out_dtype`."""
-        if x.dtype is not self.dtype or x.dim() != 2 or x.shape[1] != self.in_features:
+        if x.dtype is not self.dtype or x.dim() != 2 or x.shape[1] != self.in_features:     # C++ cannot notice
             raise ValueError(f"x is {x.dtype} {list(x.shape)}, not {self.dtype} [T, {self.in_features}]")
         return self._product(x)
 
