@@ -1,6 +1,7 @@
 """The model runner: from a list of scheduled sequences to the logits that the sampler needs."""
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,26 @@ class ModelInputs:
         return [span.sequence for span in self.spans if span.reaches_newest]
 
 
-class ModelRunner:
+class Runner(ABC):
+    """The runner seam: what an engine asks of whoever runs the model."""
+
+    model: CausalLM
+    backend: AttentionBackend
+
+    @abstractmethod
+    def prepare_inputs(self, scheduled: list[ScheduledSequence]) -> ModelInputs:
+        """Read from the sequences all that the step needs."""
+
+    @abstractmethod
+    def execute(self, inputs: ModelInputs) -> Tensor:
+        """Run prepared inputs; return logits [R, vocab], valid until the next call."""
+
+    @abstractmethod
+    def execute_model(self, scheduled: list[ScheduledSequence]) -> Tensor:
+        """Both at once."""
+
+
+class ModelRunner(Runner):
     """Owns the model and the attention backend; knows nothing of queues, requests or sampling."""
 
     def __init__(self, model: CausalLM, backend: AttentionBackend) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from m0_basics.attention import ScheduledSequence
 from m0_basics.config import reject
-from m0_basics.model_runner import ModelRunner
+from m0_basics.model_runner import Runner
 from m0_basics.request import Request, Sequence, SequenceStatus, next_seq_id
 from m0_basics.sampling_params import BeamSearchParams
 from m0_basics.tokenizer import Tokenizer
@@ -57,7 +57,7 @@ def score(cum_logprob: float, num_output_tokens: int, length_penalty: float) -> 
     return cum_logprob / max(num_output_tokens, 1) ** length_penalty
 
 
-def beam_search(runner: ModelRunner, cache: BeamCache, request: Request, params: BeamSearchParams,
+def beam_search(runner: Runner, cache: BeamCache, request: Request, params: BeamSearchParams,
                 tokenizer: Tokenizer | None, max_model_len: int) -> BeamSearchOutput:
     """Search the continuations of one request's prompt."""
     width = params.beam_width
@@ -82,7 +82,7 @@ def beam_search(runner: ModelRunner, cache: BeamCache, request: Request, params:
     return BeamSearchOutput([_with_text(s, root.num_prompt_tokens, tokenizer) for s in best])
 
 
-def _extend(runner: ModelRunner, cache: BeamCache, beams: list[Sequence],
+def _extend(runner: Runner, cache: BeamCache, beams: list[Sequence],
             width: int) -> list[tuple[float, int, int]]:
     """Run the newest token of each beam; return the best extensions (total, beam, token), best first.
 

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from m0_basics.attention import ScheduledSequence
-from m0_basics.model_runner import ModelRunner
+from m0_basics.model_runner import Runner
 from m0_basics.outputs import RequestOutput
 from m0_basics.request import Sequence, SequenceStatus
 from m0_basics.sampler import Sampler
@@ -34,7 +34,7 @@ class AsyncSchedulingEngine(LLMEngine):
     The queue lengths in `StepStats` are those after the next step was chosen.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, sampler: Sampler, output_processor: OutputProcessor,
+    def __init__(self, scheduler: Scheduler, runner: Runner, sampler: Sampler, output_processor: OutputProcessor,
                  copy_slots: Callable[[list[SlotCopy]], None], plugins: Items[SchedulerPlugin] = ()) -> None:
         """As `LLMEngine`; model and sampler run in a thread of their own."""
         super().__init__(scheduler, runner, sampler, output_processor, copy_slots, plugins)

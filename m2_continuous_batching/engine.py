@@ -16,7 +16,7 @@ import torch
 
 from m0_basics.attention import ScheduledSequence
 from m0_basics.engine import Engine
-from m0_basics.model_runner import ModelInputs, ModelRunner
+from m0_basics.model_runner import ModelInputs, Runner
 from m0_basics.outputs import Logprob, RequestOutput
 from m0_basics.request import Request, Sequence, SequenceStatus, next_seq_id
 from m0_basics.sampler import Sampler
@@ -44,7 +44,7 @@ class Batch:
 class LLMEngine(Engine):
     """Requests join and leave after every step."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, sampler: Sampler, output_processor: OutputProcessor,
+    def __init__(self, scheduler: Scheduler, runner: Runner, sampler: Sampler, output_processor: OutputProcessor,
                  copy_slots: Callable[[list[SlotCopy]], None], plugins: Items[SchedulerPlugin] = ()) -> None:
         """`copy_slots` makes the copies in the KV cache that the scheduler's bookkeeping asks for."""
         self.scheduler = scheduler

@@ -10,13 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from m0_basics import SamplingParams
 from m0_basics.model import RMSNorm, apply_rotary
+from m0_basics.model_runner import ModelRunner
+from m3_paged_kv import LLM
+from m4_flash_attn.cuda_graph import GraphRunner
+from m4_flash_attn.gpu_attention import GpuAttention
 from m4_flash_attn.kernels.triton import launch
 from m4_flash_attn.kernels.triton.attention import attend
 from m4_flash_attn.kernels.triton.decode import choose_num_splits, merge_kernel, paged_decode
 from m4_flash_attn.kernels.triton.elementwise import TritonOps
 from m4_flash_attn.kernels.triton.prefill import paged_prefill
 from m4_flash_attn.kernels.triton.rotary import rotary_and_store, store_kv
+from m4_flash_attn.layers import fuse
 from m4_flash_attn.metadata import FlashMetadata
 from m4_flash_attn.ops import TorchOps
 from m4_flash_attn.reference import MIXED, PagedBatch, random_paged_batch
@@ -203,3 +209,32 @@ def test_store_kv(cache_dtype) -> None:
     for cache, new in ((k_cache, k), (v_cache, v)):
         same_bits(cache[[5, 0, 8]], new[[0, 2, 3]].to(cache_dtype))
         assert cache[[1, 2, 3, 4, 6, 7]].isnan().all()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_tokens_of_the_engine(family, tiny_model) -> None:
+    """F4.1, F4.7: the backend, the fused layers and padded decode steps together give milestone 3's tokens."""
+    options = {"dtype": "float32", "max_model_len": 64, "skip_tokenizer_init": True, "num_blocks": 8,
+               "max_num_seqs": 3}
+    prompts = [{"prompt_token_ids": list(range(5, 5 + n))} for n in (1, 20, 3)]
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+
+    def tokens(llm: LLM) -> list[list[int]]:
+        return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+
+    llm = LLM(str(tiny_model(family)), **options)
+    model = fuse(llm.engine.runner.model, TritonOps(), lambda linear: linear)
+    runner = ModelRunner(model, GpuAttention(llm.cache, llm.manager))
+    llm.engine.runner = GraphRunner(runner, llm.manager.block_size, 4, 64, capture=lambda run: run)
+    assert tokens(llm) == tokens(LLM(str(tiny_model(family)), **options))
+
+
+def test_forward_without_fused_layers(tiny_model) -> None:
+    """F4.1: behind m0's own layers the backend gets q, k and v, and stores them itself."""
+    options = {"dtype": "float32", "max_model_len": 64, "skip_tokenizer_init": True, "num_blocks": 8}
+    llm, reference = (LLM(str(tiny_model("qwen2")), **options) for _ in range(2))
+    llm.engine.runner.backend = GpuAttention(llm.cache, llm.manager)
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    one, other = (engine.generate({"prompt_token_ids": [5, 6, 7]}, params, use_tqdm=False)[0].outputs[0].token_ids
+                  for engine in (llm, reference))
+    assert one == other
