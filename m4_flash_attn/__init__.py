@@ -1,1 +1,10 @@
-"""Milestone 4: attention kernels."""
+"""Milestone 4: flash attention. Kernels that read the cache where it lies, and an engine built to be fast."""
+from m0_basics import CompletionOutput, ConfigError, Logprob, RequestOutput, SamplingParams
+from m0_basics.sampling_params import BeamSearchParams, StructuredOutputsParams
+from m2_continuous_batching.policies import SchedulingParams
+
+from .config import EngineConfig
+from .llm import LLM
+
+__all__ = ["LLM", "BeamSearchParams", "CompletionOutput", "ConfigError", "EngineConfig", "Logprob", "RequestOutput",
+           "SamplingParams", "SchedulingParams", "StructuredOutputsParams"]

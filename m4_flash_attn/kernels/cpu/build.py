@@ -42,22 +42,35 @@ def find_compiler() -> str:
                      "no C++ compiler was found; install one (g++ or clang++), or set CXX")
 
 
+def describe() -> str:
+    """Compiler, flags and file of the kernels, in one line. Raises BuildError where there is no compiler."""
+    compiler = find_compiler()
+    flags = (*_FLAGS, *_machine_flags(compiler))
+    path = _path(compiler, flags)
+    return f"{compiler} {' '.join(flags)} -> {path} ({'built' if path.exists() else 'not built yet'})"
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The compiled kernels, built where this was not done before. Raises BuildError."""
     compiler = find_compiler()
     sources = sorted(SOURCES.glob("*.cpp"))
     flags = (*_FLAGS, *_machine_flags(compiler))
-    path = cache_dir() / "kernels" / f"{_fingerprint(compiler, flags)}.so"
+    path = _path(compiler, flags)
     if not path.exists():
         print("building the CPU kernels (once, some seconds) ...", file=sys.stderr, flush=True)
         _compile(compiler, flags, sources, path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise BuildError(f"the compiled kernels cannot be loaded: {error}; delete {path} to build them again") from error
+        raise BuildError(f"the kernels cannot be loaded ({error}); delete {path} to build them again") from error
 
 
+def _path(compiler: str, flags: tuple[str, ...]) -> Path:
+    return cache_dir() / "kernels" / f"{_fingerprint(compiler, flags)}.so"
+
+
+@cache
 def _machine_flags(compiler: str) -> tuple[str, ...]:
     """Everything this machine's processor can do, and threads where the compiler has OpenMP."""
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"

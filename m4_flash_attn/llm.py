@@ -1,0 +1,81 @@
+"""Milestone 4: flash attention. Every part of the engine, and where it comes from."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from m0_basics.config import DEFAULT_MODEL, DTYPES
+from m0_basics.input_processor import Prompt, as_prompt_list
+from m0_basics.loader import load_model, load_tokenizer
+from m0_basics.model_runner import ModelRunner, Runner
+from m0_basics.sampling_params import BeamSearchParams, SamplingParams
+from m1_offline.beam_search import BeamSearchOutput, beam_search
+from m1_offline.output_processor import OutputProcessor
+from m1_offline.sampler import FullSampler
+from m2_continuous_batching.async_scheduling import AsyncSchedulingEngine
+from m2_continuous_batching.continuous_llm import ContinuousLLM
+from m2_continuous_batching.engine import LLMEngine
+from m2_continuous_batching.plugins import Plugin, split_plugins
+from m2_continuous_batching.policies import make_policy
+from m2_continuous_batching.scheduler import PrefillFirstScheduler
+from m2_continuous_batching.slot_cache import SlotCache, slot_cache_bytes
+from m2_continuous_batching.structured_output import StructuredSampler
+from m3_paged_kv.beam_cache import BeamBlocks
+from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
+from m3_paged_kv.paged_cache import num_blocks_for
+from m3_paged_kv.swap import make_host_cache
+
+from .backends import Situation, choose
+from .config import EngineConfig
+from .cuda_graph import GraphRunner
+from .layers import fuse
+from .parts import make_ops, pack_for
+
+
+class LLM(ContinuousLLM):
+    """`LLM(model).generate(prompts, SamplingParams(...))`: attention by the fastest kernel that this machine has."""
+
+    config_class = EngineConfig
+
+    def __init__(self, model: str = DEFAULT_MODEL, plugins: Sequence[Plugin] = (), **options: Any) -> None:
+        """Options are the fields of `EngineConfig`'s layers: attention_backend, fused_layers, block_size, ..."""
+        config = EngineConfig.from_options(model=model, **options)
+        weights = load_model(config.model_config)
+        tokenizer = load_tokenizer(config.model_config)
+        config = config.with_max_model_len(weights.spec.max_position_embeddings)
+        limits, memory, attention = config.scheduler_config, config.cache_config, config.attention_config
+        assert limits.max_model_len is not None and limits.max_num_batched_tokens is not None
+
+        dtype = DTYPES.get(memory.kv_cache_dtype, weights.dtype)
+        hooks = split_plugins(plugins)
+        situation = Situation(weights.device, weights.dtype, dtype, weights.spec, memory.block_size, bool(hooks.cache))
+        backend = choose(attention.attention_backend, situation)
+        if attention.fused_layers:
+            weights = fuse(weights, make_ops(weights.device, weights.dtype), pack_for(weights.device))
+        block_bytes = slot_cache_bytes(weights.spec, memory.block_size, dtype, hooks.cache)
+        num_blocks = num_blocks_for(memory, block_bytes, weights.device, limits.max_model_len, limits.max_num_seqs)
+        # What a cache plugin keeps for a slot stays on the device: such sequences are recomputed instead of swapped.
+        num_host_blocks = 0 if hooks.cache else int(memory.swap_space * 2**30) // block_bytes
+        cache = SlotCache(weights.spec, num_blocks * memory.block_size, dtype, weights.device, hooks.cache,
+                          memory.block_size)
+        host_cache = make_host_cache(cache, memory.block_size, num_host_blocks)
+        manager = PagedKVCacheManager(num_blocks, memory.block_size, num_host_blocks)
+        model_runner = ModelRunner(weights, hooks.around(backend.make(situation, cache, manager)))
+        runner: Runner = model_runner
+        if weights.device.type == "cuda" and backend.graphs and not attention.enforce_eager and not hooks.attention:
+            runner = GraphRunner(model_runner, memory.block_size, limits.max_num_seqs, limits.max_model_len)
+        scheduler = PrefillFirstScheduler(make_policy(limits.policy), manager, limits.max_num_seqs,
+                                          limits.max_num_batched_tokens, limits.max_model_len)
+        engine_class = AsyncSchedulingEngine if limits.async_scheduling else LLMEngine
+        engine = engine_class(scheduler, runner, StructuredSampler(FullSampler(tokenizer), tokenizer, weights.spec),
+                              OutputProcessor(tokenizer, limits.max_model_len), host_cache.copy_slots, hooks.scheduler)
+        super().__init__(config, engine, weights.spec, tokenizer)
+        self.cache, self.manager, self.attention_backend = cache, manager, backend.name
+        self._beams = BeamBlocks(manager, host_cache.copy_slots)
+
+    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
+        """The `beam_width` most probable outputs found for each prompt, best first. Beams share their blocks."""
+        requests = self._requests(as_prompt_list(prompts), SamplingParams(temperature=0, max_tokens=params.max_tokens),
+                                  special=True)
+        return [beam_search(self.engine.runner, self._beams, request, params, self.tokenizer,
+                            self.engine.output_processor.max_model_len) for request in requests]
