@@ -23,9 +23,9 @@ from m4_flash_attn.kernels.triton.elementwise import TritonOps
 from m4_flash_attn.kernels.triton.prefill import paged_prefill
 from m4_flash_attn.kernels.triton.rotary import rotary_and_store, store_kv
 from m4_flash_attn.layers import fuse
-from m4_flash_attn.metadata import FlashMetadata
 from m4_flash_attn.ops import TorchOps
 from m4_flash_attn.reference import MIXED, PagedBatch, random_paged_batch
+from m4_flash_attn.tests.batches import metadata_of
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 DTYPES = st.sampled_from(list(TOLERANCE))
@@ -39,11 +39,6 @@ FEW = settings(max_examples=25, deadline=None, derandomize=True)
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     tolerance = TOLERANCE[actual.dtype]
     torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
-
-
-def metadata_of(batch: PagedBatch) -> FlashMetadata:
-    return FlashMetadata(batch.query_start_loc.tolist(), batch.seq_lens, batch.block_table, batch.slot_mapping,
-                         batch.max_query_len, batch.query_start_loc, batch.block_size, int(batch.seq_lens.max()))
 
 
 def decode(batch: PagedBatch, window: int | None = None, num_sinks: int = 0, num_splits: int | None = None):

@@ -11,18 +11,13 @@ from torch.nn.attention import varlen
 
 from m0_basics.config import ConfigError
 from m4_flash_attn.kernels.flash_attn import load_flash_attn, load_torch_varlen
-from m4_flash_attn.metadata import FlashMetadata
-from m4_flash_attn.reference import PagedBatch, paged_attention_reference, random_paged_batch
+from m4_flash_attn.reference import paged_attention_reference, random_paged_batch
+from m4_flash_attn.tests.batches import metadata_of
 
 HOPPER, AMPERE = (9, 0), (8, 0)
 MIXED = random_paged_batch([(0, 300), (520, 1), (250, 20), (0, 1)], 4, 2, block_size=256, dtype=torch.bfloat16)
 DECODES = random_paged_batch([(300, 1), (0, 1), (520, 1)], 4, 2, block_size=256, dtype=torch.bfloat16)
 BATCHES = {"mixed": MIXED, "decodes": DECODES}
-
-
-def metadata_of(batch: PagedBatch) -> FlashMetadata:
-    return FlashMetadata(batch.query_start_loc.tolist(), batch.seq_lens, batch.block_table, batch.slot_mapping,
-                         batch.max_query_len, batch.query_start_loc, batch.block_size, int(batch.seq_lens.max()))
 
 
 def reference(q, k, v, query_starts, seq_lens, table, scale, left) -> torch.Tensor:
