@@ -58,6 +58,8 @@ class FusedDecoderLayer(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = (
             attention.num_heads, attention.num_kv_heads, attention.head_dim)
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        self.norms = (None if attention.q_norm is None or attention.k_norm is None
+                      else (attention.q_norm.weight, attention.k_norm.weight))
         self.input_norm, self.post_attention_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         self.qkv_proj, self.o_proj = pack(attention.qkv_proj), pack(attention.o_proj)
         self.gate_up_proj, self.down_proj = pack(mlp.gate_up_proj), pack(mlp.down_proj)
@@ -72,7 +74,7 @@ class FusedDecoderLayer(nn.Module):
 
     def _attend(self, qkv: Tensor, rotary: Rotary, backend: AttentionBackend, metadata: AttentionMetadata) -> Tensor:
         if isinstance(backend, FusedAttention):
-            return backend.forward_qkv(self.layer_idx, qkv, self._norms(), self.eps, rotary, metadata)
+            return backend.forward_qkv(self.layer_idx, qkv, self.norms, self.eps, rotary, metadata)
         heads = qkv.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
@@ -80,15 +82,19 @@ class FusedDecoderLayer(nn.Module):
         out = backend.forward(self.layer_idx, apply_rotary(q, *rotary), apply_rotary(k, *rotary), v, metadata)
         return out.reshape(-1, self.num_heads * self.head_dim)
 
-    def _norms(self) -> tuple[Tensor, Tensor] | None:
-        return None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
 
+def fuse(model: CausalLM, ops: ElementwiseOps, pack: Callable[[nn.Linear], nn.Module],
+         stack: Callable[[list[FusedDecoderLayer]], list[nn.Module]] = list) -> CausalLM:
+    """Exchange the model's layers, its last norm and its output matrix; returns the same model.
 
-def fuse(model: CausalLM, ops: ElementwiseOps, pack: Callable[[nn.Linear], nn.Module]) -> CausalLM:
-    """Exchange the model's layers, its last norm and its output matrix; returns the same model."""
+    `stack` turns the layers into the modules that run one after the other: themselves, or one module for all of them.
+    """
+    layers = []
     for i, layer in enumerate(model.layers):
         assert isinstance(layer, DecoderLayer), "a model is fused once"
-        model.layers[i] = FusedDecoderLayer(layer, ops, pack)
+        layers.append(FusedDecoderLayer(layer, ops, pack))
+        model.layers[i] = nn.Identity()                 # so that the weights go as soon as they are packed
+    model.layers = nn.ModuleList(stack(layers))
     model.norm = FusedRMSNorm(model.norm, ops)          # type: ignore[assignment]
     model.lm_head = pack(model.lm_head)                 # type: ignore[assignment]
     return model

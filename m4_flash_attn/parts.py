@@ -10,7 +10,9 @@ from torch import nn
 from .backends import has_triton
 from .kernels.cpu import ops as cpu
 from .kernels.cpu.build import BuildError
+from .kernels.cpu.decoder import CpuDecoder, can_stack
 from .kernels.cpu.linear import PackedLinear
+from .layers import FusedDecoderLayer
 from .ops import ElementwiseOps, TorchOps
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,11 @@ def make_ops(device: torch.device, dtype: torch.dtype) -> ElementwiseOps:
 def pack_for(device: torch.device) -> Callable[[nn.Linear], nn.Module]:
     """What turns a linear layer into the one that runs: packed on a CPU, as it is elsewhere."""
     return PackedLinear.of if device.type == "cpu" else _as_it_is
+
+
+def stack(layers: list[FusedDecoderLayer]) -> list[nn.Module]:
+    """One module for all layers where there is a kernel for that, else the layers themselves."""
+    return [CpuDecoder(layers)] if can_stack(layers) else [*layers]
 
 
 def _as_it_is(linear: nn.Linear) -> nn.Linear:

@@ -1,12 +1,6 @@
 // The linear layers' entries for Python; the work is in linear.hpp.
 #include "linear.hpp"
-
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static inline int omp_get_thread_num() { return 0; }
-static inline int omp_get_num_threads() { return 1; }
-#endif
+#include "threads.hpp"
 
 namespace {
 

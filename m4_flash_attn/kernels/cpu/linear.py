@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .build import BuildError, library
 
 Kind = Literal["native", "onednn", "torch"]
+Product = Callable[[Tensor, Tensor | None], Tensor]
 _STEP = {torch.float32: 1, torch.bfloat16: 2}       # elements of K that lie side by side in a panel
 _FUNCTIONS = {(torch.float32, torch.float32): "linear_f32",
               (torch.bfloat16, torch.bfloat16): "linear_bf16",
@@ -49,18 +50,25 @@ class PackedLinear(nn.Module):
         elif self.kind == "onednn":
             self.nbytes, self._product = _onednn(weight, bias, self.out_dtype)
         else:
-            self.nbytes, self._product = weight.nbytes, lambda x: F.linear(x, weight, bias).to(self.out_dtype)
+            self.nbytes, self._product = weight.nbytes, _plain(lambda x: F.linear(x, weight, bias), self.out_dtype)
 
     @classmethod
     def of(cls, linear: nn.Linear, out_dtype: torch.dtype | None = None) -> Self:
         """The packed form of a layer. The caller drops the layer, where nothing else shares its weight."""
         return cls(linear.weight, linear.bias, out_dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, K] of the weight's dtype, rows may be apart -> [T, N] in `out_dtype`."""
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [T, K] of the weight's dtype, rows may be apart -> [T, N] in `out_dtype`, in `out` where that is given.
+
+        A new tensor of megabytes, as logits are, is new pages from the system on every call: keep one for them.
+        """
         if x.dtype is not self.dtype or x.dim() != 2 or x.shape[1] != self.in_features:     # C++ cannot notice
             raise ValueError(f"x is {x.dtype} {list(x.shape)}, not {self.dtype} [T, {self.in_features}]")
-        return self._product(x)
+        if out is not None and (out.dtype is not self.out_dtype or out.shape != (x.shape[0], self.out_features)
+                                or not out.is_contiguous()):
+            raise ValueError(f"out is {out.dtype} {list(out.shape)}, not contiguous {self.out_dtype} "
+                             f"[{x.shape[0]}, {self.out_features}]")
+        return self._product(x, out)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.kind}, {self.nbytes:,} bytes"
@@ -104,8 +112,7 @@ def multiply_packed(x: Tensor, packed: Tensor, columns: int) -> Tensor:
     return y.reshape(-1, panels * panel)[:, :columns]
 
 
-def _native(weight: Tensor, bias: Tensor | None,
-            out_dtype: torch.dtype) -> tuple[Weights, int, Callable[[Tensor], Tensor]]:
+def _native(weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> tuple[Weights, int, Product]:
     function, panel = _function(_FUNCTIONS[weight.dtype, out_dtype]), library().linear_panel()
     columns, depth = weight.shape
     packed = pack(weight, panel)
@@ -114,23 +121,28 @@ def _native(weight: Tensor, bias: Tensor | None,
     reference = byref(weights)
     tensors = (packed, padded_bias)
 
-    def product(x: Tensor, keep: Any = tensors) -> Tensor:      # `weights` points into the tensors
+    def product(x: Tensor, out: Tensor | None, keep: Any = tensors) -> Tensor:      # `weights` points into them
         if x.stride(1) != 1:
             x = x.contiguous()
         rows = x.shape[0]
-        y = torch.empty(rows, columns, dtype=out_dtype)
+        y = torch.empty(rows, columns, dtype=out_dtype) if out is None else out
         function(reference, x.data_ptr(), x.stride(0), y.data_ptr(), columns, rows)
         return y
 
     return weights, packed.nbytes + (0 if padded_bias is None else padded_bias.nbytes), product
 
 
-def _onednn(weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> tuple[int, Callable[[Tensor], Tensor]]:
+def _onednn(weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> tuple[int, Product]:
     packed = _reorder(weight)
     if packed is None:
         raise ValueError(f"this torch has no packed oneDNN product for {weight.dtype} on this processor")
     multiply = torch.ops.mkldnn._linear_pointwise
-    return weight.nbytes, lambda x: multiply(x, packed, bias, "none", [], "").to(out_dtype)
+    return weight.nbytes, _plain(lambda x: multiply(x, packed, bias, "none", [], ""), out_dtype)
+
+
+def _plain(multiply: Callable[[Tensor], Tensor], out_dtype: torch.dtype) -> Product:
+    """A product that knows neither another type of y nor a place for it."""
+    return lambda x, out: multiply(x).to(out_dtype) if out is None else out.copy_(multiply(x))
 
 
 def _reorder(weight: Tensor) -> Tensor | None:

@@ -4,7 +4,7 @@ Every pointer is checked here, at the border: type, layout, and that the tensor 
 """
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Array, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -92,6 +92,15 @@ class PagedKernels:
                                         k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr())
         return out
 
+    def decoder_layers(self, step: Step, layers: Array[Any], eps: float, x: Tensor, rotary: tuple[Tensor, Tensor],
+                       k_cache: Tensor, v_cache: Tensor) -> None:
+        """x [T, hidden] through all `layers` (`decoder.Layer`), in place; caches [layers, num_slots, H_kv, D]."""
+        assert x.is_contiguous() and x.dtype is self.dtype
+        cos, signed_sin = rotary
+        self._functions["decoder_layers"](self._shape_ref, byref(step.batch), layers, len(layers), eps, x.data_ptr(),
+                                          cos.data_ptr(), signed_sin.data_ptr(), k_cache.data_ptr(),
+                                          v_cache.data_ptr(), k_cache.stride(0))
+
 
 class CpuOps(ElementwiseOps):
     """The element-wise parts of a layer, each a single pass over its rows."""
@@ -135,6 +144,7 @@ def _functions() -> dict[str, Any]:
         "store_kv": [shape, batch, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p],
         "rotate_store_kv": [shape, batch, *[c_void_p] * 3, c_float, *[c_void_p] * 4],
         "attend_paged": [shape, batch, c_void_p, c_int64, c_void_p, c_void_p, c_void_p],
+        "decoder_layers": [shape, batch, c_void_p, c_int32, c_float, *[c_void_p] * 5, c_int64],
         "add_rms_norm": [c_int32, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_float, c_void_p],
         "silu_mul": [c_int32, c_int64, c_int64, c_void_p, c_void_p]}
     functions = {}

@@ -1,0 +1,347 @@
+// Attention over a paged KV cache, prefill and decode in one kernel: the online softmax, tile by tile.
+//
+//     one item of work = one sequence x one KV head x some query tokens       (prefill)
+//                      = one sequence x all KV heads x a range of keys        (decode)
+//
+//     keys   [ tile 0 | tile 1 | tile 2 | .. ]        64 keys each, copied together from wherever their blocks lie
+//     rows   the item's query tokens x the G query heads that share the KV head: they read each tile together
+//
+//     for each tile:   S = rows x keys      m' = max(m, S)      P = 2^(S - m')
+//                      l = l * 2^(m - m') + sum P               O = O * 2^(m - m') + P x values
+//     in the end:      O / l
+//
+// A long sequence that decodes is cut into ranges of keys, for all threads to have work (split-KV); their O, m and l
+// are merged exactly. Scores are scaled by log2(e), so that 2^x takes the place of e^x.
+//
+// H_q / H_kv query / key-value heads, G = H_q / H_kv, D head size (a multiple of 16).
+#pragma once
+
+#include "batch.hpp"
+#include "tiles.hpp"
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+namespace attention {
+
+constexpr int KEYS = 64;                // per tile
+constexpr int ROWS = 48;                // of a prompt's item: enough to pay for copying a tile, few enough for L1
+constexpr int MAX_HEAD_DIM = 1024;
+constexpr float LOWEST = -1e30f;        // below every score
+
+struct Item {
+    int sequence;
+    int first_head, num_heads;          // KV heads
+    int first_token, num_tokens;        // of the sequence's new tokens
+    int first_key, end_key;
+    int part;                           // where a partial result goes, -1 for a whole one
+};
+
+struct Merge {
+    int sequence, first_part, num_parts;
+};
+
+// What a thread works in: rows are the item's query tokens x query heads, those of one KV head together.
+template <class Kind> struct Scratch {
+    typedef typename Kind::element element;
+    std::vector<element> q, k, v, p;
+    std::vector<float> s, o, m, l, alpha;
+
+    void fit(int num_rows, int head_dim) {
+        constexpr int per = Kind::per_element;
+        if (m.size() < (size_t)num_rows || o.size() < (size_t)num_rows * head_dim) {
+            q.resize(num_rows * head_dim / per);
+            o.resize(num_rows * head_dim);
+            m.resize(num_rows);
+            l.resize(num_rows);
+            alpha.resize(num_rows);
+            p.resize(num_rows * KEYS / per);
+            s.resize(num_rows * KEYS);
+        }
+        if (k.size() < (size_t)KEYS * head_dim / per) {
+            k.resize(KEYS * head_dim / per);
+            v.resize(KEYS * head_dim / per);
+        }
+    }
+};
+
+// ---- copying queries, keys and values into tiles: keys transposed, [D][KEYS]; values as they are, [KEYS][D]
+
+template <class T> static void copy_query(Singles, float* to, const T* from, int head_dim) {
+    for (int d = 0; d < head_dim; d += VL) store(to + d, load(from + d));
+}
+
+template <class T> static void copy_keys(Singles, float* to, const T* const* rows, int num_keys, int head_dim) {
+    for (int j = 0; j < num_keys; j++)
+        for (int d = 0; d < head_dim; d += VL) {
+            vf x = load(rows[j] + d);
+            for (int i = 0; i < VL; i++) to[(d + i) * KEYS + j] = x[i];
+        }
+    for (int d = 0; d < head_dim; d++)
+        for (int j = num_keys; j < KEYS; j++) to[d * KEYS + j] = 0;
+}
+
+template <class T> static void copy_values(Singles, float* to, const T* const* rows, int num_keys, int head_dim) {
+    for (int j = 0; j < num_keys; j++)
+        for (int d = 0; d < head_dim; d += VL) store(to + j * head_dim + d, load(rows[j] + d));
+}
+
+static void copy_probabilities(Singles, float* to, const float* from, int columns) {
+    for (int j = 0; j < columns; j += VL) store(to + j, load(from + j));
+}
+
+#ifdef HAVE_PAIRS
+static void copy_query(Pairs, uint32_t* to, const bf16* from, int head_dim) { std::memcpy(to, from, 2 * head_dim); }
+
+// 16 x 16 numbers of 32 bits: rows become columns.
+static inline void transpose(__m512i (&x)[16]) {
+    __m512i y[16];
+    for (int i = 0; i < 8; i++) {
+        y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+        y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++)
+        for (int h = 0; h < 2; h++) {
+            x[4 * i + 2 * h] = _mm512_unpacklo_epi64(y[4 * i + h], y[4 * i + 2 + h]);
+            x[4 * i + 2 * h + 1] = _mm512_unpackhi_epi64(y[4 * i + h], y[4 * i + 2 + h]);
+        }
+    for (int i = 0; i < 4; i++) {
+        y[i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88);
+        y[4 + i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd);
+        y[8 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88);
+        y[12 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        x[i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0x88);
+        x[4 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0x88);
+        x[8 + i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0xdd);
+        x[12 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0xdd);
+    }
+}
+
+// [D / 2][KEYS] pairs of neighbouring dimensions.
+static void copy_keys(Pairs, uint32_t* to, const bf16* const* rows, int num_keys, int head_dim) {
+    for (int first = 0; first < KEYS && first < num_keys; first += 16)
+        for (int d = 0; d < head_dim / 2; d += 16) {
+            int width = std::min(16, head_dim / 2 - d);
+            __mmask16 mask = (1u << width) - 1;
+            __m512i x[16];
+            for (int j = 0; j < 16; j++)
+                x[j] = first + j < num_keys ? _mm512_maskz_loadu_epi32(mask, (const uint32_t*)rows[first + j] + d)
+                                            : _mm512_setzero_si512();
+            transpose(x);
+            for (int i = 0; i < width; i++) _mm512_storeu_si512(to + (d + i) * KEYS + first, x[i]);
+        }
+}
+
+// [KEYS / 2][D] pairs of neighbouring keys.
+static void copy_values(Pairs, uint32_t* to, const bf16* const* rows, int num_keys, int head_dim) {
+    for (int j = 0; j < num_keys; j += 2)
+        for (int d = 0; d < head_dim; d += 16) {
+            vu low = __builtin_convertvector(load_as<vh>(rows[j] + d), vu);
+            vu high = j + 1 < num_keys ? __builtin_convertvector(load_as<vh>(rows[j + 1] + d), vu) : vu{};
+            vu both = low | high << 16;
+            std::memcpy(to + j / 2 * head_dim + d, &both, sizeof(both));
+        }
+}
+
+static void copy_probabilities(Pairs, uint32_t* to, const float* from, int columns) {
+    for (int j = 0; j < columns; j += 16) store((bf16*)to + j, load(from + j));
+}
+#endif
+
+// ---- one item
+
+static inline long slot_of(const int32_t* table, int key, int block_size) {
+    return (long)table[key / block_size] * block_size + key % block_size;
+}
+
+// Read a tile once from end to end, one number per cache line. Many lines are on their way from memory at a time, which
+// the strided reads of the copies do not achieve: a third off the time of a decode step whose cache is not in L3.
+template <class T> static inline void touch(const T* cache, const long* slots, int num_keys, int width) {
+    uint32_t seen = 0;
+    for (int j = 0; j < num_keys; j++)
+        for (int d = 0; d < width; d += 64 / (int)sizeof(T)) seen += load_as<uint32_t>(cache + slots[j] + d);
+    asm volatile("" : : "r"(seen));     // the compiler must not find out that nobody needs it
+}
+
+// S * scale -> P, with the rows' m, l and alpha brought up to date. `columns` is a multiple of 16; `position` is the
+// first row's: its own key is the last that it sees, and every `rows_per_token` rows later it is one more.
+template <class Kind>
+static void softmax_rows(Scratch<Kind>& scratch, const Shape& shape, int first_row, int num_rows, int rows_per_token,
+                  int position, int first_key, int columns, bool masked) {
+    const float factor = shape.scale * LOG2E;
+    for (int r = first_row; r < first_row + num_rows; r++) {
+        float* s = scratch.s.data() + r * KEYS;
+        if (masked) {
+            const int last = position + (r - first_row) / rows_per_token;
+            for (int j = 0; j < columns; j++) {
+                const int key = first_key + j;
+                const bool visible = key <= last
+                    && (!shape.window || key > last - shape.window || key < shape.num_sinks);
+                s[j] = visible ? s[j] : LOWEST / factor;
+            }
+        }
+        vf highest = splat(scratch.m[r]);
+        for (int j = 0; j < columns; j += VL) highest = max(highest, load(s + j) * factor);
+        const float m = max(highest);
+        vf total{};
+        for (int j = 0; j < columns; j += VL) {
+            vf x = load(s + j) * factor;
+            vf p = exp2(x - m);
+            if (masked) p = x > LOWEST / 2 ? p : vf{};
+            store(s + j, p);
+            total += p;
+        }
+        scratch.alpha[r] = exp2(splat(scratch.m[r] - m))[0];
+        scratch.l[r] = scratch.l[r] * scratch.alpha[r] + sum(total);
+        scratch.m[r] = m;
+        copy_probabilities(Kind{}, scratch.p.data() + r * (KEYS / Kind::per_element), s, columns);
+    }
+}
+
+template <class T, class Kind>
+static void run_item(const Item& item, const Shape& shape, const Batch& batch, const T* q, long q_stride, const T* k_cache,
+              const T* v_cache, T* out, float* parts) {
+    static thread_local Scratch<Kind> scratch;
+    constexpr int per = Kind::per_element;
+    const int D = shape.head_dim, G = shape.num_heads / shape.num_kv_heads;
+    const int rows_per_head = item.num_tokens * G, num_rows = item.num_heads * rows_per_head;
+    const long slot_size = (long)shape.num_kv_heads * D;
+    const int first_token = batch.query_start_loc[item.sequence] + item.first_token;
+    const int num_new = batch.query_start_loc[item.sequence + 1] - batch.query_start_loc[item.sequence];
+    const int position = batch.seq_lens[item.sequence] - num_new + item.first_token;
+    const int32_t* table = batch.block_table + item.sequence * batch.max_blocks;
+    // Row r is query head `head_of(r)` of the step's token `token_of(r)`.
+    auto token_of = [&](int r) { return first_token + r % rows_per_head / G; };
+    auto head_of = [&](int r) { return (item.first_head + r / rows_per_head) * G + r % G; };
+
+    scratch.fit(num_rows, D);
+    for (int r = 0; r < num_rows; r++)
+        copy_query(Kind{}, scratch.q.data() + r * (D / per), q + token_of(r) * q_stride + head_of(r) * D, D);
+    std::fill_n(scratch.m.data(), num_rows, LOWEST);
+    std::fill_n(scratch.l.data(), num_rows, 0.0f);
+    std::fill_n(scratch.o.data(), num_rows * D, 0.0f);
+
+    for (int first = item.first_key; first < item.end_key; first += KEYS) {
+        const int num_keys = std::min(KEYS, item.end_key - first), columns = (num_keys + 15) / 16 * 16;
+        const bool behind_window = shape.window && first + num_keys <= position - shape.window + 1;
+        if (behind_window && first >= shape.num_sinks) continue;
+        // Every row sees the whole tile where it ends at or before the first row's position, and no window cuts it.
+        const bool masked = columns > num_keys || first + num_keys - 1 > position || shape.window;
+        long slots[KEYS];
+        for (int j = 0; j < num_keys; j++) slots[j] = slot_of(table, first + j, shape.block_size) * slot_size;
+        // All heads of a tile, then the next tile: the cache is read in the order in which it lies in memory.
+        touch(k_cache + item.first_head * D, slots, num_keys, item.num_heads * D);
+        touch(v_cache + item.first_head * D, slots, num_keys, item.num_heads * D);
+        for (int h = 0; h < item.num_heads; h++) {
+            const int row = h * rows_per_head;
+            const T *k_rows[KEYS], *v_rows[KEYS];
+            for (int j = 0; j < num_keys; j++) {
+                k_rows[j] = k_cache + slots[j] + (item.first_head + h) * D;
+                v_rows[j] = v_cache + slots[j] + (item.first_head + h) * D;
+            }
+            copy_keys(Kind{}, scratch.k.data(), k_rows, num_keys, D);
+            multiply<Kind>(rows_per_head, columns, D / per, scratch.q.data() + row * (D / per), D / per,
+                           scratch.k.data(), KEYS, scratch.s.data() + row * KEYS, KEYS, nullptr);
+            softmax_rows<Kind>(scratch, shape, row, rows_per_head, G, position, first, columns, masked);
+            copy_values(Kind{}, scratch.v.data(), v_rows, num_keys, D);
+            multiply<Kind>(rows_per_head, D, (num_keys + per - 1) / per, scratch.p.data() + row * (KEYS / per),
+                           KEYS / per, scratch.v.data(), D, scratch.o.data() + row * D, D, scratch.alpha.data() + row);
+        }
+    }
+    for (int r = 0; r < num_rows; r++) {
+        if (item.part >= 0) {
+            float* part = parts + ((long)item.part * num_rows + r) * (D + 2);
+            part[0] = scratch.m[r];
+            part[1] = scratch.l[r];
+            std::memcpy(part + 2, scratch.o.data() + r * D, 4 * D);
+        } else {
+            T* to = out + ((long)token_of(r) * shape.num_heads + head_of(r)) * D;
+            for (int d = 0; d < D; d += VL) store(to + d, load(scratch.o.data() + r * D + d) * (1.0f / scratch.l[r]));
+        }
+    }
+}
+
+// The parts of one sequence's new token: the highest m decides, everybody is scaled to it.
+template <class T>
+static void run_merge(const Merge& merge, const Shape& shape, const Batch& batch, const float* parts, T* out) {
+    const int D = shape.head_dim;
+    const long stride = (long)shape.num_heads * (D + 2);
+    for (int head = 0; head < shape.num_heads; head++) {
+        const float* first = parts + merge.first_part * stride + head * (D + 2);
+        float m = LOWEST, l = 0, o[MAX_HEAD_DIM] = {};
+        for (int i = 0; i < merge.num_parts; i++) m = std::max(m, first[i * stride]);
+        for (int i = 0; i < merge.num_parts; i++) {
+            const float* part = first + i * stride;
+            const float factor = exp2(splat(part[0] - m))[0];
+            l += part[1] * factor;
+            for (int d = 0; d < D; d++) o[d] += part[2 + d] * factor;
+        }
+        T* to = out + ((long)batch.query_start_loc[merge.sequence] * shape.num_heads + head) * D;
+        for (int d = 0; d < D; d += VL) store(to + d, load(o + d) * (1.0f / l));
+    }
+}
+
+// ---- cutting the step into items
+
+struct Plan {
+    std::vector<Item> items;
+    std::vector<Merge> merges;
+    int num_parts = 0;
+};
+
+static Plan make_plan(const Shape& shape, const Batch& batch, int num_threads) {
+    Plan plan;
+    const int tokens_per_item = std::max(1, ROWS * shape.num_kv_heads / shape.num_heads);
+    long num_keys = 0;
+    for (int b = 0; b < batch.num_sequences; b++) num_keys += batch.seq_lens[b];
+    // Ranges of keys such that each thread gets a few; whole tiles.
+    const int range = (int)((num_keys / (4 * num_threads) + KEYS - 1) / KEYS + 1) * KEYS;
+    for (int b = 0; b < batch.num_sequences; b++) {
+        const int num_new = batch.query_start_loc[b + 1] - batch.query_start_loc[b], length = batch.seq_lens[b];
+        if (num_new == 1) {
+            const int num_ranges = num_threads > 1 ? (length + range - 1) / range : 1;
+            if (num_ranges > 1) plan.merges.push_back({b, plan.num_parts, num_ranges});
+            for (int i = 0; i < num_ranges; i++)
+                plan.items.push_back({b, 0, shape.num_kv_heads, 0, 1, i * range,
+                                      num_ranges > 1 ? std::min(length, (i + 1) * range) : length,
+                                      num_ranges > 1 ? plan.num_parts++ : -1});
+            continue;
+        }
+        for (int head = 0; head < shape.num_kv_heads; head++)
+            for (int token = 0; token < num_new; token += tokens_per_item) {
+                const int count = std::min(tokens_per_item, num_new - token);
+                plan.items.push_back({b, head, 1, token, count, 0, length - num_new + token + count, -1});
+            }
+    }
+    return plan;
+}
+
+// All threads of a parallel region call this, with one plan and one `parts` of `parts_size` numbers; it ends with a barrier.
+template <class T, class Kind>
+static void share(const Plan& plan, const Shape& shape, const Batch& batch, const T* q, long q_stride, const T* k_cache,
+                  const T* v_cache, T* out, float* parts) {
+    const int num_items = plan.items.size(), num_merges = plan.merges.size();
+    // The last items of a prompt are the longest: they go first, so that nobody waits for one at the end.
+#pragma omp for schedule(dynamic)
+    for (int i = num_items - 1; i >= 0; i--)
+        run_item<T, Kind>(plan.items[i], shape, batch, q, q_stride, k_cache, v_cache, out, parts);
+    if (num_merges > 0) {
+#pragma omp for schedule(static)
+        for (int i = 0; i < num_merges; i++) run_merge<T>(plan.merges[i], shape, batch, parts, out);
+    }
+}
+
+static inline size_t parts_size(const Plan& plan, const Shape& shape) {
+    return (size_t)plan.num_parts * shape.num_heads * (shape.head_dim + 2);
+}
+
+// The kind of arithmetic for a type.
+template <class T> struct KindOf { typedef Singles type; };
+#ifdef HAVE_PAIRS
+template <> struct KindOf<bf16> { typedef Pairs type; };
+#endif
+
+}  // namespace attention

@@ -1,0 +1,110 @@
+// Everything between the products: norms, rotary positions, the activation, and the write to the KV cache.
+//
+// Each is a few additions per number read. Done one operation at a time, every intermediate result goes to memory and
+// back; done together, a row stays in registers and in the L1 cache.
+#pragma once
+
+#include "batch.hpp"
+
+#include <cmath>
+
+namespace elementwise {
+
+static inline float to_float(float x) { return x; }
+static inline float to_float(bf16 x) {
+    uint32_t bits = (uint32_t)x.bits << 16;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
+static inline void put(float* to, float x) { *to = x; }
+static inline void put(bf16* to, float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    to->bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+template <class T> static inline float inverse_rms(const T* x, int n, float eps) {
+    vf squares{};
+    int i = 0;
+    for (; i + VL <= n; i += VL) {
+        vf v = load(x + i);
+        squares += v * v;
+    }
+    float total = sum(squares);
+    for (; i < n; i++) total += to_float(x[i]) * to_float(x[i]);
+    return 1.0f / std::sqrt(total / n + eps);
+}
+
+template <class T> static void scale_row(const T* x, const T* weight, float factor, T* out, int n) {
+    int i = 0;
+    for (; i + VL <= n; i += VL) store(out + i, load(x + i) * factor * load(weight + i));
+    for (; i < n; i++) put(out + i, to_float(x[i]) * factor * to_float(weight[i]));
+}
+
+template <class T> static void add_row(T* x, const T* y, int n) {
+    int i = 0;
+    for (; i + VL <= n; i += VL) store(x + i, load(x + i) + load(y + i));
+    for (; i < n; i++) put(x + i, to_float(x[i]) + to_float(y[i]));
+}
+
+// The rows [first, last) of x [rows, n] += addend (where there is one), then out = x / rms(x) * weight.
+template <class T>
+static void add_rms_norm(long first, long last, int n, T* x, const T* addend, const T* weight, float eps, T* out) {
+    for (long r = first; r < last; r++) {
+        T* row = x + r * n;
+        if (addend) add_row(row, addend + r * n, n);
+        scale_row(row, weight, inverse_rms(row, n, eps), out + r * n, n);
+    }
+}
+
+// The rows [first, last) of gate_up [rows, 2 n] -> silu(gate) * up [rows, n].
+template <class T> static void silu_mul(long first, long last, int n, const T* gate_up, T* out) {
+    for (long r = first; r < last; r++) {
+        const T *gate = gate_up + r * 2 * n, *up = gate + n;
+        T* to = out + r * n;
+        int i = 0;
+        for (; i + VL <= n; i += VL) {
+            // 1 / (1 + e^-g), by way of e^-|g|, which cannot overflow
+            vf g = load(gate + i), e = exp2(-LOG2E * max(g, -g));
+            vf sigmoid = (g > 0.0f ? splat(1.0f) : e) / (1.0f + e);
+            store(to + i, g * sigmoid * load(up + i));
+        }
+        for (; i < n; i++) {
+            float g = to_float(gate[i]);
+            put(to + i, g / (1.0f + std::exp(-g)) * to_float(up[i]));
+        }
+    }
+}
+
+// One head: norm (where the model has one), then rotation. `out` may be `x`.
+template <class T>
+static void rotate_head(const T* x, const T* norm, float eps, const T* cos, const T* signed_sin, T* out, int n) {
+    float row[1024];
+    const float factor = norm ? inverse_rms(x, n, eps) : 1.0f;
+    for (int i = 0; i < n; i++) row[i] = norm ? to_float(x[i]) * factor * to_float(norm[i]) : to_float(x[i]);
+    for (int i = 0; i < n / 2; i++) {
+        put(out + i, row[i] * to_float(cos[i]) + row[n / 2 + i] * to_float(signed_sin[i]));
+        put(out + n / 2 + i, row[n / 2 + i] * to_float(cos[n / 2 + i]) + row[i] * to_float(signed_sin[n / 2 + i]));
+    }
+}
+
+// The tokens [first, last): q is normed and rotated in place, k on its way into the cache; v goes there as it is.
+template <class T>
+static void rotate_store(long first, long last, const Shape& shape, const Batch& batch, T* qkv, const T* q_norm,
+                         const T* k_norm, float eps, const T* cos, const T* signed_sin, T* k_cache, T* v_cache) {
+    const int D = shape.head_dim, Hq = shape.num_heads, Hkv = shape.num_kv_heads;
+    const long width = (long)(Hq + 2 * Hkv) * D, slot_size = (long)Hkv * D;
+    for (long t = first; t < last; t++) {
+        T* row = qkv + t * width;
+        const long slot = batch.slot_mapping[t];
+        const T *c = cos + t * D, *s = signed_sin + t * D;
+        for (int h = 0; h < Hq; h++) rotate_head(row + h * D, q_norm, eps, c, s, row + h * D, D);
+        if (slot < 0) continue;
+        for (int h = 0; h < Hkv; h++)
+            rotate_head(row + (Hq + h) * D, k_norm, eps, c, s, k_cache + slot * slot_size + h * D, D);
+        std::memcpy(v_cache + slot * slot_size, row + (Hq + Hkv) * D, slot_size * sizeof(T));
+    }
+}
+
+}  // namespace elementwise
