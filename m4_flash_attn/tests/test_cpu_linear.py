@@ -158,6 +158,20 @@ def test_a_wrong_operand_is_refused(x):
         PackedLinear(torch.zeros(4, 8))(x)
 
 
+@pytest.mark.parametrize("kind", ["native", "torch"])
+def test_a_given_place_for_the_result(kind):
+    x, weight, bias = make(3, 40, 16, torch.bfloat16, bias=True)
+    layer, out = PackedLinear(weight, bias, torch.float32, kind=kind), torch.empty(3, 40)
+    assert layer(x, out) is out
+    assert torch.equal(out, layer(x))
+
+
+@pytest.mark.parametrize("out", [torch.empty(3, 4).double(), torch.empty(2, 4), torch.empty(4, 3).T])
+def test_a_wrong_place_is_refused(out):
+    with pytest.raises(ValueError, match=r"not contiguous torch.float32 \[3, 4\]"):
+        PackedLinear(torch.zeros(4, 8))(torch.zeros(3, 8), out)
+
+
 def test_no_rows():
     assert PackedLinear(torch.zeros(4, 8))(torch.zeros(0, 8)).shape == (0, 4)
 
