@@ -58,10 +58,10 @@ def paged_decode_kernel(q_ptr, k_ptr, v_ptr, out_ptr, max_ptr, sum_ptr, seq_lens
 
     # 3. The online softmax over the share.
     positions = tl.zeros([BLOCK_M], tl.int32) + position
-    row_max, row_sum, acc = attend_tiles(q, positions, first, stop, num_sink_tiles, num_skipped, seq_len,
-                             k_ptr + kv_head * kv_head_stride, v_ptr + kv_head * kv_head_stride,
-                             table_ptr + sequence * table_stride, slot_stride, scale_log2, HEAD_DIM, BLOCK_M, BLOCK_N,
-                             BLOCK_D, BLOCK_SIZE, WINDOW, NUM_SINKS, COMPUTE)
+    row_max, row_sum, acc = attend_tiles(
+        q, positions, first, stop, num_sink_tiles, num_skipped, seq_len, k_ptr + kv_head * kv_head_stride,
+        v_ptr + kv_head * kv_head_stride, table_ptr + sequence * table_stride, slot_stride, scale_log2, HEAD_DIM,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_SIZE, WINDOW, NUM_SINKS, COMPUTE)
 
     # 4. A single split is done. Several leave O undivided: it is divided by the sum over all of them.
     parts = (sequence * tl.num_programs(1) * GROUP + heads) * NUM_SPLITS + split

@@ -55,10 +55,10 @@ def paged_prefill_kernel(q_ptr, k_ptr, v_ptr, out_ptr, query_starts_ptr, seq_len
     first_position = seq_len - num_queries + first_query
     last_position = tl.minimum(first_position + QUERIES, seq_len) - 1
     num_tiles, num_sink_tiles, num_skipped = visible_tiles(first_position, last_position, WINDOW, NUM_SINKS, BLOCK_N)
-    _, row_sum, acc = attend_tiles(q, positions, 0, num_tiles, num_sink_tiles, num_skipped, seq_len,
-                             k_ptr + kv_head * kv_head_stride, v_ptr + kv_head * kv_head_stride,
-                             table_ptr + sequence.to(tl.int64) * table_stride, slot_stride, scale_log2, HEAD_DIM,
-                             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_SIZE, WINDOW, NUM_SINKS, COMPUTE)
+    _, row_sum, acc = attend_tiles(
+        q, positions, 0, num_tiles, num_sink_tiles, num_skipped, seq_len, k_ptr + kv_head * kv_head_stride,
+        v_ptr + kv_head * kv_head_stride, table_ptr + sequence.to(tl.int64) * table_stride, slot_stride, scale_log2,
+        HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_SIZE, WINDOW, NUM_SINKS, COMPUTE)
 
     # 4. One division per row, at the very end.
     out_offsets = tokens[:, None] * out_token_stride + heads[:, None] * out_head_stride + dims[None, :]
