@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -20,6 +21,17 @@ from m0_basics.model import CausalLM, DecoderLayer, RMSNorm, apply_rotary
 from .ops import ElementwiseOps
 
 Rotary = tuple[Tensor, Tensor]              # cosines and signed sines, [T, 1, D] each
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What layers are made of on some machine."""
+
+    ops: ElementwiseOps
+    pack: Callable[[nn.Linear], nn.Module]                              # a linear layer -> the one that runs
+    gate: Callable[[nn.Linear], nn.Module]                              # gate_up_proj -> silu(gate(x)) * up(x)
+    head: Callable[[nn.Linear], nn.Module]                              # the output matrix -> the one that runs
+    stack: Callable[[list[FusedDecoderLayer]], list[nn.Module]]         # the layers -> modules that run in their place
 
 
 class FusedAttention(AttentionBackend):
@@ -46,14 +58,25 @@ class FusedRMSNorm(nn.Module):
         return self.ops.add_rms_norm(x, None, self.weight, self.eps)
 
 
+class GatedLinear(nn.Module):
+    """silu(gate(x)) * up(x), by a product and an operation."""
+
+    def __init__(self, gate_up_proj: nn.Module, ops: ElementwiseOps) -> None:
+        super().__init__()
+        self.gate_up_proj, self.ops = gate_up_proj, ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, hidden] -> [T, intermediate]."""
+        return self.ops.silu_mul(self.gate_up_proj(x))
+
+
 class FusedDecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); x is changed in place."""
 
-    def __init__(self, layer: DecoderLayer, ops: ElementwiseOps, pack: Callable[[nn.Linear], nn.Module]) -> None:
-        """`pack` turns a linear layer into the one that runs."""
+    def __init__(self, layer: DecoderLayer, parts: Parts) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
-        self.ops = ops
+        self.ops, pack = parts.ops, parts.pack
         self.layer_idx, self.eps = attention.layer_idx, layer.input_layernorm.eps
         self.num_heads, self.num_kv_heads, self.head_dim = (
             attention.num_heads, attention.num_kv_heads, attention.head_dim)
@@ -62,15 +85,15 @@ class FusedDecoderLayer(nn.Module):
                       else (attention.q_norm.weight, attention.k_norm.weight))
         self.input_norm, self.post_attention_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         self.qkv_proj, self.o_proj = pack(attention.qkv_proj), pack(attention.o_proj)
-        self.gate_up_proj, self.down_proj = pack(mlp.gate_up_proj), pack(mlp.down_proj)
+        self.gated, self.down_proj = parts.gate(mlp.gate_up_proj), pack(mlp.down_proj)
 
     def forward(self, x: Tensor, rotary: Rotary, backend: AttentionBackend, metadata: AttentionMetadata) -> Tensor:
         """x [T, hidden] -> the same tensor."""
         ops = self.ops
         qkv = self.qkv_proj(ops.add_rms_norm(x, None, self.input_norm, self.eps))
         attended = self.o_proj(self._attend(qkv, rotary, backend, metadata))
-        gate_up = self.gate_up_proj(ops.add_rms_norm(x, attended, self.post_attention_norm, self.eps))
-        return x.add_(self.down_proj(ops.silu_mul(gate_up)))
+        activated = self.gated(ops.add_rms_norm(x, attended, self.post_attention_norm, self.eps))
+        return x.add_(self.down_proj(activated))
 
     def _attend(self, qkv: Tensor, rotary: Rotary, backend: AttentionBackend, metadata: AttentionMetadata) -> Tensor:
         if isinstance(backend, FusedAttention):
@@ -83,18 +106,14 @@ class FusedDecoderLayer(nn.Module):
         return out.reshape(-1, self.num_heads * self.head_dim)
 
 
-def fuse(model: CausalLM, ops: ElementwiseOps, pack: Callable[[nn.Linear], nn.Module],
-         stack: Callable[[list[FusedDecoderLayer]], list[nn.Module]] = list) -> CausalLM:
-    """Exchange the model's layers, its last norm and its output matrix; returns the same model.
-
-    `stack` turns the layers into the modules that run one after the other: themselves, or one module for all of them.
-    """
+def fuse(model: CausalLM, parts: Parts) -> CausalLM:
+    """Exchange the model's layers, its last norm and its output matrix; returns the same model."""
     layers = []
     for i, layer in enumerate(model.layers):
         assert isinstance(layer, DecoderLayer), "a model is fused once"
-        layers.append(FusedDecoderLayer(layer, ops, pack))
+        layers.append(FusedDecoderLayer(layer, parts))
         model.layers[i] = nn.Identity()                 # so that the weights go as soon as they are packed
-    model.layers = nn.ModuleList(stack(layers))
-    model.norm = FusedRMSNorm(model.norm, ops)          # type: ignore[assignment]
-    model.lm_head = pack(model.lm_head)                 # type: ignore[assignment]
+    model.layers = nn.ModuleList(parts.stack(layers))
+    model.norm = FusedRMSNorm(model.norm, parts.ops)    # type: ignore[assignment]
+    model.lm_head = parts.head(model.lm_head)           # type: ignore[assignment]
     return model

@@ -29,7 +29,7 @@ from .backends import Situation, choose
 from .config import EngineConfig
 from .cuda_graph import GraphRunner
 from .layers import fuse
-from .parts import make_ops, pack_for, stack
+from .parts import parts_for
 
 
 class LLM(ContinuousLLM):
@@ -51,7 +51,7 @@ class LLM(ContinuousLLM):
         situation = Situation(weights.device, weights.dtype, dtype, weights.spec, memory.block_size, bool(hooks.cache))
         backend = choose(attention.attention_backend, situation)
         if attention.fused_layers:
-            weights = fuse(weights, make_ops(weights.device, weights.dtype), pack_for(weights.device), stack)
+            weights = fuse(weights, parts_for(weights.device, weights.dtype))
         block_bytes = slot_cache_bytes(weights.spec, memory.block_size, dtype, hooks.cache)
         num_blocks = num_blocks_for(memory, block_bytes, weights.device, limits.max_model_len, limits.max_num_seqs)
         # What a cache plugin keeps for a slot stays on the device: such sequences are recomputed instead of swapped.

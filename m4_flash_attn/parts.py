@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -11,11 +10,31 @@ from .backends import has_triton
 from .kernels.cpu import ops as cpu
 from .kernels.cpu.build import BuildError
 from .kernels.cpu.decoder import CpuDecoder, can_stack
-from .kernels.cpu.linear import PackedLinear
-from .layers import FusedDecoderLayer
+from .kernels.cpu.linear import PackedGatedLinear, PackedLinear, choose
+from .layers import FusedDecoderLayer, GatedLinear, Parts
 from .ops import ElementwiseOps, TorchOps
 
 logger = logging.getLogger(__name__)
+
+
+def parts_for(device: torch.device, dtype: torch.dtype) -> Parts:
+    """The fastest parts that there are for a model on `device` in `dtype`."""
+    ops = make_ops(device, dtype)
+    if device.type != "cpu":
+        return plain_parts(ops)
+    native = choose(dtype, dtype) == "native"
+    return Parts(ops, PackedLinear.of,
+                 gate=lambda linear: (PackedGatedLinear(linear.weight) if native
+                                      else GatedLinear(PackedLinear.of(linear), ops)),
+                 head=lambda linear: PackedLinear.of(linear, torch.float32), stack=stack)
+
+
+def plain_parts(ops: ElementwiseOps) -> Parts:
+    """Linear layers as they are, the layers one after the other."""
+    def as_it_is(linear: nn.Linear) -> nn.Linear:
+        return linear
+
+    return Parts(ops, as_it_is, lambda linear: GatedLinear(linear, ops), as_it_is, lambda layers: [*layers])
 
 
 def make_ops(device: torch.device, dtype: torch.dtype) -> ElementwiseOps:
@@ -24,22 +43,13 @@ def make_ops(device: torch.device, dtype: torch.dtype) -> ElementwiseOps:
         try:
             return cpu.CpuOps(dtype)
         except BuildError as error:
-            logger.warning("the layers' element-wise parts run in plain torch: %s", error)
+            logger.info("the layers' element-wise parts run in plain torch: %s", error)    # the backend has warned
     if device.type == "cuda" and has_triton():
         from .kernels.triton.elementwise import TritonOps
         return TritonOps()
     return TorchOps()
 
 
-def pack_for(device: torch.device) -> Callable[[nn.Linear], nn.Module]:
-    """What turns a linear layer into the one that runs: packed on a CPU, as it is elsewhere."""
-    return PackedLinear.of if device.type == "cpu" else _as_it_is
-
-
 def stack(layers: list[FusedDecoderLayer]) -> list[nn.Module]:
     """One module for all layers where there is a kernel for that, else the layers themselves."""
     return [CpuDecoder(layers)] if can_stack(layers) else [*layers]
-
-
-def _as_it_is(linear: nn.Linear) -> nn.Linear:
-    return linear

@@ -1,6 +1,6 @@
 // All layers of the model in one parallel region: the threads meet at barriers and never go back to Python in between.
 //
-//     for each layer:   norm | qkv | rotate + store | attend | o | add + norm | gate, up | silu x up | down
+//     for each layer:   norm | qkv | rotate + store | attend | o | add + norm | gate, up, silu x up | down
 //
 // Called part by part, a step of one token spends a fifth of its time on calls and on waking threads.
 #include "attention.hpp"
@@ -11,25 +11,24 @@
 namespace {
 
 struct Layer {
-    Weights qkv, o, gate_up, down;
+    Weights qkv, o, gate_up, down;          // gate_up is gated
     const void *input_norm, *post_attention_norm;
     const void *q_norm, *k_norm;            // null where the model has none
 };
 
 // What the layers work in, for T tokens.
 template <class T> struct Buffers {
-    T *normed, *qkv, *attended, *delta, *gate_up, *activated;
+    T *normed, *qkv, *attended, *delta, *activated;
 
     Buffers(std::vector<T>& memory, long tokens, const Shape& shape, long hidden, long intermediate) {
         const long heads = (long)shape.num_heads * shape.head_dim, kv = (long)shape.num_kv_heads * shape.head_dim;
-        memory.resize(tokens * (2 * hidden + 2 * heads + 2 * kv + 3 * intermediate));
+        memory.resize(tokens * (2 * hidden + 2 * heads + 2 * kv + intermediate));
         T* next = memory.data();
         auto take = [&](long width) { T* taken = next; next += tokens * width; return taken; };
         normed = take(hidden);
         qkv = take(heads + 2 * kv);
         attended = take(heads);
         delta = take(hidden);
-        gate_up = take(2 * intermediate);
         activated = take(intermediate);
     }
 };
@@ -68,8 +67,8 @@ void run(const Shape& shape, const Batch& batch, const Layer* layers, int num_la
             elementwise::add_rms_norm(first, last, hidden, x, b.delta, (const T*)layer.post_attention_norm, eps,
                                       b.normed);
 #pragma omp barrier
-            multiply(layer.gate_up, b.normed, b.gate_up);
-            elementwise::silu_mul(first, last, intermediate, b.gate_up, b.activated);
+            linear::share<T, T, true>(layer.gate_up, b.normed, hidden, b.activated, intermediate, tokens, thread,
+                                      threads);
 #pragma omp barrier
             multiply(layer.down, b.activated, b.delta);
         }

@@ -11,7 +11,7 @@ from m0_basics.attention import AttentionBackend, AttentionMetadata
 
 from ...attention import CpuAttention, CpuMetadata
 from ...layers import FusedDecoderLayer, Rotary
-from .linear import PackedLinear, Weights
+from .linear import PackedGatedLinear, PackedLinear, Weights
 
 
 class Layer(Structure):
@@ -47,13 +47,16 @@ def can_stack(layers: Sequence[nn.Module]) -> bool:
     return all(isinstance(layer, FusedDecoderLayer) and _is_native(layer) for layer in layers)
 
 
+def _linear(layer: FusedDecoderLayer) -> tuple[nn.Module, ...]:
+    return layer.qkv_proj, layer.o_proj, layer.gated, layer.down_proj
+
+
 def _is_native(layer: FusedDecoderLayer) -> bool:
-    parts = (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
-    return all(isinstance(part, PackedLinear) and part.weights is not None for part in parts)
+    return all(isinstance(part, PackedLinear | PackedGatedLinear) and part.weights is not None
+               for part in _linear(layer))
 
 
 def _layer(layer: FusedDecoderLayer) -> Layer:
-    parts = (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
     norms = (layer.input_norm, layer.post_attention_norm, *(layer.norms or (None, None)))
     pointers = (None if norm is None else ctypes.c_void_p(norm.data_ptr()) for norm in norms)
-    return Layer(*(part.weights for part in parts), *pointers)
+    return Layer(*(part.weights for part in _linear(layer)), *pointers)

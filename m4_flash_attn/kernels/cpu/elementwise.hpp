@@ -65,10 +65,7 @@ template <class T> static void silu_mul(long first, long last, int n, const T* g
         T* to = out + r * n;
         int i = 0;
         for (; i + VL <= n; i += VL) {
-            // 1 / (1 + e^-g), by way of e^-|g|, which cannot overflow
-            vf g = load(gate + i), e = exp2(-LOG2E * max(g, -g));
-            vf sigmoid = (g > 0.0f ? splat(1.0f) : e) / (1.0f + e);
-            store(to + i, g * sigmoid * load(up + i));
+            store(to + i, silu(load(gate + i)) * load(up + i));
         }
         for (; i < n; i++) {
             float g = to_float(gate[i]);

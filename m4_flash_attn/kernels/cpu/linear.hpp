@@ -21,7 +21,7 @@
 struct Weights {
     const void* packed;     // padded with zeros to whole panels and pairs, aligned to 64 bytes
     const float* bias;      // for all columns of all panels, or null
-    int32_t columns, depth; // N, K
+    int32_t columns, depth; // N, K; of a gated layer N is the number of its outputs, half of the weights' columns
 };
 
 namespace linear {
@@ -102,7 +102,8 @@ struct Fetch {
 };
 
 // ROWS rows x one panel. Meanwhile the fetch goes on evenly from `from`, by `bytes`.
-template <class T, class Out, int ROWS>
+// GATED: the panel's left columns are a gate, the right ones what it lets through: VL columns of silu(left) * right.
+template <class T, class Out, bool GATED, int ROWS>
 static void tile(const T* x, int64_t x_stride, const T* w, const float* bias, Out* y, int64_t y_stride, int depth,
                  Fetch& fetch, const char* from, int64_t bytes) {
     typedef Step<T> S;
@@ -138,37 +139,44 @@ static void tile(const T* x, int64_t x_stride, const T* w, const float* bias, Ou
     if (k < depth) step(sums[0], k, S::last);
 
 #pragma GCC unroll 12
-    for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < ROWS; r++) {
+        vf total[2];
 #pragma GCC unroll 2
         for (int c = 0; c < 2; c++) {
-            vf total = bias ? load(bias + c * VL) : vf{};
+            total[c] = bias ? load(bias + c * VL) : vf{};
 #pragma GCC unroll 4
-            for (int s = 0; s < SETS; s++) total += sums[s][r][c];
-            store(y + r * y_stride + c * VL, total);
+            for (int s = 0; s < SETS; s++) total[c] += sums[s][r][c];
         }
+        if (GATED) {
+            store(y + r * y_stride, silu(total[0]) * total[1]);
+        } else {
+            store(y + r * y_stride, total[0]);
+            store(y + r * y_stride + VL, total[1]);
+        }
+    }
 }
 
 template <class T, class Out>
 using Tile = void (*)(const T*, int64_t, const T*, const float*, Out*, int64_t, int, Fetch&, const char*, int64_t);
 
-template <class T, class Out> static Tile<T, Out> tile_of(int rows) {
+template <class T, class Out, bool GATED> static Tile<T, Out> tile_of(int rows) {
     static constexpr Tile<T, Out> tiles[] = {
-        tile<T, Out, 1>, tile<T, Out, 2>, tile<T, Out, 3>, tile<T, Out, 4>,
+        tile<T, Out, GATED, 1>, tile<T, Out, GATED, 2>, tile<T, Out, GATED, 3>, tile<T, Out, GATED, 4>,
 #if defined(__AVX512F__) || defined(__aarch64__)
-        tile<T, Out, 5>, tile<T, Out, 6>, tile<T, Out, 7>, tile<T, Out, 8>,
-        tile<T, Out, 9>, tile<T, Out, 10>, tile<T, Out, 11>, tile<T, Out, 12>,
+        tile<T, Out, GATED, 5>, tile<T, Out, GATED, 6>, tile<T, Out, GATED, 7>, tile<T, Out, GATED, 8>,
+        tile<T, Out, GATED, 9>, tile<T, Out, GATED, 10>, tile<T, Out, GATED, 11>, tile<T, Out, GATED, 12>,
 #else
-        tile<T, Out, 5>, tile<T, Out, 6>,
+        tile<T, Out, GATED, 5>, tile<T, Out, GATED, 6>,
 #endif
     };
     return tiles[rows - 1];
 }
 
 // Rows [0, num_rows) x panels [first, last), in tiles of even heights.
-template <class T, class Out>
+template <class T, class Out, bool GATED>
 static void block(const Weights& weights, const T* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t num_rows,
                   int64_t first, int64_t last) {
-    constexpr int STEP = Step<T>::STEP, ROWS = Step<T>::SUMS / 2;
+    constexpr int STEP = Step<T>::STEP, ROWS = Step<T>::SUMS / 2, WIDTH = GATED ? VL : PANEL;
     const int64_t panel_size = (weights.depth + STEP - 1) / STEP * STEP * PANEL, panel_bytes = panel_size * sizeof(T);
     const int64_t num_tiles = (num_rows + ROWS - 1) / ROWS;
     const T* packed = static_cast<const T*>(weights.packed);
@@ -177,28 +185,29 @@ static void block(const Weights& weights, const T* x, int64_t x_stride, Out* y, 
     for (int64_t p = first; p < last; p++) {
         const T* panel = packed + p * panel_size;
         const float* bias = weights.bias ? weights.bias + p * PANEL : nullptr;
-        const int64_t columns = std::min<int64_t>(PANEL, weights.columns - p * PANEL);
+        const int64_t columns = std::min<int64_t>(WIDTH, weights.columns - p * WIDTH);
         for (int64_t t = 0; t < num_tiles; t++) {
             const int64_t row = num_rows * t / num_tiles, height = num_rows * (t + 1) / num_tiles - row;
             const char* from = (const char*)panel + panel_bytes * t / num_tiles + lead;
             fetch.until(from);
-            Out whole[ROWS * PANEL];    // where y ends within the panel
-            Out* at = y + row * y_stride + p * PANEL;
-            const bool fits = columns == PANEL;
-            tile_of<T, Out>(height)(x + row * x_stride, x_stride, panel, bias, fits ? at : whole,
-                                    fits ? y_stride : PANEL, weights.depth, fetch, from, panel_bytes / num_tiles);
+            Out whole[ROWS * WIDTH];    // where y ends within the panel
+            Out* at = y + row * y_stride + p * WIDTH;
+            const bool fits = columns == WIDTH;
+            tile_of<T, Out, GATED>(height)(x + row * x_stride, x_stride, panel, bias, fits ? at : whole,
+                                    fits ? y_stride : WIDTH, weights.depth, fetch, from, panel_bytes / num_tiles);
             for (int64_t r = 0; r < height && !fits; r++)
-                std::copy(whole + r * PANEL, whole + r * PANEL + columns, at + r * y_stride);
+                std::copy(whole + r * WIDTH, whole + r * WIDTH + columns, at + r * y_stride);
         }
     }
 }
 
 // What thread `thread` of `num_threads` does of x [num_rows, K] -> y [num_rows, N]; strides in elements. All of them
 // call this, inside a parallel region; a barrier has to come before anyone reads y.
-template <class T, class Out>
+template <class T, class Out, bool GATED = false>
 static void share(const Weights& weights, const T* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t num_rows,
                   int thread, int num_threads) {
-    const int64_t panels = (weights.columns + PANEL - 1) / PANEL;
+    constexpr int WIDTH = GATED ? VL : PANEL;
+    const int64_t panels = (weights.columns + WIDTH - 1) / WIDTH;
     // Rows are cut where x does not fit the cache, and where there are too few panels for the threads.
     const int64_t fitting = std::max<int64_t>(12, X_BYTES / int64_t(sizeof(T)) / weights.depth);
     const int64_t wanted = std::max((num_rows + fitting - 1) / fitting, (4 * num_threads + panels - 1) / panels);
@@ -208,7 +217,7 @@ static void share(const Weights& weights, const T* x, int64_t x_stride, Out* y, 
     while (item < end) {
         const int64_t b = item / panels, first = item % panels, last = std::min(panels, first + end - item);
         const int64_t row = num_rows * b / blocks, row_end = num_rows * (b + 1) / blocks;
-        block(weights, x + row * x_stride, x_stride, y + row * y_stride, y_stride, row_end - row, first, last);
+        block<T, Out, GATED>(weights, x + row * x_stride, x_stride, y + row * y_stride, y_stride, row_end - row, first, last);
         item += last - first;
     }
 }

@@ -24,6 +24,7 @@ _STEP = {torch.float32: 1, torch.bfloat16: 2}       # elements of K that lie sid
 _FUNCTIONS = {(torch.float32, torch.float32): "linear_f32",
               (torch.bfloat16, torch.bfloat16): "linear_bf16",
               (torch.bfloat16, torch.float32): "linear_bf16_f32"}
+_GATED_FUNCTIONS = {torch.float32: "linear_gated_f32", torch.bfloat16: "linear_gated_bf16"}
 _TYPICAL_ROWS = 32      # oneDNN chooses a layout for a number of rows; any number works with it
 
 
@@ -60,7 +61,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x [T, K] of the weight's dtype, rows may be apart -> [T, N] in `out_dtype`, in `out` where that is given.
 
-        A new tensor of megabytes, as logits are, is new pages from the system on every call: keep one for them.
+        A new tensor beyond 32 MB, as logits of many rows are, is new pages from the system on every call.
         """
         if x.dtype is not self.dtype or x.dim() != 2 or x.shape[1] != self.in_features:     # C++ cannot notice
             raise ValueError(f"x is {x.dtype} {list(x.shape)}, not {self.dtype} [T, {self.in_features}]")
@@ -72,6 +73,22 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.kind}, {self.nbytes:,} bytes"
+
+
+class PackedGatedLinear(nn.Module):
+    """silu(x A^T) * (x B^T): gate and up are packed by turns, so that one tile computes both and writes the result."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """weight [2 N, K]: the N rows of the gate, then those of up. `choose` says native for its dtype."""
+        super().__init__()
+        self.dtype, self.in_features, self.out_features = weight.dtype, weight.shape[1], weight.shape[0] // 2
+        self.weights, self.nbytes, self._product = _native(weight.detach(), None, weight.dtype, gated=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, K] of the weight's dtype -> [T, N]."""
+        if x.dtype is not self.dtype or x.dim() != 2 or x.shape[1] != self.in_features:
+            raise ValueError(f"x is {x.dtype} {list(x.shape)}, not {self.dtype} [T, {self.in_features}]")
+        return self._product(x, None)
 
 
 @cache
@@ -104,6 +121,12 @@ def pack(weight: Tensor, panel: int) -> Tensor:
     return panels.permute(0, 2, 1, 3).contiguous()
 
 
+def interleave(weight: Tensor, width: int) -> Tensor:
+    """weight [2 N, K], gate above up -> `width` rows of the gate, as many of up, and so on; zeros fill N up."""
+    halves = F.pad(weight.unflatten(0, (2, -1)), (0, 0, 0, -(weight.shape[0] // 2) % width))
+    return halves.unflatten(1, (-1, width)).transpose(0, 1).flatten(0, 2)
+
+
 def multiply_packed(x: Tensor, packed: Tensor, columns: int) -> Tensor:
     """The readable twin of linear.hpp: x [T, K] times what `pack` returns -> [T, columns] in fp32."""
     panels, steps, panel, step = packed.shape
@@ -112,10 +135,15 @@ def multiply_packed(x: Tensor, packed: Tensor, columns: int) -> Tensor:
     return y.reshape(-1, panels * panel)[:, :columns]
 
 
-def _native(weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> tuple[Weights, int, Product]:
-    function, panel = _function(_FUNCTIONS[weight.dtype, out_dtype]), library().linear_panel()
-    columns, depth = weight.shape
-    packed = pack(weight, panel)
+def _native(weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype,
+            gated: bool = False) -> tuple[Weights, int, Product]:
+    kernels = library()
+    panel, (columns, depth) = kernels.linear_panel(), weight.shape
+    if gated:
+        function, columns = _function(kernels, _GATED_FUNCTIONS[weight.dtype]), columns // 2
+        packed = pack(interleave(weight, panel // 2), panel)
+    else:
+        function, packed = _function(kernels, _FUNCTIONS[weight.dtype, out_dtype]), pack(weight, panel)
     padded_bias = None if bias is None else F.pad(bias.float(), (0, -columns % panel))
     weights = Weights(packed.data_ptr(), None if padded_bias is None else padded_bias.data_ptr(), columns, depth)
     reference = byref(weights)
@@ -158,8 +186,8 @@ def _has_matrix_tiles() -> bool:
 
 
 @cache
-def _function(name: str) -> ctypes._NamedFuncPointer:
-    function = getattr(library(), name)
+def _function(kernels: ctypes.CDLL, name: str) -> ctypes._NamedFuncPointer:
+    function = getattr(kernels, name)
     function.argtypes = [POINTER(Weights), c_void_p, c_int64, c_void_p, c_int64, c_int64]
     function.restype = None
     return function

@@ -80,3 +80,9 @@ static inline vf exp2(vf x) {
 }
 
 constexpr float LOG2E = 1.44269504f;
+
+// x / (1 + e^-x), by way of e^-|x|, which cannot overflow.
+static inline vf silu(vf x) {
+    const vf e = exp2(-LOG2E * max(x, -x));
+    return x * (x > 0.0f ? splat(1.0f) : e) / (1.0f + e);
+}
