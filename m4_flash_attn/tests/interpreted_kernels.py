@@ -24,6 +24,7 @@ from m4_flash_attn.kernels.triton.prefill import paged_prefill
 from m4_flash_attn.kernels.triton.rotary import rotary_and_store, store_kv
 from m4_flash_attn.layers import fuse
 from m4_flash_attn.ops import TorchOps
+from m4_flash_attn.parts import plain_parts
 from m4_flash_attn.reference import MIXED, PagedBatch, random_paged_batch
 from m4_flash_attn.tests.batches import metadata_of
 
@@ -218,7 +219,7 @@ def test_tokens_of_the_engine(family, tiny_model) -> None:
         return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
 
     llm = LLM(str(tiny_model(family)), **options)
-    model = fuse(llm.engine.runner.model, TritonOps(), lambda linear: linear)
+    model = fuse(llm.engine.runner.model, plain_parts(TritonOps()))
     runner = ModelRunner(model, GpuAttention(llm.cache, llm.manager))
     llm.engine.runner = GraphRunner(runner, llm.manager.block_size, 4, 64, capture=lambda run: run)
     assert tokens(llm) == tokens(LLM(str(tiny_model(family)), **options))
