@@ -1,0 +1,122 @@
+"""F4.1, F4.3, F4.4: the benchmark runs every part, small; contenders give the same tokens, ways the same values."""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from m0_basics import SamplingParams
+from m0_basics.bench import BenchError, BenchReport
+from m0_basics.bench.harness import Comparison, ContenderResult
+from m0_basics.bench.metrics import RunMetrics
+from m0_basics.documents.factbook import read_json_file, read_result
+from m0_basics.loader import load_spec
+from m0_basics.testing.fixtures import TinyModels
+from m4_flash_attn import LLM, benchmark
+from m4_flash_attn.attention_bench import AttentionCase, peak_bytes, prefill_memory
+from m4_flash_attn.facts import bench_results
+from m4_flash_attn.start_up import first_token_s, flags
+from m4_flash_attn.step_parts import Stopwatch, step_parts, timed_engine
+
+
+def test_every_part_is_there(tmp_path: Path, tiny_model: TinyModels) -> None:
+    """It starts the command, which builds the kernels once more: the only test here that takes long."""
+    folder = tmp_path / "results"
+    options = {"model": str(tiny_model("parrot")), "dtype": "float32", "max_model_len": 400}
+    benchmark.run(options, rounds=1, quick=True, peers=["transformers-static"], output_dir=folder)
+    report = BenchReport.load(folder / "bench.json")
+    contenders = ["m4", "m4-sdpa", "m4-unfused", "m3", "m2", "transformers-static"]
+    assert [[c.name for c in comparison.contenders] for comparison in report.comparisons] == [contenders] * 2
+    assert all(c.identical_requests == comparison.workload["num_requests"]
+               for comparison in report.comparisons for c in comparison.contenders)
+    found = report.measurements
+    assert set(found["speedup"]["single"]) == set(contenders[1:])
+    assert found["limits"]["single"]["tokens_per_s"] == pytest.approx(
+        found["limits"]["bytes_per_second"] / found["limits"]["single"]["bytes_per_token"])
+    assert [(e["batch"], e["context"]) for e in found["attention"]["decode"]] == [(1, 16), (1, 40), (16, 16), (16, 40)]
+    assert all(e[f"{way}_s"] > 0 for entries in found["attention"].values() for e in entries
+               for way in ("kernel", "loop", "padded", "naive"))
+    assert [entry["rows"] for entry in found["linear"]] == [1, 4]
+    assert found["start"]["cold_s"] - found["start"]["warm_s"] == pytest.approx(found["start"]["build_s"])
+    figures = {"ragged", "single", "attention_decode", "attention_prefill", "linear", "step"}
+    figures |= {"prefill_memory"} if sys.platform == "linux" else set()
+    assert {path.stem for path in folder.glob("*.png")} == figures
+    results = bench_results(read_json_file(folder / "bench.json"))
+    assert {"bench.ragged.m4_over.m3", "bench.single.m4.limit_share", "bench.attention.16x40.padded_s",
+            "bench.prefill.40.sdpa_s", "bench.linear.4.native_s", "bench.step.2.apart.attention_share",
+            "bench.step.python_share", "bench.build_s"} <= set(results)
+    for name, result in results.items():
+        assert isinstance(read_result(tmp_path, result.file, result.path), int | float), name
+
+
+@pytest.mark.parametrize("prefill", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_all_ways_compute_the_same(batch: int, prefill: bool, tiny_model: TinyModels) -> None:
+    """F4.1: what is timed is attention."""
+    case = AttentionCase(load_spec(tiny_model("llama")), torch.float32, batch, 37, prefill)
+    expected = case.batch.expected().float().flatten(1)
+    ways = case.ways()
+    assert list(ways) == ["kernel", "loop", "padded", "naive"]
+    for name, run in ways.items():
+        torch.testing.assert_close(run(), expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
+def test_peak_memory_counts_what_is_gone_again(tiny_model: TinyModels) -> None:
+    """F4.3: by size, by hand; twice the same, though malloc could use the first one's pages again. O(n^2), and O(n)."""
+    size = 48 << 20
+    for _ in range(2):
+        assert peak_bytes(lambda: torch.ones(size // 4).sum().item()) == pytest.approx(size, rel=0.05)
+    spec = load_spec(tiny_model("llama"))
+    short, long = prefill_memory(spec, torch.float32, (1024, 2048))
+    scores = spec.num_attention_heads * 2048 * 2048 * 4
+    assert 2 * scores < long["naive_bytes"] < 5 * scores
+    assert long["naive_bytes"] == pytest.approx(4 * short["naive_bytes"], rel=0.1)
+    output = 2048 * spec.num_attention_heads * spec.head_dim * 4
+    assert output / 2 < long["kernel_bytes"] < 4 * output < scores / 8
+
+
+def test_parts_of_a_step_add_up(tiny_model: TinyModels) -> None:
+    """Both ways of looking: all layers in one call, and part by part. Nothing is left behind."""
+    llm = LLM(str(tiny_model("qwen3")), dtype="float32", skip_tokenizer_init=True, max_model_len=64, max_num_seqs=2)
+    [entry] = step_parts(llm, (2,), prompt_len=8, steps=3)
+    assert min(entry["layers_s"], entry["linear_s"], entry["sampling_s"], entry["python_s"]) > 0 == entry["attention_s"]
+    apart = entry["apart"]
+    assert min(apart[f"{part}_s"] for part in ("linear", "attention", "elementwise", "sampling")) > 0
+    assert apart["layers_s"] == 0
+    for costs in (entry, apart):
+        assert all(0 <= costs[f"{part}_share"] < 1 for part in (*Stopwatch().seconds, "python"))
+    assert llm.manager.usage == 0
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_watched_engine_makes_the_same_tokens(apart: bool, tiny_model: TinyModels) -> None:
+    options = {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 64, "max_num_seqs": 2}
+    llm = LLM(str(tiny_model("qwen3")), **options)
+    prompts = [{"prompt_token_ids": list(range(5, 5 + n))} for n in (3, 9)]
+    greedy = SamplingParams(temperature=0, max_tokens=12)
+    expected = [out.outputs[0].token_ids for out in llm.generate(prompts, greedy, use_tqdm=False)]
+    llm.engine = timed_engine(llm, Stopwatch(), apart)
+    assert [out.outputs[0].token_ids for out in llm.generate(prompts, greedy, use_tqdm=False)] == expected
+
+
+def test_speedups_are_medians_of_ratios() -> None:
+    """12 / 10, 30 / 10, 90 / 50: the median is 1.8; the ratio of the medians would be 3."""
+    def result(name: str, *throughput: float) -> ContenderResult:
+        rounds = tuple(RunMetrics(1, 1, 1, 1.0, 1.0, t, 1.0, None, None, None, None) for t in throughput)
+        return ContenderResult(name, "", rounds, (1.0,) * len(rounds), 1)
+
+    comparison = Comparison({}, "m3", (result("m4", 12.0, 30.0, 90.0), result("m3", 10.0, 10.0, 50.0)))
+    assert benchmark.speedups(comparison) == {"m3": 1.8}
+
+
+def test_flags_of_a_command() -> None:
+    assert flags({"max_model_len": 64, "fused_layers": False, "enforce_eager": True, "num_blocks": None}) == [
+        "--max-model-len", "64", "--no-fused-layers", "--enforce-eager"]
+
+
+def test_a_command_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="model"):
+        first_token_s({"model": str(tmp_path / "nothing")}, tmp_path)
