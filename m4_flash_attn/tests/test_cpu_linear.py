@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from m4_flash_attn.kernels.cpu import linear as module
-from m4_flash_attn.kernels.cpu.build import BuildError, library
+from m4_flash_attn.kernels.cpu.build import BuildError
 from m4_flash_attn.kernels.cpu.linear import PackedLinear, choose, multiply_packed, pack
 from m4_flash_attn.kernels.cpu.linear_bench import Timing, measure, table
+from m4_flash_attn.tests.cpu_variants import VARIANTS, variant_library
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROUNDING = {torch.float32: 2.0 ** -24, torch.bfloat16: 2.0 ** -8}     # half a unit in the last of 24 and of 8 bits
@@ -37,9 +38,14 @@ def make(rows, columns, depth, dtype, bias=False, seed=0):
     return *tensors, torch.randn(columns, generator=generator).to(dtype) if bias else None
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernels():
-    library()
+@pytest.fixture(scope="module", params=VARIANTS, autouse=True)
+def kernels(request):
+    """Everything below runs on the kernels as they are compiled for each of these processors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "library", lambda: variant_library(request.param))
+        choose.cache_clear()
+        yield
+        choose.cache_clear()
 
 
 @settings(max_examples=150, deadline=None)

@@ -45,25 +45,39 @@ def find_compiler() -> str:
 def describe() -> str:
     """Compiler, flags and file of the kernels, in one line. Raises BuildError where there is no compiler."""
     compiler = find_compiler()
-    flags = (*_FLAGS, *_machine_flags(compiler))
+    flags = _all_flags(compiler, None)
     path = _path(compiler, flags)
     return f"{compiler} {' '.join(flags)} -> {path} ({'built' if path.exists() else 'not built yet'})"
 
 
+def library(processor: tuple[str, ...] | None = None) -> ctypes.CDLL:
+    """The compiled kernels, built where this was not done before. Raises BuildError.
+
+    `processor`: the compiler's flags for the processor to build for, as ("-march=x86-64-v3",); this machine's if None.
+    """
+    loaded = _load(find_compiler(), processor)
+    if isinstance(loaded, str):
+        raise BuildError(loaded)
+    return loaded
+
+
 @cache
-def library() -> ctypes.CDLL:
-    """The compiled kernels, built where this was not done before. Raises BuildError."""
-    compiler = find_compiler()
-    sources = sorted(SOURCES.glob("*.cpp"))
-    flags = (*_FLAGS, *_machine_flags(compiler))
-    path = _path(compiler, flags)
-    if not path.exists():
-        print("building the CPU kernels (once, some seconds) ...", file=sys.stderr, flush=True)
-        _compile(compiler, flags, sources, path)
+def _load(compiler: str, processor: tuple[str, ...] | None) -> ctypes.CDLL | str:
+    """The library, or why there is none: what failed once is not tried again for the next part that asks."""
+    try:
+        flags = _all_flags(compiler, processor)
+        path = _path(compiler, flags)
+        if not path.exists():
+            print("building the CPU kernels (once, some seconds) ...", file=sys.stderr, flush=True)
+            _compile(compiler, flags, path)
+    except BuildError as error:
+        return str(error)
+    except OSError as error:
+        return f"the kernels cannot be built: {error}"
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise BuildError(f"the kernels cannot be loaded ({error}); delete {path} to build them again") from error
+        return f"the kernels cannot be loaded ({error}); delete {path} to build them again"
 
 
 def _path(compiler: str, flags: tuple[str, ...]) -> Path:
@@ -71,14 +85,15 @@ def _path(compiler: str, flags: tuple[str, ...]) -> Path:
 
 
 @cache
-def _machine_flags(compiler: str) -> tuple[str, ...]:
-    """Everything this machine's processor can do, and threads where the compiler has OpenMP."""
-    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    flags = [native] if _accepts(compiler, (native,)) else []
+def _all_flags(compiler: str, processor: tuple[str, ...] | None) -> tuple[str, ...]:
+    """With everything that the processor can do, and threads where the compiler has OpenMP."""
+    if processor is None:
+        native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+        processor = (native,) if _accepts(compiler, (native,)) else ()
     # torch brings OpenMP's library and has loaded it: the kernels run on the same threads.
     openmp = ("-Xpreprocessor", "-fopenmp", "-undefined", "dynamic_lookup") if sys.platform == "darwin" else (
         "-fopenmp",)
-    return (*flags, *(openmp if _accepts(compiler, openmp) else ()))
+    return (*_FLAGS, *processor, *(openmp if _accepts(compiler, openmp) else ()))
 
 
 def _accepts(compiler: str, flags: tuple[str, ...]) -> bool:
@@ -107,15 +122,17 @@ def _processor() -> str:
     return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
 
 
-def _compile(compiler: str, flags: tuple[str, ...], sources: list[Path], path: Path) -> None:
-    """Into a file of another name first: somebody else may be building, or be stopped half-way."""
+def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
+    """In a folder of its own first: somebody else may be building, or be stopped half-way."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    command = [compiler, *flags, *map(str, sources), "-o", str(partial)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise BuildError(f"{compiler} did not finish within {_TIMEOUT_S} s") from error
-    if done.returncode != 0:
-        raise BuildError(f"{compiler} failed:\n{done.stderr.strip()[-2000:]}")
-    partial.replace(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as folder:
+        partial = Path(folder) / path.name
+        command = [compiler, *flags, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(partial)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S,
+                                  check=False)
+        except subprocess.TimeoutExpired as error:
+            raise BuildError(f"{compiler} did not finish within {_TIMEOUT_S} s") from error
+        if done.returncode != 0:
+            raise BuildError(f"{compiler} failed:\n{done.stderr.strip()[-2000:]}")
+        partial.replace(path)

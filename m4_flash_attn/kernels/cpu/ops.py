@@ -4,7 +4,7 @@ Every pointer is checked here, at the border: type, layout, and that the tensor 
 """
 from __future__ import annotations
 
-from ctypes import POINTER, Array, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import CDLL, POINTER, Array, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -60,16 +60,17 @@ class PagedKernels:
         Raises BuildError where the kernels cannot be built.
         """
         self.dtype = dtype
-        self.width = num_heads * head_dim
+        self.width, self.kv_width = num_heads * head_dim, num_kv_heads * head_dim
         self._shape = Shape(num_heads, num_kv_heads, head_dim, block_size, window or 0, num_sinks, _is_bf16(dtype),
                             scale)
         self._shape_ref = byref(self._shape)
-        self._functions = _functions()
+        self._functions = _functions(library())
 
     def store_kv(self, step: Step, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
         """k, v [T, H_kv, D] (rows may be strided) into the caches [num_slots, H_kv, D], at the step's slots."""
-        self._functions["store_kv"](self._shape_ref, byref(step.batch), _rows(k), _rows(v), k.stride(0), v.stride(0),
-                                    k_cache.data_ptr(), v_cache.data_ptr())
+        assert k.shape[1:].numel() == v.shape[1:].numel() == self.kv_width
+        self._functions["store_kv"](self._shape_ref, byref(step.batch), self._rows(step, k), self._rows(step, v),
+                                    k.stride(0), v.stride(0), self._whole(k_cache), self._whole(v_cache))
 
     def rotate_store_kv(self, step: Step, qkv: Tensor, norms: tuple[Tensor, Tensor] | None, eps: float,
                         rotary: tuple[Tensor, Tensor], k_cache: Tensor, v_cache: Tensor) -> None:
@@ -77,29 +78,40 @@ class PagedKernels:
 
         rotary: cosines and signed sines [T, 1, D]; norms: weights [D] for q and k, where the model has them.
         """
-        cos, signed_sin = rotary
-        assert qkv.is_contiguous() and qkv.dtype is self.dtype
-        q_norm, k_norm = (n.data_ptr() for n in norms) if norms is not None else (None, None)
-        self._functions["rotate_store_kv"](self._shape_ref, byref(step.batch), qkv.data_ptr(), q_norm, k_norm, eps,
-                                           cos.data_ptr(), signed_sin.data_ptr(), k_cache.data_ptr(),
-                                           v_cache.data_ptr())
+        assert qkv.shape == (step.batch.num_tokens, self.width + 2 * self.kv_width)
+        weights = map(self._whole, norms) if norms is not None else (None, None)
+        self._functions["rotate_store_kv"](self._shape_ref, byref(step.batch), self._whole(qkv), *weights, eps,
+                                           *self._rotary(step, rotary), self._whole(k_cache), self._whole(v_cache))
 
     def attend(self, step: Step, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         """q: T rows that begin with [H_q, D], as [T, H_q, D] or the whole qkv does -> [T, H_q * D]."""
-        assert q.dtype is self.dtype and q.stride(-1) == 1
+        assert q.shape[1:].numel() >= self.width
         out = torch.empty(step.batch.num_tokens, self.width, dtype=self.dtype)
-        self._functions["attend_paged"](self._shape_ref, byref(step.batch), q.data_ptr(), q.stride(0),
-                                        k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr())
+        self._functions["attend_paged"](self._shape_ref, byref(step.batch), self._rows(step, q), q.stride(0),
+                                        self._whole(k_cache), self._whole(v_cache), out.data_ptr())
         return out
 
     def decoder_layers(self, step: Step, layers: Array[Any], eps: float, x: Tensor, rotary: tuple[Tensor, Tensor],
                        k_cache: Tensor, v_cache: Tensor) -> None:
         """x [T, hidden] through all `layers` (`decoder.Layer`), in place; caches [layers, num_slots, H_kv, D]."""
-        assert x.is_contiguous() and x.dtype is self.dtype
+        assert x.shape[0] == step.batch.num_tokens and len(k_cache) == len(v_cache) == len(layers)
+        self._functions["decoder_layers"](self._shape_ref, byref(step.batch), layers, len(layers), eps, self._whole(x),
+                                          *self._rotary(step, rotary), self._whole(k_cache), self._whole(v_cache),
+                                          k_cache.stride(0))
+
+    def _whole(self, x: Tensor) -> int:
+        return _address(x, self.dtype)
+
+    def _rows(self, step: Step, x: Tensor) -> int:
+        """The address of x [T, H, D] or [T, n], whose rows may be apart from each other but not in pieces."""
+        assert x.dtype is self.dtype and x.shape[0] == step.batch.num_tokens
+        assert x.stride(-1) == 1 and (x.dim() == 2 or x.shape[1] == 1 or x.stride(1) == x.shape[2])
+        return x.data_ptr()
+
+    def _rotary(self, step: Step, rotary: tuple[Tensor, Tensor]) -> tuple[int, int]:
         cos, signed_sin = rotary
-        self._functions["decoder_layers"](self._shape_ref, byref(step.batch), layers, len(layers), eps, x.data_ptr(),
-                                          cos.data_ptr(), signed_sin.data_ptr(), k_cache.data_ptr(),
-                                          v_cache.data_ptr(), k_cache.stride(0))
+        assert cos.shape == signed_sin.shape == (step.batch.num_tokens, 1, self._shape.head_dim)
+        return self._whole(cos), self._whole(signed_sin)
 
 
 class CpuOps(ElementwiseOps):
@@ -109,20 +121,20 @@ class CpuOps(ElementwiseOps):
         """`dtype`: float32 or bfloat16. Raises BuildError where the kernels cannot be built."""
         self.dtype = dtype
         self._bf16 = _is_bf16(dtype)
-        self._functions = _functions()
+        self._functions = _functions(library())
 
     def add_rms_norm(self, x: Tensor, addend: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        assert x.is_contiguous() and (addend is None or addend.is_contiguous())
+        assert (addend is None or addend.shape == x.shape) and weight.shape == x.shape[1:]
         out = torch.empty_like(x)
-        self._functions["add_rms_norm"](self._bf16, x.shape[0], x.shape[1], x.data_ptr(),
-                                        None if addend is None else addend.data_ptr(), weight.data_ptr(), eps,
-                                        out.data_ptr())
+        self._functions["add_rms_norm"](self._bf16, x.shape[0], x.shape[1], _address(x, self.dtype),
+                                        None if addend is None else _address(addend, self.dtype),
+                                        _address(weight, self.dtype), eps, out.data_ptr())
         return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        assert gate_up.is_contiguous()
         out = torch.empty(gate_up.shape[0], gate_up.shape[1] // 2, dtype=self.dtype)
-        self._functions["silu_mul"](self._bf16, out.shape[0], out.shape[1], gate_up.data_ptr(), out.data_ptr())
+        self._functions["silu_mul"](self._bf16, out.shape[0], out.shape[1], _address(gate_up, self.dtype),
+                                    out.data_ptr())
         return out
 
 
@@ -131,14 +143,13 @@ def _is_bf16(dtype: torch.dtype) -> int:
     return int(dtype is torch.bfloat16)
 
 
-def _rows(x: Tensor) -> int:
-    """The address of x [T, H, D], whose rows may be apart from each other but not in pieces."""
-    assert x.stride(2) == 1 and x.stride(1) == x.shape[2]
+def _address(x: Tensor, dtype: torch.dtype) -> int:
+    assert x.dtype is dtype and x.is_contiguous()
     return x.data_ptr()
 
 
 @cache
-def _functions() -> dict[str, Any]:
+def _functions(kernels: CDLL) -> dict[str, Any]:
     shape, batch = POINTER(Shape), POINTER(Batch)
     signatures: dict[str, list[Any]] = {
         "store_kv": [shape, batch, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p],
@@ -149,6 +160,6 @@ def _functions() -> dict[str, Any]:
         "silu_mul": [c_int32, c_int64, c_int64, c_void_p, c_void_p]}
     functions = {}
     for name, argtypes in signatures.items():
-        functions[name] = getattr(library(), name)
+        functions[name] = getattr(kernels, name)
         functions[name].argtypes, functions[name].restype = argtypes, None
     return functions

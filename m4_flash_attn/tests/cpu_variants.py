@@ -1,0 +1,24 @@
+"""The C++ kernels as other processors run them, as far as this one can.
+
+    native    this machine's, as the engine runs them
+    avx512    without products of bfloat16 pairs
+    avx2      registers of 8 numbers
+    sse2      the least there is on x86: registers of 4, as on Arm
+"""
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from m4_flash_attn.kernels.cpu.build import library
+
+_FLAGS = {"avx512": ("-march=x86-64-v4",), "avx2": ("-march=x86-64-v3",), "sse2": ("-march=x86-64",)}
+_ABLE = {"AVX512": ["avx512", "avx2", "sse2"], "AVX2": ["avx2", "sse2"]}
+
+VARIANTS = ["native", *_ABLE.get(torch.backends.cpu.get_cpu_capability(), [])]
+
+
+def variant_library(name: str) -> ctypes.CDLL:
+    """The kernels of that variant, built where this was not done before. Raises BuildError."""
+    return library(_FLAGS.get(name))

@@ -1,0 +1,238 @@
+"""The kernels are built once; where they cannot be, the engine says so once and runs without them."""
+from __future__ import annotations
+
+import ctypes
+import logging
+import stat
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import pytest
+
+from m0_basics.testing.command_line import Command, options
+from m0_basics.testing.conformance import PROMPTS, greedy, ids_of
+from m0_basics.testing.fixtures import TinyModels
+from m0_basics.testing.parity import assert_same_tokens, reference_greedy
+from m4_flash_attn import LLM
+from m4_flash_attn.kernels.cpu import build
+from m4_flash_attn.kernels.cpu.build import BuildError, describe, find_compiler, library
+from m4_flash_attn.kernels.cpu.linear import choose
+
+NO_COMPILER = "no C++ compiler was found; install one (g++ or clang++), or set CXX"
+
+
+def forget() -> None:
+    """As in a new process."""
+    build._load.cache_clear()
+    build._all_flags.cache_clear()
+    choose.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache of its own, and in it the folder of built kernels."""
+    monkeypatch.setenv("LLM_LAB_CACHE", str(tmp_path / "cache"))
+    forget()
+    yield tmp_path / "cache" / "kernels"
+    forget()
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small kernel in the place of the real ones: it compiles in no time."""
+    monkeypatch.setattr(build, "SOURCES", tmp_path / "sources")
+    file = tmp_path / "sources" / "answer.cpp"
+    file.parent.mkdir()
+    file.write_text('extern "C" int answer() { return 42; }\n')
+    return file
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """What was compiled."""
+    seen: list[Path] = []
+    original = build._compile
+
+    def watched(compiler: str, flags: tuple[str, ...], path: Path) -> None:
+        seen.append(path)
+        original(compiler, flags, path)
+
+    monkeypatch.setattr(build, "_compile", watched)
+    return seen
+
+
+def without_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def compiler_script(tmp_path: Path, text: str) -> str:
+    """A compiler that says its version, knows no flag, and then runs `text`."""
+    file = tmp_path / "compiler"
+    file.write_text(f'#!/bin/sh\ncase "$*" in *--version*) exit 0;; *probe.so*) exit 1;; esac\n{text}\n')
+    file.chmod(file.stat().st_mode | stat.S_IXUSR)
+    return str(file)
+
+
+def test_built_once(source: Path, kernels: Path, compilations: list[Path],
+                    capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither in this process nor in the next is it built again; the notice comes once."""
+    assert "not built yet" in describe()
+    assert library().answer() == 42
+    forget()
+    assert library().answer() == 42
+    assert library() is library()
+    assert len(compilations) == 1
+    assert list(kernels.iterdir()) == compilations
+    assert capfd.readouterr().err.count("building the CPU kernels") == 1
+    assert str(compilations[0]) in describe()
+    assert "(built)" in describe()
+
+
+def test_another_source_or_flag_is_another_file(source: Path, kernels: Path, compilations: list[Path]) -> None:
+    library()
+    source.write_text('extern "C" int answer() { return 43; }\n')
+    forget()
+    assert library().answer() == 43
+    (source.parent / "some.hpp").write_text("// headers count too\n")
+    forget()
+    library()
+    assert library(("-O1",)).answer() == 43
+    assert len(set(compilations)) == len(compilations) == len(list(kernels.iterdir())) == 4
+
+
+def test_what_does_not_compile_is_said_and_not_tried_again(source: Path, kernels: Path,
+                                                           compilations: list[Path]) -> None:
+    """With the compiler's words; a part that asks later is not kept waiting."""
+    source.write_text("this is no C++\n")
+    for _ in range(3):
+        with pytest.raises(BuildError, match=r"failed:\n.*answer\.cpp:1"):
+            library()
+    assert len(compilations) == 1
+    assert list(kernels.iterdir()) == []
+
+
+def test_interrupted(source: Path, kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a file is not taken for a library, and does not stay."""
+    original = subprocess.run
+
+    def interrupted(command: list[str], *arguments: Any, **settings: Any) -> Any:
+        if str(source) in command:
+            Path(command[-1]).write_text("half")
+            raise KeyboardInterrupt
+        return original(command, *arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build.subprocess, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            library()
+    assert list(kernels.iterdir()) == []
+    assert library().answer() == 42
+
+
+def test_two_at_once(source: Path, kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both compile, neither sees the other's half, one file remains."""
+    both = Barrier(2, timeout=60)
+    original = build._compile
+
+    def together(compiler: str, flags: tuple[str, ...], path: Path) -> None:
+        both.wait()
+        original(compiler, flags, path)
+
+    monkeypatch.setattr(build, "_compile", together)
+    compiler = find_compiler()
+    with ThreadPoolExecutor(2) as pool:
+        loaded = list(pool.map(lambda _: build._load.__wrapped__(compiler, None), range(2)))
+    assert all(isinstance(kernel, ctypes.CDLL) and kernel.answer() == 42 for kernel in loaded)
+    assert len(list(kernels.iterdir())) == 1
+
+
+def test_a_compiler_that_never_ends(source: Path, kernels: Path, tmp_path: Path,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", compiler_script(tmp_path, "exec sleep 60"))
+    monkeypatch.setattr(build, "_TIMEOUT_S", 0.5)
+    with pytest.raises(BuildError, match=r"compiler did not finish within 0\.5 s"):
+        library()
+    assert list(kernels.iterdir()) == []
+
+
+def test_a_compiler_that_fails(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", compiler_script(tmp_path, "echo out of memory >&2; exit 1"))
+    with pytest.raises(BuildError, match=r"compiler failed:\nout of memory"):
+        library()
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(BuildError, match="false failed"):
+        library()
+
+
+def test_no_compiler(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BuildError, match="CXX=no-such-compiler does not exist; name a C"):
+        library()
+    without_compiler(monkeypatch, tmp_path)
+    with pytest.raises(BuildError) as error:
+        library()
+    assert str(error.value) == NO_COMPILER
+
+
+def test_a_file_that_cannot_run_as_a_compiler(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "compiler"
+    file.write_bytes(b"\x00\x01")
+    file.chmod(0o755)
+    monkeypatch.setenv("CXX", str(file))
+    with pytest.raises(BuildError, match="the kernels cannot be built: "):
+        library()
+
+
+def test_no_place_for_the_kernels(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(BuildError, match="the kernels cannot be built: "):
+        library()
+
+
+def test_a_damaged_library(source: Path, kernels: Path) -> None:
+    compiler = find_compiler()
+    file = build._path(compiler, build._all_flags(compiler, None))
+    kernels.mkdir(parents=True)
+    file.write_text("damaged")
+    with pytest.raises(BuildError, match=f"cannot be loaded .*delete {file} to build them again"):
+        library()
+
+
+def test_without_a_compiler_the_engine_runs_on_sdpa(tiny_model: TinyModels, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch,
+                                                    caplog: pytest.LogCaptureFixture) -> None:
+    """F4.1: one warning that says what is missing; the same tokens."""
+    folder = tiny_model("qwen3")
+    expected = reference_greedy(folder, PROMPTS, 16)
+    without_compiler(monkeypatch, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        llm = LLM(str(folder), dtype="float32", max_model_len=96)
+    assert llm.attention_backend == "sdpa"
+    assert [r.getMessage() for r in caplog.records] == [
+        f"attention backend sdpa is used, which is slower; cpu: {NO_COMPILER}"]
+    assert_same_tokens(ids_of(llm.generate(PROMPTS, greedy(16), use_tqdm=False)), expected)
+
+
+def test_a_broken_compiler_is_named_in_the_warning(tiny_model: TinyModels, monkeypatch: pytest.MonkeyPatch,
+                                                   caplog: pytest.LogCaptureFixture, compilations: list[Path]) -> None:
+    monkeypatch.setenv("CXX", "false")
+    with caplog.at_level(logging.WARNING):
+        llm = LLM(str(tiny_model("llama")), dtype="float32", max_model_len=96)
+    assert llm.attention_backend == "sdpa"
+    assert len(caplog.records) == 1
+    assert "false failed" in caplog.text
+    assert len(compilations) == 1, "tried once, by the first of three parts that asked"
+
+
+def test_the_env_command_says_that_there_is_no_compiler(tiny_model: TinyModels, tmp_path: Path, command: Command,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    without_compiler(monkeypatch, tmp_path)
+    result = command("env", *options(tiny_model("qwen3")), package="m4_flash_attn")
+    assert result.status == 0
+    assert f"C++ kernels: {NO_COMPILER}" in result.out
+    assert result.out.count("chosen") == 1
