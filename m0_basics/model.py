@@ -139,7 +139,8 @@ class CausalLM(nn.Module):
         super().__init__()
         self.spec, self.max_model_len, self.dtype, self.device = spec, max_model_len, dtype, device
         with torch.device("meta"):
-            self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+            # nn.Embedding(...) draws numbers, and to draw them on "meta" torch imports its whole compiler.
+            self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(spec.vocab_size, spec.hidden_size))
             self.layers = nn.ModuleList(DecoderLayer(spec, i) for i in range(spec.num_hidden_layers))
             self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
             self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
