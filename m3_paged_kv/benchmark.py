@@ -132,6 +132,9 @@ def _draw(report: BenchReport, rows: m2.LLM, blocks: LLM, workload: Workload, ou
               title="Bringing a preempted sequence back", xlabel="tokens of the sequence", ylabel="milliseconds",
               log_y=True)
     errors = report.measurements["cache_error"]
-    line_plot({name: Series(errors["positions"], v["kl"]) for name, v in errors["variants"].items()},
-              output_dir / "cache_error.png", title="Error of the next token's distribution", xlabel="position",
+    lines = dict[str, Series]()
+    for name, variant in errors["variants"].items():        # 0 has no place on the axis: nothing is forgotten yet
+        points = [(x, y) for x, y in zip(errors["positions"], variant["kl"], strict=True) if y > 0]
+        lines[name] = Series([x for x, _ in points], [y for _, y in points])
+    line_plot(lines, output_dir / "cache_error.png", title="Error of the next token's distribution", xlabel="position",
               ylabel="KL divergence from a cache in float32, nats", log_y=True)

@@ -35,6 +35,9 @@ ROW_SIZE = 2048
 MEMORY_ROW = 1024                               # tokens of each of the benchmark's MEMORY_ROWS rows
 LENGTHS = (128, 640, 2048, 8192, 32_768)        # of a victim: swapped or recomputed
 PAGE_BYTES = 2 * 2**20
+CACHE_VARIANTS = {"bf16": "16 bits", "int8_token": "8 bits, scale per token", "int8": "8 bits, scale per block",
+                  "int4": "4 bits, scale per block", "int4_channel": "4 bits, keys per channel",
+                  "sinks": "attention sinks", "hitters": "heavy hitters"}         # of `cache_error.all_variants`
 HOST_BYTES_PER_SECOND = 25e9                    # an assumption: what a PCIe 4 x16 link does in practice
 
 
@@ -188,9 +191,16 @@ def bench_results() -> dict[str, Result]:
     for i, length in enumerate(CROSSOVER_LENGTHS):
         facts |= {f"bench.crossover.{length}.{way}_s": Result("bench.json", f"measurements.crossover.{i}.{way}_s", "s")
                   for way in ("recompute", "swap")}
-    for part in ("schedule", "prepare", "model", "conclude"):
+    for part in ("schedule", "prepare", "metadata", "model", "conclude"):
         facts |= {f"bench.step.{part}_{key}": Result("bench.json", f"measurements.step_costs.{part}_{key}", unit)
                   for key, unit in (("s", "s"), ("share", "ratio"))}
+    for short, name in CACHE_VARIANTS.items():
+        path = f"measurements.cache_error.variants.{name}"
+        facts |= {f"bench.error.{short}.{key}": Result("bench.json", f"{path}.{step}", unit) for key, step, unit in (
+            ("kl", "mean_kl", "nats"), ("kl_first", "kl.0", "nats"), ("kl_last", "kl.-1", "nats"),
+            ("same", "mean_same_token", "ratio"), ("bytes", "bytes_per_token", "B"), ("held", "held_bytes", "B"))}
+    for key in ("length", "num_texts", "budget"):
+        facts[f"bench.error.{key}"] = Result("bench.json", f"measurements.cache_error.{key}")
     return facts | {f"bench.used.{size}": Result("bench.json", f"measurements.block_sizes.{size}", "ratio")
                     for size in BLOCK_SIZES}
 

@@ -40,7 +40,6 @@ class BlockQuantisation(CachePlugin):
             raise reject("bits", bits, "8 or 4")
         check_int("block_size", block_size, 1)
         self.bits = bits
-        self.largest = 2 ** (bits - 1) - 1                  # the integers are -largest to largest
         self.block_size = block_size
         self.per_channel_keys = per_channel_keys
         self._halves: tuple[BlockScaled, BlockScaled] | None = None       # keys, values
@@ -108,7 +107,7 @@ class BlockScaled:
         num_layers, num_slots, num_heads, _ = stored.shape
         self.stored = stored
         self.bits = bits
-        self.largest = 2 ** (bits - 1) - 1
+        self.largest = 2 ** (bits - 1) - 1                  # the integers are -largest to largest
         self.block_size = block_size
         self.scales = torch.empty(num_layers, -(-num_slots // block_size), num_heads, channels, dtype=torch.float16,
                                   device=stored.device)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from m0_basics.request import Request, RequestMetrics, Sequence, SequenceStatus, next_seq_id
 from m0_basics.sampling_params import SamplingParams
 from m2_continuous_batching.kv_cache_manager import KVCacheManager, RowKVCacheManager, SlotCopy
-from m2_continuous_batching.policies import SchedulingParams, SchedulingPolicy
+from m2_continuous_batching.policies import SchedulingParams, SchedulingPolicy, make_policy
 from m2_continuous_batching.scheduler import PrefillFirstScheduler, SchedulerOutput
 
 MAX_MODEL_LEN = 24
@@ -181,3 +181,13 @@ class FakeLoop:
             assert sorted(rows) == list(range(self.manager.num_rows)), "a row is lost, or held twice"
         else:
             assert self.manager.num_free >= 0
+
+
+def loop_of(policy: str = "fcfs", rows: int = 2, tokens: int = MAX_MODEL_LEN, slots: int = 0) -> FakeLoop:
+    return FakeLoop(make_policy(policy), rows, tokens, SlotPool(slots) if slots else None)
+
+
+def who(output: SchedulerOutput, *requests: Request) -> dict[str, int]:
+    """Letter of each request (a, b, ...) that runs -> tokens that it runs."""
+    names = {s: name for name, r in zip("abcdefgh", requests, strict=False) for s in r.sequences}
+    return {names[s.sequence]: s.num_tokens for s in output.scheduled}

@@ -62,6 +62,7 @@ def test_block_table_is_padded_with_minus_one() -> None:
     for s in scheduled:
         assert manager.allocate_slots(s.sequence, s.num_tokens)
     table = paged_metadata(scheduled, manager, CPU).block_table
+    assert (table.shape, table.dtype) == ((3, 3), torch.int32)
     assert table.tolist() == [[0, -1, -1], [1, 2, 3], [4, 5, -1]]
 
 

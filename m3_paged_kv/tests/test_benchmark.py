@@ -6,16 +6,18 @@ from pathlib import Path
 import pytest
 
 from m0_basics.bench import BenchReport
+from m0_basics.documents.factbook import read_result
 from m0_basics.testing.fixtures import TinyModels
 from m3_paged_kv import LLM, benchmark
 from m3_paged_kv.cache_error import all_variants
 from m3_paged_kv.crossover import crossover
+from m3_paged_kv.facts import bench_results
 
 
 def test_every_part_is_there(tmp_path: Path, tiny_model: TinyModels) -> None:
     options = {"model": str(tiny_model("llama")), "dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 400}
-    benchmark.run(options, rounds=1, quick=True, peers=["transformers"], output_dir=tmp_path)
-    report = BenchReport.load(tmp_path / "bench.json")
+    benchmark.run(options, rounds=1, quick=True, peers=["transformers"], output_dir=tmp_path / "results")
+    report = BenchReport.load(tmp_path / "results" / "bench.json")
     names = [[c.name for c in comparison.contenders] for comparison in report.comparisons]
     assert names == [["m2", "m3", "transformers"], ["m2", "m3"], [f"block {s}" for s in benchmark.BLOCK_SIZES],
                      ["recompute", "swap"]]
@@ -30,8 +32,13 @@ def test_every_part_is_there(tmp_path: Path, tiny_model: TinyModels) -> None:
     errors = report.measurements["cache_error"]
     assert errors["positions"] == [32, 64, 96]
     assert set(errors["variants"]) == set(all_variants(64))
-    assert {p.name for p in tmp_path.glob("*.png")} == {"same_memory.png", "timeline.png", "crossover.png",
-                                                        "cache_error.png"}
+    figures = {path.name for path in (tmp_path / "results").glob("*.png")}
+    assert figures == {"same_memory.png", "timeline.png", "crossover.png", "cache_error.png"}
+    measured = len(report.measurements["crossover"])        # of the lengths that documents quote, a quick run has two
+    missing = tuple(f"bench.crossover.{length}." for length in benchmark.CROSSOVER_LENGTHS[measured:])
+    for name, result in bench_results().items():
+        if not name.startswith(missing):
+            assert isinstance(read_result(tmp_path, result.file, result.path), (int, float)), name
 
 
 def test_crossover_leaves_nothing_behind(tiny_model: TinyModels) -> None:

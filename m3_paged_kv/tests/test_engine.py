@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 import m1_offline
+import m2_continuous_batching
+from m0_basics.bench import get_workload
 from m0_basics.config import ConfigError
 from m0_basics.sampling_params import BeamSearchParams, SamplingParams
 from m0_basics.testing.conformance import greedy, ids_of
@@ -13,6 +15,7 @@ from m0_basics.testing.fixtures import TinyModels
 from m2_continuous_batching.plugins import SchedulerPlugin, StepStats
 from m2_continuous_batching.plugins.kv_compression import KVCompressionPlugin
 from m2_continuous_batching.scheduler import Scheduler
+from m2_continuous_batching.timeline import record_timeline
 from m3_paged_kv import LLM
 from m3_paged_kv.fragmentation import FragmentationMeter, block_utilisation, row_utilisation
 from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
@@ -120,3 +123,19 @@ def test_a_compressed_cache_is_recomputed_not_swapped(tiny_model: TinyModels) ->
     assert ids_of(tight.generate(prompts, greedy(24), use_tqdm=False)) == (
         ids_of(roomy.generate(prompts, greedy(24), use_tqdm=False)))
     assert count.most == 9, "the pool was full"
+
+
+def test_twice_as_many_run_side_by_side_as_with_rows(tiny_model: TinyModels) -> None:
+    """F3.9: with as many slots, on ragged-64's lengths halved: sequences that get a token, counted at every step."""
+    options = {"dtype": "float32", "max_model_len": 512, "skip_tokenizer_init": True}
+    folder, num_rows = str(tiny_model("llama")), 8
+    rows = m2_continuous_batching.LLM(folder, max_num_seqs=num_rows, **options)
+    blocks = LLM(folder, num_blocks=num_rows * 512 // 16, max_num_seqs=64, **options)
+    assert rows.cache.kv_cache.k.shape == blocks.cache.kv_cache.k.shape
+    workload = get_workload("ragged-64:prompt_max=128,output_max=64").fit_vocabulary(rows.spec.vocab_size)
+
+    def mean(llm: LLM | m2_continuous_batching.LLM) -> float:
+        counts = [row.num_tokens for row in record_timeline(llm, workload)]
+        return sum(counts) / len(counts)
+
+    assert mean(blocks) >= 2 * mean(rows)

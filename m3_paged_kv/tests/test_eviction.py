@@ -7,18 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import m2_continuous_batching
+from m0_basics.attention import ScheduledSequence
 from m0_basics.config import ConfigError
-from m0_basics.request import Sequence
+from m0_basics.model_spec import ModelSpec
+from m0_basics.request import Sequence, SequenceData, next_seq_id
 from m0_basics.sampling_params import SamplingParams
 from m0_basics.testing.conformance import greedy, ids_of
 from m0_basics.testing.fixtures import TinyModels
 from m0_basics.testing.parity import mixed_length_prompts, reference_greedy, reference_model
 from m2_continuous_batching.plugins import KVCompressionPlugin, SchedulerPlugin, StepStats
 from m2_continuous_batching.scheduler import Scheduler
+from m2_continuous_batching.slot_cache import SlotCache
 from m3_paged_kv import LLM
+from m3_paged_kv.attention import PagedAttention
 from m3_paged_kv.eviction import AttentionSinks, HeavyHitters, attention_mass
 from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
 
@@ -85,6 +91,43 @@ def test_equals_attention_with_a_mask(tiny_model: TinyModels, sinks: int, window
         assert logits[len(prompt) - 1:-1].argmax(dim=-1).tolist() == output
     if window < 50:
         assert outputs != ids_of(make(tiny_model).generate(prompts, greedy(50), use_tqdm=False)), "something is missed"
+
+
+@pytest.mark.parametrize("new", [1, 3, 9])
+def test_new_tokens_after_what_is_left(new: int) -> None:
+    """F3.10: a decode and a continued prompt see the kept keys and those of their own step, and nothing else.
+
+    Beside them a sequence that was younger and has kept more: padding is by what is kept, not by age.
+    """
+    spec = ModelSpec("LlamaForCausalLM", 8, 8, 8, 1, 4, 2, 8, 64, rms_norm_eps=1e-5, rope_theta=1e4,
+                     tie_word_embeddings=False)
+    manager, cache = PagedKVCacheManager(32, BLOCK), SlotCache(spec, 32 * BLOCK, torch.float32, torch.device("cpu"))
+    cache.kv_cache.k.fill_(float("nan"))
+    cache.kv_cache.v.fill_(float("nan"))
+    backend, generator = PagedAttention(cache, manager, torch.float32), torch.Generator().manual_seed(new)
+    old, young = (Sequence(next_seq_id(), SequenceData([1] * 64), SamplingParams(), 0) for _ in range(2))
+    steps = [[ScheduledSequence(old, 29), ScheduledSequence(young, 17)],
+             [ScheduledSequence(old, new), ScheduledSequence(young, 1)]]
+    keys, values = [torch.randn(2, 64, 2, 8, generator=generator) for _ in range(2)]
+    q = torch.randn(2, 64, 4, 8, generator=generator)
+    for step in steps:
+        parts = [slice(s.sequence.num_computed_tokens, s.end) for s in step]
+        assert all(manager.allocate_slots(s.sequence, s.num_tokens) for s in step)
+        out = backend.forward(0, *(torch.cat([x[i, part] for i, part in enumerate(parts)]) for x in (q, keys, values)),
+                              backend.build_metadata(step))
+        for s in step:
+            s.sequence.num_computed_tokens = s.end
+        if step is steps[0]:
+            manager.evict(old, [1, 2, 5])                           # tokens 4 to 11 and 20 to 23
+    kept = [t for t in range(29) if t // BLOCK not in (1, 2, 5)]
+    for sequence, rows, visible in ((0, range(29, 29 + new), kept), (1, range(17, 18), range(17))):
+        for token in rows:
+            seen = [*visible, *range(rows[0], token + 1)]
+            for head in range(4):
+                scores = keys[sequence, seen, head // 2] @ q[sequence, token, head] / 8 ** 0.5
+                expected = scores.softmax(dim=0) @ values[sequence, seen, head // 2]
+                row = token - 29 if sequence == 0 else new
+                torch.testing.assert_close(out[row, head], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("plugin", [AttentionSinks(4, 120), HeavyHitters(160, 100)])
@@ -162,6 +205,22 @@ def test_swapped_sequences_come_back_as_they_left(tiny_model: TinyModels) -> Non
     assert tight.preempted > 0
     assert [len(output) for output in recomputed] == [48] * 5
     assert recomputed != expected
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(prompts=st.lists(st.integers(1, 30), min_size=1, max_size=6), outputs=st.integers(1, 3),
+       num_blocks=st.integers(16, 24), swap_space=st.sampled_from([0.0, 0.00002, 0.01]), window=st.integers(1, 20),
+       sinks=st.integers(0, 9), policy=st.sampled_from(["fcfs", "round-robin:3"]), ahead=st.booleans())
+def test_it_always_ends(tiny_model: TinyModels, prompts: list[int], outputs: int, num_blocks: int, swap_space: float,
+                        window: int, sinks: int, policy: str, ahead: bool) -> None:
+    """F3.8, F3.10: forgetting, forking, giving way, in tiny pools: all tokens are there, all blocks come back."""
+    llm = make(tiny_model, AttentionSinks(sinks, window), num_blocks=num_blocks, swap_space=swap_space, policy=policy,
+               max_model_len=60, async_scheduling=ahead, skip_tokenizer_init=True)
+    params = SamplingParams(n=outputs, seed=1, max_tokens=30, ignore_eos=True)
+    for output in llm.generate([{"prompt_token_ids": [9] * n} for n in prompts], params, use_tqdm=False):
+        assert [len(part.token_ids) for part in output.outputs] == [30] * outputs
+    assert (llm.manager.usage, llm.manager.num_swapped, llm.manager.host_pool.num_used) == (0.0, 0, 0)
+    assert not llm.manager._num_evicted
 
 
 def test_attention_mass_by_hand() -> None:

@@ -83,7 +83,8 @@ def test_tokens_one_by_one(bits: int, by_channel: bool) -> None:
     for t in range(len(slots)):
         cache.store(1, x[t:t + 1], x[t:t + 1].flip(2), slots[t:t + 1])
     keys, values = cache.read(1, slots, torch.float32)
-    expected_k, expected_v = (torch.cat([written_out(block, plugin.largest, per_channel) for block in y.split(BLOCK)])
+    largest = plugin.halves[0].largest
+    expected_k, expected_v = (torch.cat([written_out(block, largest, per_channel) for block in y.split(BLOCK)])
                               for y, per_channel in ((x, by_channel), (x.flip(2), False)))
     torch.testing.assert_close(keys, expected_k, rtol=1e-6, atol=0)
     torch.testing.assert_close(values, expected_v, rtol=1e-6, atol=0)
@@ -107,13 +108,13 @@ def test_a_prompt_at_once(bits: int, by_channel: bool) -> None:
         steps = torch.full((13, 1, 1), 0.5)
         steps[8:10] = 1.0
         # The scale is rounded to 11 bits, so that the largest number may fall short by 2^-11 of itself.
-        bound = scale * (steps + plugin.largest * 2.0 ** -11)
+        bound = scale * (steps + half.largest * 2.0 ** -11)
         assert ((read - x).abs() <= bound * (1 + 1e-5)).all()
         by_block = [x[:4], x[4:8], x[8:12], x[12:]]
         for tokens_of, block in zip(by_block, (1, 4, 3, 2), strict=True):
             axes = (0,) if half.scales.shape[-1] > 1 else (0, 2)
             largest = tokens_of.abs().amax(dim=axes).view(HEADS, -1)
-            torch.testing.assert_close(half.scales[0, block].float(), largest / plugin.largest, rtol=1e-3, atol=2e-5)
+            torch.testing.assert_close(half.scales[0, block].float(), largest / half.largest, rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize(("bits", "by_channel"), FORMATS)
