@@ -18,7 +18,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(RUN) -m m1_offline chat "In one sentence: why does a language model need a KV cache?" --max-tokens 96
+	$(RUN) -m m4_flash_attn chat "In one sentence: why does a language model need a KV cache?" --max-tokens 96
 
 test: setup lint unit notebooks
 
