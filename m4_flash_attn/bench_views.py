@@ -30,8 +30,8 @@ def print_tables(report: BenchReport) -> None:
                          [f"{way}_bytes" for way in WAYS], 1e-6))
     console.print(_table("gate_up_proj, weights from memory: milliseconds", ("rows",), found["linear"],
                          [f"{kind}_s" for kind in KINDS], 1e3))
-    for title, steps in (("the engine", found["steps"]),
-                         ("layer by layer", [{**s, **s["apart"]} for s in found["steps"]])):
+    apart = [{"num_sequences": s["num_sequences"], **s["apart"]} for s in found["steps"]]
+    for title, steps in (("the engine", found["steps"]), ("layer by layer", apart)):
         console.print(_table(f"A decode step, {title}: milliseconds", ("num_sequences",), steps,
                              [f"{part}_s" for part in ("step", "layers", *PARTS)], 1e3))
 

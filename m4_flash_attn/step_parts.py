@@ -136,7 +136,7 @@ def timed_engine(llm: LLM, watch: Stopwatch, apart: bool) -> LLMEngine:
 def step_parts(llm: LLM, sizes: Sequence[int], prompt_len: int = 64, steps: int = 24) -> list[dict[str, Any]]:
     """For each number of greedy sequences: seconds and shares of the parts of a decode step, medians over steps.
 
-    The numbers of "whole" stand in the entry itself, those of "apart" under that name.
+    The numbers of "whole" stand in the entry itself, those of "apart" under that name; only parts that ran are there.
     """
     by_way = []
     for apart in (False, True):
@@ -161,7 +161,7 @@ def _decode(llm: LLM, engine: LLMEngine, watch: Stopwatch, num_sequences: int, p
     for request in requests:
         engine.abort_request(request.request_id)
     return {f"{part}_{key}": median(cost[part] / (cost["step"] if key == "share" else 1) for cost in costs)
-            for part in costs[0] for key in ("s", "share")}
+            for part in costs[0] if any(cost[part] for cost in costs) for key in ("s", "share")}
 
 
 def _timed_step(engine: LLMEngine, watch: Stopwatch) -> dict[str, float]:

@@ -82,12 +82,12 @@ def test_parts_of_a_step_add_up(tiny_model: TinyModels) -> None:
     """Both ways of looking: all layers in one call, and part by part. Nothing is left behind."""
     llm = LLM(str(tiny_model("qwen3")), dtype="float32", skip_tokenizer_init=True, max_model_len=64, max_num_seqs=2)
     [entry] = step_parts(llm, (2,), prompt_len=8, steps=3)
-    assert min(entry["layers_s"], entry["linear_s"], entry["sampling_s"], entry["python_s"]) > 0 == entry["attention_s"]
     apart = entry["apart"]
-    assert min(apart[f"{part}_s"] for part in ("linear", "attention", "elementwise", "sampling")) > 0
-    assert apart["layers_s"] == 0
+    parts = [{key.removesuffix("_share") for key in costs if key.endswith("_share")} for costs in (entry, apart)]
+    assert parts == [{"layers", "linear", "sampling", "python", "step"},
+                     {"linear", "attention", "elementwise", "sampling", "python", "step"}]
     for costs in (entry, apart):
-        assert all(0 <= costs[f"{part}_share"] < 1 for part in (*Stopwatch().seconds, "python"))
+        assert all(0 < value < 1 for key, value in costs.items() if key.endswith("_share") and key != "step_share")
     assert llm.manager.usage == 0
 
 
