@@ -66,25 +66,49 @@ template <class Kind> struct Scratch {
     }
 };
 
+// One head's keys, or values, of a tile: where they lie in the cache.
+template <class T> struct Rows {
+    const T* at[KEYS];
+    int count;
+
+    Rows(const T* cache, const long* slots, int num_keys) : count(num_keys) {
+        for (int j = 0; j < num_keys; j++) at[j] = cache + slots[j];
+    }
+};
+
 // ---- copying queries, keys and values into tiles: keys transposed, [D][KEYS]; values as they are, [KEYS][D]
+//
+// For each row that is copied, one of the next tile is fetched (`ahead`). Evenly spread, fetching costs nothing; all of
+// the next tile at once would fill the queue of outstanding cache lines, and the copy would wait behind it.
 
 template <class T> static void copy_query(Singles, float* to, const T* from, int head_dim) {
     for (int d = 0; d < head_dim; d += VL) store(to + d, load(from + d));
 }
 
-template <class T> static void copy_keys(Singles, float* to, const T* const* rows, int num_keys, int head_dim) {
-    for (int j = 0; j < num_keys; j++)
-        for (int d = 0; d < head_dim; d += VL) {
-            vf x = load(rows[j] + d);
-            for (int i = 0; i < VL; i++) to[(d + i) * KEYS + j] = x[i];
-        }
-    for (int d = 0; d < head_dim; d++)
-        for (int j = num_keys; j < KEYS; j++) to[d * KEYS + j] = 0;
+template <class T> static inline void fetch(const Rows<T>& ahead, int j, int head_dim) {
+    if (j >= ahead.count) return;
+    for (int d = 0; d < head_dim; d += 64 / (int)sizeof(T)) __builtin_prefetch(ahead.at[j] + d);
 }
 
-template <class T> static void copy_values(Singles, float* to, const T* const* rows, int num_keys, int head_dim) {
-    for (int j = 0; j < num_keys; j++)
-        for (int d = 0; d < head_dim; d += VL) store(to + j * head_dim + d, load(rows[j] + d));
+template <class T>
+static void copy_keys(Singles, float* to, const Rows<T>& rows, const Rows<T>& ahead, int head_dim) {
+    for (int j = 0; j < rows.count; j++) {
+        fetch(ahead, j, head_dim);
+        for (int d = 0; d < head_dim; d += VL) {
+            vf x = load(rows.at[j] + d);
+            for (int i = 0; i < VL; i++) to[(d + i) * KEYS + j] = x[i];
+        }
+    }
+    for (int d = 0; d < head_dim; d++)
+        for (int j = rows.count; j < KEYS; j++) to[d * KEYS + j] = 0;
+}
+
+template <class T>
+static void copy_values(Singles, float* to, const Rows<T>& rows, const Rows<T>& ahead, int head_dim) {
+    for (int j = 0; j < rows.count; j++) {
+        fetch(ahead, j, head_dim);
+        for (int d = 0; d < head_dim; d += VL) store(to + j * head_dim + d, load(rows.at[j] + d));
+    }
 }
 
 static void copy_probabilities(Singles, float* to, const float* from, int columns) {
@@ -121,26 +145,33 @@ static inline void transpose(__m512i (&x)[16]) {
 }
 
 // [D / 2][KEYS] pairs of neighbouring dimensions.
-static void copy_keys(Pairs, uint32_t* to, const bf16* const* rows, int num_keys, int head_dim) {
-    for (int first = 0; first < KEYS && first < num_keys; first += 16)
+static void copy_keys(Pairs, uint32_t* to, const Rows<bf16>& rows, const Rows<bf16>& ahead, int head_dim) {
+    const int num_keys = rows.count, num_ahead = ahead.count;
+    for (int first = 0; first < num_keys; first += 16)
         for (int d = 0; d < head_dim / 2; d += 16) {
             int width = std::min(16, head_dim / 2 - d);
             __mmask16 mask = (1u << width) - 1;
             __m512i x[16];
             for (int j = 0; j < 16; j++)
-                x[j] = first + j < num_keys ? _mm512_maskz_loadu_epi32(mask, (const uint32_t*)rows[first + j] + d)
-                                            : _mm512_setzero_si512();
+                x[j] = first + j < num_keys
+                    ? _mm512_maskz_loadu_epi32(mask, (const uint32_t*)rows.at[first + j] + d) : _mm512_setzero_si512();
+            for (int j = first; j < first + 16 && j < num_ahead; j++) __builtin_prefetch(ahead.at[j] + 2 * d);
             transpose(x);
             for (int i = 0; i < width; i++) _mm512_storeu_si512(to + (d + i) * KEYS + first, x[i]);
         }
 }
 
 // [KEYS / 2][D] pairs of neighbouring keys.
-static void copy_values(Pairs, uint32_t* to, const bf16* const* rows, int num_keys, int head_dim) {
+static void copy_values(Pairs, uint32_t* to, const Rows<bf16>& rows, const Rows<bf16>& ahead, int head_dim) {
+    const int num_keys = rows.count, num_ahead = ahead.count;      // the stores might change them, for all g++ knows
     for (int j = 0; j < num_keys; j += 2)
         for (int d = 0; d < head_dim; d += 16) {
-            vu low = __builtin_convertvector(load_as<vh>(rows[j] + d), vu);
-            vu high = j + 1 < num_keys ? __builtin_convertvector(load_as<vh>(rows[j + 1] + d), vu) : vu{};
+            if (d % 32 == 0 && j < num_ahead) {
+                __builtin_prefetch(ahead.at[j] + d);
+                __builtin_prefetch(ahead.at[std::min(j + 1, num_ahead - 1)] + d);
+            }
+            vu low = __builtin_convertvector(load_as<vh>(rows.at[j] + d), vu);
+            vu high = j + 1 < num_keys ? __builtin_convertvector(load_as<vh>(rows.at[j + 1] + d), vu) : vu{};
             vu both = low | high << 16;
             std::memcpy(to + j / 2 * head_dim + d, &both, sizeof(both));
         }
@@ -157,8 +188,8 @@ static inline long slot_of(const int32_t* table, int key, int block_size) {
     return (long)table[key / block_size] * block_size + key % block_size;
 }
 
-// Read a tile once from end to end, one number per cache line. Many lines are on their way from memory at a time, which
-// the strided reads of the copies do not achieve: a third off the time of a decode step whose cache is not in L3.
+// Read an item's first tile once from end to end, one number per cache line: many lines are on their way from memory at
+// a time, which the strided reads of the copies do not achieve. The tiles after it are fetched by the copies.
 template <class T> static inline void touch(const T* cache, const long* slots, int num_keys, int width) {
     uint32_t seen = 0;
     for (int j = 0; j < num_keys; j++)
@@ -202,8 +233,8 @@ static void softmax_rows(Scratch<Kind>& scratch, const Shape& shape, int first_r
 }
 
 template <class T, class Kind>
-static void run_item(const Item& item, const Shape& shape, const Batch& batch, const T* q, long q_stride, const T* k_cache,
-              const T* v_cache, T* out, float* parts) {
+static void run_item(const Item& item, const Shape& shape, const Batch& batch, const T* q, long q_stride,
+                     const T* k_cache, const T* v_cache, T* out, float* parts) {
     static thread_local Scratch<Kind> scratch;
     constexpr int per = Kind::per_element;
     const int D = shape.head_dim, G = shape.num_heads / shape.num_kv_heads;
@@ -230,23 +261,25 @@ static void run_item(const Item& item, const Shape& shape, const Batch& batch, c
         if (behind_window && first >= shape.num_sinks) continue;
         // Every row sees the whole tile where it ends at or before the first row's position, and no window cuts it.
         const bool masked = columns > num_keys || first + num_keys - 1 > position || shape.window;
-        long slots[KEYS];
-        for (int j = 0; j < num_keys; j++) slots[j] = slot_of(table, first + j, shape.block_size) * slot_size;
+        const int num_ahead = std::max(0, std::min(KEYS, item.end_key - first - KEYS));
+        long slots[2 * KEYS];
+        for (int j = 0; j < num_keys + num_ahead; j++)
+            slots[j] = slot_of(table, first + j, shape.block_size) * slot_size;
         // All heads of a tile, then the next tile: the cache is read in the order in which it lies in memory.
-        touch(k_cache + item.first_head * D, slots, num_keys, item.num_heads * D);
-        touch(v_cache + item.first_head * D, slots, num_keys, item.num_heads * D);
+        if (first == item.first_key) {
+            touch(k_cache + item.first_head * D, slots, num_keys, item.num_heads * D);
+            touch(v_cache + item.first_head * D, slots, num_keys, item.num_heads * D);
+        }
         for (int h = 0; h < item.num_heads; h++) {
             const int row = h * rows_per_head;
-            const T *k_rows[KEYS], *v_rows[KEYS];
-            for (int j = 0; j < num_keys; j++) {
-                k_rows[j] = k_cache + slots[j] + (item.first_head + h) * D;
-                v_rows[j] = v_cache + slots[j] + (item.first_head + h) * D;
-            }
-            copy_keys(Kind{}, scratch.k.data(), k_rows, num_keys, D);
+            const T *k_head = k_cache + (item.first_head + h) * D, *v_head = v_cache + (item.first_head + h) * D;
+            const Rows<T> k_rows(k_head, slots, num_keys), k_ahead(k_head, slots + KEYS, num_ahead);
+            const Rows<T> v_rows(v_head, slots, num_keys), v_ahead(v_head, slots + KEYS, num_ahead);
+            copy_keys(Kind{}, scratch.k.data(), k_rows, k_ahead, D);
             multiply<Kind>(rows_per_head, columns, D / per, scratch.q.data() + row * (D / per), D / per,
                            scratch.k.data(), KEYS, scratch.s.data() + row * KEYS, KEYS, nullptr);
             softmax_rows<Kind>(scratch, shape, row, rows_per_head, G, position, first, columns, masked);
-            copy_values(Kind{}, scratch.v.data(), v_rows, num_keys, D);
+            copy_values(Kind{}, scratch.v.data(), v_rows, v_ahead, D);
             multiply<Kind>(rows_per_head, D, (num_keys + per - 1) / per, scratch.p.data() + row * (KEYS / per),
                            KEYS / per, scratch.v.data(), D, scratch.o.data() + row * D, D, scratch.alpha.data() + row);
         }
@@ -319,7 +352,7 @@ static Plan make_plan(const Shape& shape, const Batch& batch, int num_threads) {
     return plan;
 }
 
-// All threads of a parallel region call this, with one plan and one `parts` of `parts_size` numbers; it ends with a barrier.
+// All threads of a parallel region call this, with one plan and one `parts` of `parts_size` numbers. A barrier ends it.
 template <class T, class Kind>
 static void share(const Plan& plan, const Shape& shape, const Batch& batch, const T* q, long q_stride, const T* k_cache,
                   const T* v_cache, T* out, float* parts) {
