@@ -70,6 +70,27 @@ def test_beams_without_room(tiny_model: TinyModels) -> None:
     assert len(llm.generate([[7] * 30], greedy(4), use_tqdm=False)) == 1
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_beams_do_not_run_beside_requests(tiny_model: TinyModels, ahead: bool) -> None:
+    """F3.5, F3.6: between two steps, copies may be listed and not made: beams are refused, and change no token."""
+    options = {"block_size": 4, "num_blocks": 60, "max_model_len": 64, "max_num_seqs": 2, "policy": "round-robin:3",
+               "swap_space": 0.01, "async_scheduling": ahead}
+    prompts = [[5 + i, 30, 4 * i + 3] * (1 + 3 * (i % 4)) for i in range(6)]
+    beams = BeamSearchParams(beam_width=3, max_tokens=12)
+    expected = ids_of(make(tiny_model, **options).generate(prompts, greedy(24), use_tqdm=False))
+    llm = make(tiny_model, **options)
+    requests = [llm.input_processor.process({"prompt_token_ids": prompt}, greedy(24)) for prompt in prompts]
+    for request in requests:
+        llm.engine.add_request(request)
+    while llm.engine.has_unfinished_requests():
+        with pytest.raises(ConfigError, match="beam_search runs alone"):
+            llm.beam_search([[9, 8, 7] * 3], beams)
+        llm.engine.step()
+    assert [request.sequences[0].output_token_ids for request in requests] == expected
+    alone = make(tiny_model, **options).beam_search([[9, 8, 7] * 3], beams)
+    assert llm.beam_search([[9, 8, 7] * 3], beams) == alone
+
+
 def test_a_request_larger_than_the_pool_is_refused(tiny_model: TinyModels) -> None:
     """F3.8: on arrival, with what is allowed; the others are served."""
     llm = make(tiny_model, block_size=8, num_blocks=4)
