@@ -1,6 +1,7 @@
 """F3.4, F3.5, F3.6, F3.8: what the engine holds, shares, measures and refuses."""
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -128,10 +129,27 @@ def test_sizes_follow_the_memory(tiny_model: TinyModels) -> None:
         make(tiny_model, num_blocks=None, kv_cache_memory_bytes=100)
     with pytest.raises(ConfigError, match=r"gpu_memory_utilization=1\.5"):
         make(tiny_model, gpu_memory_utilization=1.5)
-    with pytest.raises(ConfigError, match="swap_space=-1"):
-        make(tiny_model, swap_space=-1)
+    for value in (-1, 1e300, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match=re.escape(f"swap_space={value} is not valid; allowed: GiB, 0 or more")):
+            make(tiny_model, swap_space=value)
     with pytest.raises(ConfigError, match="block_size=0"):
         make(tiny_model, block_size=0)
+
+
+def test_two_sizes_of_one_cache_are_refused(tiny_model: TinyModels) -> None:
+    with pytest.raises(ConfigError, match="num_blocks=8 and kv_cache_memory_bytes=100000 both say"):
+        make(tiny_model, num_blocks=8, kv_cache_memory_bytes=100_000)
+
+
+def test_more_memory_than_there_is_is_refused(tiny_model: TinyModels) -> None:
+    """F3.1, F3.6: blocks on the device and in host memory, before any of them is taken."""
+    for size in ({"num_blocks": 10**12}, {"kv_cache_memory_bytes": 10**17, "num_blocks": None, "max_num_seqs": 10**11}):
+        with pytest.raises(ConfigError, match=r"(num_blocks|kv_cache_memory_bytes)=[\d,]+ is too large: .* blocks take "
+                                              r".* bytes, and this machine has"):
+            make(tiny_model, **size)
+    for space in (10.0**9, 1e298):
+        with pytest.raises(ConfigError, match=r"swap_space is too large: .* bytes of host memory, and .* available"):
+            make(tiny_model, swap_space=space)
 
 
 def test_a_compressed_cache_is_recomputed_not_swapped(tiny_model: TinyModels) -> None:
