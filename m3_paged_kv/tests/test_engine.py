@@ -18,6 +18,7 @@ from m2_continuous_batching.plugins.kv_compression import KVCompressionPlugin
 from m2_continuous_batching.scheduler import Scheduler
 from m2_continuous_batching.timeline import record_timeline
 from m3_paged_kv import LLM
+from m3_paged_kv.eviction import AttentionSinks
 from m3_paged_kv.fragmentation import FragmentationMeter, block_utilisation, row_utilisation
 from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
 
@@ -117,6 +118,32 @@ def test_meter_on_a_real_run(tiny_model: TinyModels) -> None:
     first = meter.history[0]
     assert (first.stored, first.reserved, first.num_sequences) == (112, 8 * (1 + 4 + 3 + 8), 4)
     assert 0.8 < meter.mean_utilisation < 1
+
+
+def test_meter_one_step_ahead(tiny_model: TinyModels) -> None:
+    """F3.4: blocks that the next step was given and has not filled yet count nowhere: steps read as they do in turn."""
+    def measure(ahead: bool) -> FragmentationMeter:
+        meter = FragmentationMeter()
+        assert meter.mean_utilisation == 1.0, "before any step nothing is wasted"
+        llm = make(tiny_model, block_size=4, max_num_seqs=1, max_model_len=64, plugins=[meter], async_scheduling=ahead)
+        llm.generate([[7] * n for n in (4, 9)], greedy(9), use_tqdm=False)
+        return meter
+
+    in_turn, ahead = measure(False).history, measure(True).history
+    assert all(0 <= f.waste_per_sequence < 4 and f.num_sequences <= 1 for f in ahead)
+    assert [f.stored for f in in_turn if f.stored] == [*range(4, 12), *range(9, 17)]
+    # One step ahead an output's end is noticed after the step, so what it stored last is seen as well.
+    assert {f for f in in_turn if f.stored} <= set(ahead)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_meter_over_sequences_that_forget(tiny_model: TinyModels, ahead: bool) -> None:
+    """F3.4, F3.10: what was forgotten is neither stored nor reserved: 21 tokens, less blocks 1, 2 and 3, and so on."""
+    meter = FragmentationMeter()
+    llm = make(tiny_model, block_size=4, plugins=[AttentionSinks(4, 5), meter], async_scheduling=ahead)
+    llm.generate([[7] * 21], greedy(6), use_tqdm=False)
+    seen = [(f.stored, f.reserved) for f in meter.history if f.stored]
+    assert seen[:5] == [(9, 12), (10, 12), (11, 12), (12, 12), (9, 12)]
 
 
 def test_sizes_follow_the_memory(tiny_model: TinyModels) -> None:
