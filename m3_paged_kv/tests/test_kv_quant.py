@@ -270,10 +270,14 @@ def test_numbers_are_rounded_once(tiny_model: TinyModels, first: Any, second: An
 @pytest.mark.parametrize("plugin", [KVCompressionPlugin, *(lambda f=f: BlockQuantisation(f[0], BLOCK, f[1])
                                                            for f in FORMATS)])
 def test_zeros_are_stored_as_zeros(plugin: Any) -> None:
-    """F3.10: a block of zeros has a scale as well: nothing is divided by 0."""
-    cache = SlotCache(SPEC, 2 * BLOCK, torch.float32, CPU, [plugin()], BLOCK)
+    """F3.10: a block of zeros has a scale as well: nothing is divided by 0, which makes integers of NaN."""
+    plugin = plugin()
+    cache = SlotCache(SPEC, 2 * BLOCK, torch.float32, CPU, [plugin], BLOCK)
     zeros = torch.zeros(BLOCK, HEADS, HEAD_DIM)
     cache.store(0, zeros, zeros, torch.arange(BLOCK))
+    scales = ([half.scales[0, 0] for half in plugin.halves] if isinstance(plugin, BlockQuantisation)
+              else [plugin.scales[:, 0, :BLOCK]])
+    assert all((scale > 0).all() for scale in scales)
     assert all(torch.equal(x, zeros) for x in cache.read(0, slice(0, BLOCK), torch.float32))
     x = tokens(1)
     cache.store(0, x, x, torch.tensor([BLOCK - 1]))
