@@ -282,11 +282,13 @@ class PrefillFirstScheduler(Scheduler):
         while order and len(scheduled) < self.token_budget:
             entry = order.pop(0)
             while not self.kv_cache_manager.allocate_slots(entry.sequence, 1):
-                victim = order.pop() if order else entry        # from the tail, which is not in the step yet
+                victim = max((entry, *order), key=self.policy.key)      # of those that are not in the step yet
                 self._preempt(victim, preempted)
                 if victim is entry:
-                    return
-            scheduled.append(ScheduledSequence(entry.sequence, 1))
+                    break
+                order.remove(victim)
+            else:
+                scheduled.append(ScheduledSequence(entry.sequence, 1))
 
     def _run(self, entry: QueuedSequence, num_computed_tokens: int) -> None:
         self.waiting.remove(entry)

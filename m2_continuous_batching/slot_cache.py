@@ -19,7 +19,7 @@ class SlotCache:
 
     def __init__(self, spec: ModelSpec, num_slots: int, dtype: torch.dtype, device: torch.device,
                  plugins: Sequence[CachePlugin] = (), block_size: int = 1) -> None:
-        """Slots are handed out `block_size` at a time: a row, or a block."""
+        """Slots are handed out `block_size` at a time, from a multiple of it on: here, a row."""
         self.plugins = tuple(plugins)
         *incoming, stored = storage_formats(spec, dtype, self.plugins)
         self.kv_cache = KVCache(replace(spec, head_dim=stored[1]), num_slots, stored[0], device)

@@ -25,7 +25,14 @@ from m0_basics.config import ConfigError, check_int, reject
 from m0_basics.request import Sequence
 from m1_offline.kv_cache import KVCache
 from m2_continuous_batching.kv_cache_manager import SlotCopy
-from m2_continuous_batching.plugins.base import Attend, AttentionPlugin, CachePlugin, SchedulerPlugin, StepStats
+from m2_continuous_batching.plugins.base import (
+    Attend,
+    AttentionPlugin,
+    CachePlugin,
+    SchedulerPlugin,
+    StepStats,
+    check_unused,
+)
 from m2_continuous_batching.scheduler import Scheduler
 
 from .kv_cache_manager import PagedKVCacheManager
@@ -37,10 +44,12 @@ _QUERY_ROWS = 256           # queries of a prompt whose attention is held at onc
 class EvictionPlugin(SchedulerPlugin):
     """After each step, takes from every running sequence the blocks that `choose` names."""
 
+    def before_step(self, scheduler: Scheduler) -> None:
+        """Raises ConfigError, before anything runs, where the engine's cache does not consist of blocks."""
+        self._blocks_of(scheduler)
+
     def after_step(self, scheduler: Scheduler, stats: StepStats) -> None:
-        manager = scheduler.kv_cache_manager
-        if not isinstance(manager, PagedKVCacheManager):
-            raise ConfigError(f"{type(self).__name__} takes blocks; allowed: an engine whose cache consists of blocks")
+        manager = self._blocks_of(scheduler)
         for entry in scheduler.running:
             manager.evict(entry.sequence, self.choose(manager, entry.sequence))
 
@@ -48,13 +57,22 @@ class EvictionPlugin(SchedulerPlugin):
     def choose(self, manager: PagedKVCacheManager, sequence: Sequence) -> Iterable[int]:
         """Places in the sequence's block table, without the newest token's."""
 
+    def _blocks_of(self, scheduler: Scheduler) -> PagedKVCacheManager:
+        if not isinstance(scheduler.kv_cache_manager, PagedKVCacheManager):
+            raise self._no_blocks()
+        return scheduler.kv_cache_manager
+
+    def _no_blocks(self) -> ConfigError:
+        return ConfigError(f"{type(self).__name__} takes blocks; allowed: an engine whose cache consists of blocks")
+
 
 class AttentionSinks(EvictionPlugin):
     """Keeps the first tokens and the newest (StreamingLLM, arXiv 2309.17453, section 3.2).
 
     The first tokens get much of the attention, whatever they say: softmax has to put it somewhere. Both numbers of
     tokens are rounded up to whole blocks, so a sequence holds at most
-    ceil(num_sink_tokens / block_size) + ceil(window / block_size) + 1 blocks once its prompt has run.
+    ceil(num_sink_tokens / block_size) + ceil(window / block_size) + 1 blocks once its prompt has run. Under async
+    scheduling it is one more: the block that the next step's token goes into is taken before the last step's leave.
     """
 
     def __init__(self, num_sink_tokens: int = 4, window: int = 1024) -> None:
@@ -88,7 +106,7 @@ class HeavyHitters(EvictionPlugin, AttentionPlugin, CachePlugin):
         self._block_size = 1
 
     def attach(self, kv_cache: KVCache, dtype: torch.dtype, block_size: int) -> None:
-        assert self._kv_cache is None, "one HeavyHitters for each engine"
+        check_unused(self, self._kv_cache is None)
         if not kv_cache.k.dtype.is_floating_point:
             raise ConfigError(f"HeavyHitters reads keys as they are stored, and they are stored as {kv_cache.k.dtype}; "
                               "allowed: a cache without compression")
@@ -109,8 +127,9 @@ class HeavyHitters(EvictionPlugin, AttentionPlugin, CachePlugin):
 
     def forward(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata,
                 attend: Attend) -> Tensor:
+        if not isinstance(metadata, PagedMetadata):
+            raise self._no_blocks()
         out = attend(q, k, v)                       # which stores the new keys
-        assert isinstance(metadata, PagedMetadata)
         starts = torch.tensor(metadata.query_start_loc, device=q.device)
         counts = [stop - start for start, stop in pairwise(metadata.query_start_loc)]
         for n in set(counts):                       # all that decode at once, prompts by their length

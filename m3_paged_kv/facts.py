@@ -31,8 +31,10 @@ from .kv_quant import BlockQuantisation
 SMOLLM2, H100 = SPECS["SmolLM2-135M"], HARDWARE["H100-SXM"]
 NAMES = {"SmolLM2-135M": "smollm2", "Qwen3-0.6B": "qwen3_0_6b", "Llama-3.1-8B": "llama_3_1_8b"}
 LLAMA = SPECS["Llama-3.1-8B"]
-ROW_SIZE = 2048
+EXAMPLE_ROW = 2048
 MEMORY_ROW = 1024                               # tokens of each of the benchmark's MEMORY_ROWS rows
+MEMORY_TOKENS = MEMORY_ROWS * MEMORY_ROW
+ROW_STEP = 128                                  # rows for one known load: rounded up to a multiple of it
 LENGTHS = (128, 640, 2048, 8192, 32_768)        # of a victim: swapped or recomputed
 PAGE_BYTES = 2 * 2**20
 CACHE_VARIANTS = {"bf16": "16 bits", "int8_token": "8 bits, scale per token", "int8": "8 bits, scale per block",
@@ -60,9 +62,11 @@ def blocks() -> dict[str, Fact]:
 def utilisation() -> dict[str, Fact]:
     """Share of the reserved slots that hold a token: rows, and blocks of several sizes."""
     stored = [len(r.prompt_token_ids) + r.output_len - 1 for r in ragged(64).requests]
-    facts = {"rows.example": Fact(row_utilisation([512, 128], ROW_SIZE), "ratio"),
+    facts = {"rows.example": Fact(row_utilisation([512, 128], EXAMPLE_ROW), "ratio"),
              "blocks.example": Fact(block_utilisation([512, 128], 16), "ratio"),
-             "rows.ragged": Fact(row_utilisation(stored, ROW_SIZE), "ratio"),
+             "rows.ragged": Fact(row_utilisation(stored, MEMORY_ROW), "ratio"),
+             "rows.ragged.fitted": Fact(row_utilisation(stored, fitted_row()), "ratio"),
+             "ragged.longest": Fact(longest_request()),
              "ragged.mean_stored": Fact(sum(stored) / len(stored))}
     return facts | {f"blocks.ragged.{size}": Fact(block_utilisation(stored, size), "ratio") for size in BLOCK_SIZES}
 
@@ -79,22 +83,41 @@ def sharing() -> dict[str, Fact]:
     return facts
 
 
-def serve(block_size: int | None, watermark: float = 0.01, swap: bool = False) -> Simulation:
-    """`ragged-64`, all at once, in the memory of the benchmark's first table: rows, or blocks."""
-    if block_size is None:
-        return Simulator(MEMORY_ROWS, row_size=MEMORY_ROW).run(ragged(64).requests)
-    num_blocks = MEMORY_ROWS * MEMORY_ROW // block_size
+def longest_request() -> int:
+    """Tokens of the longest request of `ragged-64`, prompt and output."""
+    return max(len(r.prompt_token_ids) + r.output_len for r in ragged(64).requests)
+
+
+def fitted_row() -> int:
+    """The row that somebody would choose who knows the longest request in advance."""
+    return -(-longest_request() // ROW_STEP) * ROW_STEP
+
+
+def serve_rows(row_size: int) -> Simulation:
+    """`ragged-64`, all at once, in the memory of the benchmark's first table, cut into rows of `row_size` tokens."""
+    return Simulator(MEMORY_TOKENS // row_size, row_size=row_size).run(ragged(64).requests)
+
+
+def serve(block_size: int, watermark: float = 0.01, swap: bool = False) -> Simulation:
+    """The same in blocks."""
+    num_blocks = MEMORY_TOKENS // block_size
     manager = PagedKVCacheManager(num_blocks, block_size, num_blocks if swap else 0, watermark)
     return Simulator(MAX_NUM_SEQS, row_size=MEMORY_ROW, kv_cache_manager=manager).run(ragged(64).requests)
 
 
 def capacity() -> dict[str, Fact]:
     """Rows and blocks at the same memory: steps, who runs side by side, who has to give way."""
-    runs = {"rows": serve(None), "swap": serve(16, swap=True)}
+    runs = {"rows": serve_rows(MEMORY_ROW), "rows_fitted": serve_rows(fitted_row()), "swap": serve(16, swap=True)}
     runs |= {f"blocks.{size}": serve(size) for size in BLOCK_SIZES}
     runs |= {f"watermark.{share:g}": serve(16, share) for share in (0.0, 0.05, 0.2)}
-    facts = {"memory.rows": Fact(MEMORY_ROWS), "memory.tokens": Fact(MEMORY_ROWS * MEMORY_ROW),
-             "memory.blocks": Fact(MEMORY_ROWS * MEMORY_ROW // 16)}
+    steps = {name: len(run.steps) for name, run in runs.items()}
+    facts = {"memory.rows": Fact(MEMORY_ROWS), "memory.row_size": Fact(MEMORY_ROW),
+             "memory.tokens": Fact(MEMORY_TOKENS), "memory.blocks": Fact(MEMORY_TOKENS // 16),
+             "sim.rows_fitted.row_size": Fact(fitted_row()),
+             "sim.rows_fitted.rows": Fact(MEMORY_TOKENS // fitted_row()),
+             "sim.rows_fitted.fewer": Fact(steps["rows"] / steps["rows_fitted"]),
+             "sim.blocks.fewer": Fact(steps["rows"] / steps["blocks.16"]),
+             "sim.blocks.fewer_than_fitted": Fact(steps["rows_fitted"] / steps["blocks.16"])}
     for name, run in runs.items():
         running = [len(s.seq_lens) for s in run.steps if s.is_decode]
         facts |= {f"sim.{name}.steps": Fact(len(run.steps)), f"sim.{name}.most": Fact(max(running)),
@@ -185,6 +208,7 @@ def bench_results() -> dict[str, Result]:
             path = f"comparisons.{position}.contenders.{i}"
             facts[f"bench.{table}.{name}.tokens_per_s"] = Result("bench.json", f"{path}.output_throughput", "1/s")
             facts[f"bench.{table}.{name}.ratio"] = Result("bench.json", f"{path}.ratio", "ratio")
+            facts[f"bench.{table}.{name}.same"] = Result("bench.json", f"{path}.identical_requests")
     for name in ("m2", "m3"):
         facts |= {f"bench.running.{name}.{key}": Result("bench.json", f"measurements.concurrency.{name}.{key}")
                   for key in ("most", "mean")}

@@ -58,15 +58,15 @@ class FragmentationMeter(SchedulerPlugin):
         manager = scheduler.kv_cache_manager
         assert isinstance(manager, PagedKVCacheManager), "blocks are measured, not rows"
         stored: dict[int, int] = {}             # block -> how much of it is filled, by who has filled it most
-        for entry in scheduler.running:
-            kept = manager.num_kept(entry.sequence)
-            for i, block in enumerate(manager.block_table(entry.sequence)):
-                filled = min(manager.block_size, max(0, kept - i * manager.block_size))
-                stored[block] = max(filled, stored.get(block, 0))
-        self.history.append(Fragmentation(sum(stored.values()), len(stored) * manager.block_size,
-                                          len(scheduler.running)))
+        # Under async scheduling the next step is chosen: the blocks that only its tokens need are not counted yet.
+        sequences = [e.sequence for e in scheduler.running if manager.num_kept(e.sequence)]
+        for sequence in sequences:
+            kept = manager.num_kept(sequence)
+            for i, block in enumerate(manager.block_table(sequence)[:manager.num_blocks_of(kept)]):
+                stored[block] = max(min(manager.block_size, kept - i * manager.block_size), stored.get(block, 0))
+        self.history.append(Fragmentation(sum(stored.values()), len(stored) * manager.block_size, len(sequences)))
 
     @property
     def mean_utilisation(self) -> float:
-        """Mean over the steps."""
-        return sum(f.utilisation for f in self.history) / len(self.history)
+        """Mean over the steps; 1 before the first."""
+        return sum(f.utilisation for f in self.history) / len(self.history) if self.history else 1.0

@@ -83,8 +83,9 @@ class PagedKVCacheManager(KVCacheManager):
 
     def allocate_slots(self, sequence: Sequence, num_tokens: int) -> bool:
         if (table := self._tables.get(sequence.seq_id)) is not None:
-            while not self._grow(table, self.num_kept(sequence), num_tokens):
-                if len(self._tables) > 1 or not self._drop_latest_swapped(sequence):
+            start = self.num_kept(sequence)
+            while not self._grow(table, start, num_tokens):
+                if len(self._tables) > 1 or not self._drop_latest_swapped(sequence, start + num_tokens):
                     return False
             return True
         if not self._may_start(sequence, num_tokens):
@@ -193,16 +194,20 @@ class PagedKVCacheManager(KVCacheManager):
         """Whether a sequence that holds no table now may come in, and leave the watermark free."""
         if self._tables:
             return self.pool.num_free - self._blocks_to_start(sequence, num_tokens, {}) >= self.num_reserved
+        start = self.get_num_computed_tokens(sequence) - self.num_evicted(sequence)
         while self.pool.num_free < self._blocks_to_start(sequence, num_tokens, {}):
-            if not self._drop_latest_swapped(sequence):
+            if not self._drop_latest_swapped(sequence, start + num_tokens):
                 return False
         return True
 
-    def _drop_latest_swapped(self, sequence: Sequence) -> bool:
+    def _drop_latest_swapped(self, sequence: Sequence, num_tokens: int) -> bool:
         """Nobody but `sequence` could run, and it has no room: whoever was swapped out last gives up what it holds.
 
-        Blocks that swapped sequences share are still on the device. They must not lock everybody out.
+        Blocks that swapped sequences share are still on the device. They must not lock everybody out. But nobody gives
+        anything up in vain: not for `num_tokens` tokens in all that would not fit into the empty pool either.
         """
+        if not self.can_ever_hold(num_tokens):
+            return False
         other = next((seq_id for seq_id in reversed(self._swapped) if seq_id != sequence.seq_id), None)
         if other is not None:
             self._forget_swapped(other)

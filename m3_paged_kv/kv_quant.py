@@ -20,7 +20,7 @@ from torch import Tensor
 from m0_basics.config import check_int, reject
 from m1_offline.kv_cache import KVCache
 from m2_continuous_batching.kv_cache_manager import SlotCopy
-from m2_continuous_batching.plugins.base import CachePlugin
+from m2_continuous_batching.plugins.base import CachePlugin, check_floating_point, check_unused
 
 _SMALLEST_SCALE = 2.0 ** -14            # float16's smallest normal number: a block of zeros still has a scale
 
@@ -28,6 +28,8 @@ _SMALLEST_SCALE = 2.0 ** -14            # float16's smallest normal number: a bl
 class BlockQuantisation(CachePlugin):
     """int8 or int4 with float16 scales, one for each block and head. Has to be the last of several cache plugins.
 
+    One before it that hands over integers is refused; one after it gets them, and has to store them as they are: they
+    are read and written again when their block's scale grows. That is not checked.
     An object serves one engine. Numbers above 65504 * 127 (8 bits) or 65504 * 7 (4 bits) are beyond float16's scale.
     """
 
@@ -56,6 +58,7 @@ class BlockQuantisation(CachePlugin):
         return 0 if self._halves is None else sum(half.scales.nbytes for half in self._halves)
 
     def storage_format(self, dtype: torch.dtype, head_dim: int) -> tuple[torch.dtype, int]:
+        check_floating_point(self, dtype)
         if self.bits == 8:
             return torch.int8, head_dim
         if head_dim % 2:
@@ -67,7 +70,7 @@ class BlockQuantisation(CachePlugin):
         return -(-num_slots // self.block_size) * num_kv_heads * scales_per_head * torch.float16.itemsize
 
     def attach(self, kv_cache: KVCache, dtype: torch.dtype, block_size: int) -> None:
-        assert self._halves is None, "one BlockQuantisation for each engine"
+        check_unused(self, self._halves is None)
         if block_size % self.block_size:
             raise reject("block_size", self.block_size, f"a divisor of the engine's block size, {block_size}")
         channels = kv_cache.k.shape[-1] * (8 // self.bits) if self.per_channel_keys else 1

@@ -30,7 +30,7 @@ class HostCache:
 
     def copy_slots(self, copies: list[SlotCopy]) -> None:
         """Make the copies in order; slots from `num_slots` on are the host's."""
-        for c in copies:                        # one by one: in batches, by index, it takes two to eight times as long
+        for c in copies:                        # one by one: a slice is copied once, a batch by index twice
             if max(c.source, c.target) < self.num_slots:
                 self.device_cache.copy_slots([c])
             else:
@@ -51,16 +51,23 @@ def num_blocks_for(config: CacheConfig, block_bytes: int, device: torch.device, 
                    max_num_seqs: int) -> int:
     """Blocks of `block_bytes` that the memory holds, at most as many as `max_num_seqs` longest sequences could use.
 
-    Raises ConfigError where not one block fits.
+    Raises ConfigError where not one block fits, and where more are asked for than the device has memory. A CPU's pages
+    are handed out as they are written, so its whole memory counts; a GPU's have to be free at once.
     """
     per_sequence = -(-longest // config.block_size)
     if config.num_blocks is not None:
-        num_blocks, source = config.num_blocks, "num_blocks"
+        num_blocks, source = config.num_blocks, f"num_blocks={config.num_blocks:,}"
     else:
         budget, source = _budget(config, device)
         num_blocks = min(budget // block_bytes, per_sequence * max_num_seqs)
     if num_blocks < 1:
         raise ConfigError(f"{source} is too small: not one block of {block_bytes:,} bytes fits")
+    is_gpu = device.type == "cuda"
+    memory = torch.cuda.mem_get_info(device)[0] if is_gpu else psutil.virtual_memory().total
+    if num_blocks * block_bytes > memory:
+        raise ConfigError(f"{source} is too large: {num_blocks:,} blocks take {num_blocks * block_bytes:,} bytes, and "
+                          f"this {'GPU has' if is_gpu else 'machine has'} {memory:,}; allowed: at most "
+                          f"{memory // block_bytes:,} blocks")
     return num_blocks
 
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
+import psutil
 import torch
 from torch import Tensor
 
+from m0_basics.config import ConfigError
 from m2_continuous_batching.kv_cache_manager import SlotCopy
 from m2_continuous_batching.slot_cache import SlotCache
 
@@ -118,7 +120,12 @@ class PinnedHostCache:
 
 
 def make_host_cache(device_cache: SlotCache, block_size: int, num_host_blocks: int) -> HostCache | PinnedHostCache:
-    """Where swapped-out sequences of this device go."""
+    """Where swapped-out sequences of this device go. Raises ConfigError where the host's memory has no room for it."""
+    k, available = device_cache.kv_cache.k, psutil.virtual_memory().available
+    needed = num_host_blocks * block_size * (2 * k.nbytes // k.shape[1])
+    if needed > available:
+        raise ConfigError(f"swap_space is too large: {needed:,} bytes of host memory, and {available:,} are available; "
+                          f"allowed: at most {available / 2**30:.2f} (GiB), or 0 to recompute instead")
     if device_cache.device.type == "cuda":
         return PinnedHostCache(device_cache, block_size, num_host_blocks)
     return HostCache(device_cache, block_size * num_host_blocks)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from m0_basics.attention import AttentionMetadata
+from m0_basics.config import ConfigError
 from m0_basics.request import Request
 from m1_offline.kv_cache import KVCache
 
@@ -106,3 +107,16 @@ class CachePlugin(ABC):
     def nbytes(self) -> int:
         """Bytes that the plugin keeps beside the cache."""
         return 0
+
+
+def check_floating_point(plugin: CachePlugin, dtype: torch.dtype) -> None:
+    """Raise ConfigError unless the numbers that come to a plugin which rounds them are not rounded yet."""
+    if not dtype.is_floating_point:
+        raise ConfigError(f"{type(plugin).__name__} gets {dtype}, from the cache plugin before it; allowed: "
+                          "floating-point numbers, so one plugin that rounds them, as the last")
+
+
+def check_unused(plugin: CachePlugin, unused: bool) -> None:
+    """Raise ConfigError for a plugin object that keeps what is one engine's, and has an engine already."""
+    if not unused:
+        raise ConfigError(f"this {type(plugin).__name__} serves an engine already; allowed: an object for each engine")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from m1_offline.kv_cache import KVCache
 
-from .base import CachePlugin
+from .base import CachePlugin, check_floating_point, check_unused
 
 if TYPE_CHECKING:
     from ..kv_cache_manager import SlotCopy
@@ -23,8 +23,9 @@ _SMALLEST_SCALE = 2.0 ** -14            # float16's smallest normal number: a ve
 
 
 class KVCompressionPlugin(CachePlugin):
-    """int8 per token and head, with float16 scales. Should be the last of several cache plugins: it changes the type.
+    """int8 per token and head, with float16 scales. Has to be the last of several cache plugins: it changes the type.
 
+    One before it that hands over integers is refused; one after it gets them, and what it does to them is not checked.
     An object serves one engine. Vectors with a number above 65504 * 127 are beyond float16's scale.
     """
 
@@ -42,13 +43,14 @@ class KVCompressionPlugin(CachePlugin):
         return 0 if self._scales is None else self._scales.nbytes
 
     def storage_format(self, dtype: torch.dtype, head_dim: int) -> tuple[torch.dtype, int]:
+        check_floating_point(self, dtype)
         return torch.int8, head_dim
 
     def extra_bytes(self, num_slots: int, num_kv_heads: int, head_dim: int) -> int:
         return 2 * num_slots * num_kv_heads * torch.float16.itemsize
 
     def attach(self, kv_cache: KVCache, dtype: torch.dtype, block_size: int) -> None:
-        assert self._scales is None, "one KVCompressionPlugin for each engine"
+        check_unused(self, self._scales is None)
         self._scales = torch.empty(2, *kv_cache.k.shape[:3], dtype=torch.float16, device=kv_cache.k.device)
         self._restored = dtype
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from m0_basics.request import Request, RequestMetrics, Sequence, SequenceStatus, next_seq_id
 from m0_basics.sampling_params import SamplingParams
 from m2_continuous_batching.kv_cache_manager import KVCacheManager, RowKVCacheManager, SlotCopy
-from m2_continuous_batching.policies import SchedulingParams, SchedulingPolicy, make_policy
+from m2_continuous_batching.policies import Key, SchedulingParams, SchedulingPolicy, make_policy
 from m2_continuous_batching.scheduler import PrefillFirstScheduler, SchedulerOutput
 
 MAX_MODEL_LEN = 24
@@ -90,10 +90,11 @@ class FakeLoop:
         running = {e.sequence for e in self.scheduler.running}
         held = dict(self.manager.held) if isinstance(self.manager, SlotPool) else {}
         computed = {e.sequence: e.sequence.num_computed_tokens for e in self.scheduler.running}
+        keys = {e.sequence: self.scheduler.policy.key(e) for e in self.scheduler.running}
         output = self.scheduler.schedule()
         self.num_steps += 1
         self._check(output, running, computed)
-        self._check_victims(output, held)
+        self._check_victims(output, held, keys)
         families = [self._make_outputs(s.sequence) for s in output.scheduled]
         self.scheduler.update_from_output(output)
         for family in families:
@@ -155,11 +156,17 @@ class FakeLoop:
         assert output.scheduled or not scheduler.has_unfinished_requests(), "something waits, and nothing runs"
         self._prefilled_last = bool(prefills)
 
-    def _check_victims(self, output: SchedulerOutput, held: dict[int, int]) -> None:
-        """Nobody is sent away in vain: without the last victim the step would not have fitted."""
+    def _check_victims(self, output: SchedulerOutput, held: dict[int, int], keys: dict[Sequence, Key]) -> None:
+        """Nobody is sent away in vain: without the last victim the step would not have fitted.
+
+        And nobody is sent away for one who comes after it: who stays without a token in this step goes before them.
+        """
         if not output.preempted:
             return
         decodes = all(s.sequence.num_computed_tokens for s in output.scheduled)
+        if decodes:
+            stay = {e.sequence for e in self.scheduler.running} - {s.sequence for s in output.scheduled}
+            assert all(keys[s] < keys[victim] for s in stay for victim in output.preempted), "a more urgent one leaves"
         if isinstance(self.manager, SlotPool):
             short = self.manager.num_free <= held[output.preempted[-1].seq_id]      # equal: it needed the room itself
             assert short or (not decodes and len(self.scheduler.running) == self.scheduler.max_num_seqs)

@@ -376,5 +376,11 @@ def test_compression_with_preemption(tiny_model: TinyModels) -> None:
 def test_one_compression_plugin_for_each_engine(tiny_model: TinyModels) -> None:
     plugin = KVCompressionPlugin()
     make(tiny_model, plugin)
-    with pytest.raises(AssertionError, match="each engine"):
+    with pytest.raises(ConfigError, match="this KVCompressionPlugin serves an engine already"):
         make(tiny_model, plugin)
+
+
+def test_numbers_are_compressed_once(tiny_model: TinyModels) -> None:
+    """F2.10: the second of two would round integers as if they were keys and values."""
+    with pytest.raises(ConfigError, match=r"KVCompressionPlugin gets torch\.int8"):
+        make(tiny_model, KVCompressionPlugin(), KVCompressionPlugin())

@@ -91,6 +91,23 @@ class TestSteps:
         loop.run(10)
         assert len(b.sequences[0].output_token_ids) == 10
 
+    @pytest.mark.parametrize(("slots", "victim_next"), [(7, "b"), (8, "a")])
+    def test_a_small_budget_protects_the_most_urgent(self, slots: int, victim_next: str) -> None:
+        """F2.7: one token a step, in turns. Whoever's turn it is, it is the least urgent that gives way: c.
+
+        In seven slots they run out when it is b's turn, in eight when it is c's own: then the next one runs instead.
+        """
+        loop = loop_of("priority", rows=3, slots=slots)
+        a, b, c = (loop.add(make_request(2, 4), SchedulingParams(priority=i)) for i in range(3))
+        assert who(loop.step(), a, b, c) == {"a": 2, "b": 2, "c": 2}
+        loop.scheduler.token_budget = 1
+        for turn in "ab"[:slots - 6]:
+            assert who(loop.step(), a, b, c) == {turn: 1}
+        output = loop.step()
+        assert (who(output, a, b, c), output.preempted) == ({victim_next: 1}, c.sequences)
+        loop.run()
+        assert all(len(request.sequences[0].output_token_ids) == 4 for request in (a, b, c))
+
     def test_a_sequence_without_room_preempts_itself_last(self) -> None:
         """The victims come from the tail one by one; the one in front needs them all."""
         loop = loop_of(rows=3, slots=24)

@@ -64,7 +64,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.loop.scheduler.abort_request(request.request_id) is None
         self.loop.check_queues()
 
-    @rule(budget=st.integers(1, 60))
+    @rule(budget=st.integers(1, 3) | st.integers(1, 60))
     def set_budget(self, budget: int) -> None:
         scheduler = self.loop.scheduler
         scheduler.token_budget = budget

@@ -1,6 +1,7 @@
 """F3.4, F3.5, F3.6, F3.8: what the engine holds, shares, measures and refuses."""
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from m2_continuous_batching.plugins.kv_compression import KVCompressionPlugin
 from m2_continuous_batching.scheduler import Scheduler
 from m2_continuous_batching.timeline import record_timeline
 from m3_paged_kv import LLM
+from m3_paged_kv.eviction import AttentionSinks
 from m3_paged_kv.fragmentation import FragmentationMeter, block_utilisation, row_utilisation
 from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
 
@@ -70,6 +72,27 @@ def test_beams_without_room(tiny_model: TinyModels) -> None:
     assert len(llm.generate([[7] * 30], greedy(4), use_tqdm=False)) == 1
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_beams_do_not_run_beside_requests(tiny_model: TinyModels, ahead: bool) -> None:
+    """F3.5, F3.6: between two steps, copies may be listed and not made: beams are refused, and change no token."""
+    options = {"block_size": 4, "num_blocks": 60, "max_model_len": 64, "max_num_seqs": 2, "policy": "round-robin:3",
+               "swap_space": 0.01, "async_scheduling": ahead}
+    prompts = [[5 + i, 30, 4 * i + 3] * (1 + 3 * (i % 4)) for i in range(6)]
+    beams = BeamSearchParams(beam_width=3, max_tokens=12)
+    expected = ids_of(make(tiny_model, **options).generate(prompts, greedy(24), use_tqdm=False))
+    llm = make(tiny_model, **options)
+    requests = [llm.input_processor.process({"prompt_token_ids": prompt}, greedy(24)) for prompt in prompts]
+    for request in requests:
+        llm.engine.add_request(request)
+    while llm.engine.has_unfinished_requests():
+        with pytest.raises(ConfigError, match="beam_search runs alone"):
+            llm.beam_search([[9, 8, 7] * 3], beams)
+        llm.engine.step()
+    assert [request.sequences[0].output_token_ids for request in requests] == expected
+    alone = make(tiny_model, **options).beam_search([[9, 8, 7] * 3], beams)
+    assert llm.beam_search([[9, 8, 7] * 3], beams) == alone
+
+
 def test_a_request_larger_than_the_pool_is_refused(tiny_model: TinyModels) -> None:
     """F3.8: on arrival, with what is allowed; the others are served."""
     llm = make(tiny_model, block_size=8, num_blocks=4)
@@ -97,6 +120,32 @@ def test_meter_on_a_real_run(tiny_model: TinyModels) -> None:
     assert 0.8 < meter.mean_utilisation < 1
 
 
+def test_meter_one_step_ahead(tiny_model: TinyModels) -> None:
+    """F3.4: blocks that the next step was given and has not filled yet count nowhere: steps read as they do in turn."""
+    def measure(ahead: bool) -> FragmentationMeter:
+        meter = FragmentationMeter()
+        assert meter.mean_utilisation == 1.0, "before any step nothing is wasted"
+        llm = make(tiny_model, block_size=4, max_num_seqs=1, max_model_len=64, plugins=[meter], async_scheduling=ahead)
+        llm.generate([[7] * n for n in (4, 9)], greedy(9), use_tqdm=False)
+        return meter
+
+    in_turn, ahead = measure(False).history, measure(True).history
+    assert all(0 <= f.waste_per_sequence < 4 and f.num_sequences <= 1 for f in ahead)
+    assert [f.stored for f in in_turn if f.stored] == [*range(4, 12), *range(9, 17)]
+    # One step ahead an output's end is noticed after the step, so what it stored last is seen as well.
+    assert {f for f in in_turn if f.stored} <= set(ahead)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_meter_over_sequences_that_forget(tiny_model: TinyModels, ahead: bool) -> None:
+    """F3.4, F3.10: what was forgotten is neither stored nor reserved: 21 tokens, less blocks 1, 2 and 3, and so on."""
+    meter = FragmentationMeter()
+    llm = make(tiny_model, block_size=4, plugins=[AttentionSinks(4, 5), meter], async_scheduling=ahead)
+    llm.generate([[7] * 21], greedy(6), use_tqdm=False)
+    seen = [(f.stored, f.reserved) for f in meter.history if f.stored]
+    assert seen[:5] == [(9, 12), (10, 12), (11, 12), (12, 12), (9, 12)]
+
+
 def test_sizes_follow_the_memory(tiny_model: TinyModels) -> None:
     """Bytes -> blocks; a budget without room for a block, or options that make no sense, are refused."""
     llm = make(tiny_model, num_blocks=None, kv_cache_memory_bytes=100_000, block_size=16)
@@ -107,10 +156,27 @@ def test_sizes_follow_the_memory(tiny_model: TinyModels) -> None:
         make(tiny_model, num_blocks=None, kv_cache_memory_bytes=100)
     with pytest.raises(ConfigError, match=r"gpu_memory_utilization=1\.5"):
         make(tiny_model, gpu_memory_utilization=1.5)
-    with pytest.raises(ConfigError, match="swap_space=-1"):
-        make(tiny_model, swap_space=-1)
+    for value in (-1, 1e300, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match=re.escape(f"swap_space={value} is not valid; allowed: GiB, 0 or more")):
+            make(tiny_model, swap_space=value)
     with pytest.raises(ConfigError, match="block_size=0"):
         make(tiny_model, block_size=0)
+
+
+def test_two_sizes_of_one_cache_are_refused(tiny_model: TinyModels) -> None:
+    with pytest.raises(ConfigError, match="num_blocks=8 and kv_cache_memory_bytes=100000 both say"):
+        make(tiny_model, num_blocks=8, kv_cache_memory_bytes=100_000)
+
+
+def test_more_memory_than_there_is_is_refused(tiny_model: TinyModels) -> None:
+    """F3.1, F3.6: blocks on the device and in host memory, before any of them is taken."""
+    for size in ({"num_blocks": 10**12}, {"kv_cache_memory_bytes": 10**17, "num_blocks": None, "max_num_seqs": 10**11}):
+        with pytest.raises(ConfigError, match=r"(num_blocks|kv_cache_memory_bytes)=[\d,]+ is too large: .* blocks take "
+                                              r".* bytes, and this machine has"):
+            make(tiny_model, **size)
+    for space in (10.0**9, 1e298):
+        with pytest.raises(ConfigError, match=r"swap_space is too large: .* bytes of host memory, and .* available"):
+            make(tiny_model, swap_space=space)
 
 
 def test_a_compressed_cache_is_recomputed_not_swapped(tiny_model: TinyModels) -> None:

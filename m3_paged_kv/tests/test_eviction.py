@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import m2_continuous_batching
-from m0_basics.attention import ScheduledSequence
+from m0_basics.attention import AttentionMetadata, ScheduledSequence
 from m0_basics.config import ConfigError
 from m0_basics.model_spec import ModelSpec
 from m0_basics.request import Sequence, SequenceData, next_seq_id
@@ -20,6 +20,7 @@ from m0_basics.sampling_params import SamplingParams
 from m0_basics.testing.conformance import greedy, ids_of
 from m0_basics.testing.fixtures import TinyModels
 from m0_basics.testing.parity import mixed_length_prompts, reference_greedy, reference_model
+from m2_continuous_batching.kv_cache_manager import SlotCopy
 from m2_continuous_batching.plugins import KVCompressionPlugin, SchedulerPlugin, StepStats
 from m2_continuous_batching.scheduler import Scheduler
 from m2_continuous_batching.slot_cache import SlotCache
@@ -272,7 +273,50 @@ def test_what_does_not_fit_the_engine_is_refused(tiny_model: TinyModels) -> None
         make(tiny_model, HeavyHitters(19, 13))
     with pytest.raises(ConfigError, match=r"stored as torch\.int8"):
         make(tiny_model, HeavyHitters(), KVCompressionPlugin())
-    rows = m2_continuous_batching.LLM(str(tiny_model("qwen3")), plugins=[AttentionSinks()], dtype="float32",
-                                      max_model_len=64)
-    with pytest.raises(ConfigError, match="AttentionSinks takes blocks"):
-        rows.generate([[7, 8]], greedy(3), use_tqdm=False)
+    plugin = HeavyHitters()
+    make(tiny_model, plugin)
+    with pytest.raises(ConfigError, match="this HeavyHitters serves an engine already"):
+        make(tiny_model, plugin)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("plugin", [AttentionSinks, lambda: HeavyHitters(64, 1)])
+def test_rows_are_refused_before_anything_runs(tiny_model: TinyModels, plugin: Any, ahead: bool) -> None:
+    """F3.10: an engine without blocks says so itself: no request fails, and none has run."""
+    rows = m2_continuous_batching.LLM(str(tiny_model("qwen3")), plugins=[plugin()], dtype="float32", max_model_len=32,
+                                      async_scheduling=ahead)
+    request = rows.input_processor.process({"prompt_token_ids": [7, 8]}, greedy(1))
+    rows.engine.add_request(request)
+    with pytest.raises(ConfigError, match=r"\w+ takes blocks; allowed: an engine whose cache consists of blocks"):
+        rows.engine.step()
+    assert (request.sequences[0].num_computed_tokens, request.sequences[0].output_token_ids) == (0, [])
+
+
+def test_attention_without_blocks_is_refused() -> None:
+    """F3.10: before the attention that it is wrapped around has stored anything."""
+    stored: list[int] = []
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        stored.append(len(k))
+        return q
+
+    x = torch.zeros(1, 1, 4)
+    with pytest.raises(ConfigError, match="HeavyHitters takes blocks"):
+        HeavyHitters().forward(0, x, x, x, AttentionMetadata([0, 1]), attend)
+    assert stored == []
+
+
+def test_a_copied_block_takes_its_attention_along() -> None:
+    """F3.5, F3.10: copy-on-write leaves both with what the block has got so far; then each gets its own."""
+    plugin = HeavyHitters(64, 1)
+    spec = ModelSpec("LlamaForCausalLM", 8, 8, 8, 1, 4, 2, 8, 64, rms_norm_eps=1e-5, rope_theta=1e4,
+                     tie_word_embeddings=False)
+    cache = SlotCache(spec, 4 * BLOCK, torch.float32, torch.device("cpu"), [plugin], BLOCK)
+    plugin._mass[:] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    cache.copy_slots([SlotCopy(BLOCK, 3 * BLOCK, 2)])
+    assert plugin._mass.tolist() == [1, 2, 3, 2]
+    x = torch.zeros(1, 2, 8)
+    cache.store(0, x, x, torch.tensor([3 * BLOCK + 2]))
+    assert plugin._mass.tolist() == [1, 2, 3, 2], "its first slot is older than the copy"
+    cache.store(0, x, x, torch.tensor([BLOCK]))
+    assert plugin._mass.tolist() == [1, 0, 3, 2], "a new owner starts from nothing"

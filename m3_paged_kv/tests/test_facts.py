@@ -53,6 +53,23 @@ def test_blocks_hold_more_than_rows() -> None:
     assert victims[-1] == 0
 
 
+def test_rows_that_fit_take_half_of_the_gain() -> None:
+    """F3.9: 345 tokens need rows of 3 x 128, of which 8,192 tokens hold 21: better than 8 rows, worse than blocks."""
+    facts = values()
+    assert facts["ragged.longest"] == 345
+    assert (facts["sim.rows_fitted.row_size"], facts["sim.rows_fitted.rows"]) == (384, 21)
+    assert facts["sim.rows_fitted.most"] == 21
+    assert facts["rows.ragged.fitted"] == pytest.approx(facts["rows.ragged"] * 1024 / 384)
+    runs = ("rows", "rows_fitted", "blocks.16")
+    means, steps = ([facts[f"sim.{run}.{key}"] for run in runs] for key in ("mean", "steps"))
+    assert means == sorted(means)
+    assert steps == sorted(steps, reverse=True)
+    assert facts["sim.blocks.fewer"] == pytest.approx(steps[0] / steps[2])
+    fitted, rest = facts["sim.rows_fitted.fewer"], facts["sim.blocks.fewer_than_fitted"]
+    assert fitted * rest == pytest.approx(facts["sim.blocks.fewer"])
+    assert min(fitted, rest) > 1.5, "each is a good part of the whole"
+
+
 def test_shares_by_hand() -> None:
     """F3.10: 16 x 64 numbers of a head and one scale; a page of 2 MB holds 1,024 tokens of 2 kB."""
     facts = values()

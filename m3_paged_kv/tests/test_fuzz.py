@@ -32,6 +32,7 @@ from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
 
 LONGEST = 48
 MOST_STEPS = 3000
+MOST_TOKENS = 2048
 SHAPES = [(48, 1), (25, 2), (16, 3), (12, 4), (11, 5), (8, 6), (8, 7), (6, 8)]      # blocks, tokens in each
 POLICIES = ["fcfs", "priority", "ageing:0.01", "sjf", "round-robin:3", "round-robin:1"]
 TIE, EDGE = 1e-4, 1e-5              # between logits that rounding may swap; around a boundary between two tokens
@@ -88,9 +89,11 @@ def request_of(llm: LLM, job: dict[str, Any]) -> Request:
     return llm.input_processor.process({"prompt_token_ids": job["prompt"]}, params)
 
 
-def serve(engine: tuple[LLM, Auditor], work: list[dict[str, Any]]) -> list[list[list[int]] | None]:
+def serve(engine: tuple[LLM, Auditor], work: list[dict[str, Any]],
+          token_budget: int = MOST_TOKENS) -> list[list[list[int]] | None]:
     """Run the jobs; return each one's outputs in the order of their index, None for those that were aborted."""
     llm, auditor = engine
+    llm.engine.scheduler.token_budget = token_budget
     requests = [request_of(llm, job) for job in work]
     auditor.forks = {request.request_id: job["fork"] for job, request in zip(work, requests, strict=True)
                      if job["fork"] is not None and job["fork"] < job["output"]}
@@ -115,7 +118,7 @@ def engine(folder: str, policy: str, num_blocks: int, block_size: int, swap_spac
     auditor = Auditor()
     llm = LLM(folder, plugins=[auditor], dtype="float32", max_model_len=LONGEST, policy=policy, num_blocks=num_blocks,
               block_size=block_size, swap_space=swap_space, max_num_seqs=max_num_seqs, skip_tokenizer_init=True,
-              async_scheduling=async_scheduling)
+              async_scheduling=async_scheduling, max_num_batched_tokens=MOST_TOKENS)
     return llm, auditor
 
 
@@ -167,14 +170,16 @@ def assert_same_but_for_rounding(llm: LLM, request: Request, ours: list[list[int
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(work=st.lists(jobs(), min_size=1, max_size=6), policy=st.sampled_from(POLICIES), shape=st.sampled_from(SHAPES),
-       swap=st.sampled_from([0.0, 0.00002, 0.01]), places=st.sampled_from([2, 5, 16]), ahead=st.booleans())
+       swap=st.sampled_from([0.0, 0.00002, 0.01]), places=st.sampled_from([2, 5, 16]), ahead=st.booleans(),
+       token_budget=st.sampled_from([MOST_TOKENS, 4, 1]))
 def test_tiny_pools_change_no_token(tiny_model: TinyModels, work: list[dict[str, Any]], policy: str,
-                                    shape: tuple[int, int], swap: float, places: int, ahead: bool) -> None:
+                                    shape: tuple[int, int], swap: float, places: int, ahead: bool,
+                                    token_budget: int) -> None:
     folder = str(tiny_model("qwen3"))
     roomy = engine(folder, "fcfs", 512, 16, 0.0, 64, False)
     tight = engine(folder, policy, *shape, swap, places, ahead)
     expected = serve(roomy, [job | {"abort": None} for job in work])
-    got = serve(tight, work)
+    got = serve(tight, work, token_budget)
     for job, ours, theirs in zip(work, got, expected, strict=True):
         assert theirs is not None
         if ours is None:

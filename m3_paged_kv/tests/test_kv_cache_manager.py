@@ -27,9 +27,10 @@ def make_sequence(num_tokens: int = 1) -> Sequence:
 class PagedMachine(RuleBasedStateMachine):
     """Start, grow, fork, forget, preempt, resume, free, in any order."""
 
-    @initialize(num_blocks=st.integers(2, 10), block_size=st.integers(1, 4), num_host_blocks=st.integers(0, 8))
-    def begin(self, num_blocks: int, block_size: int, num_host_blocks: int) -> None:
-        self.manager = PagedKVCacheManager(num_blocks, block_size, num_host_blocks)
+    @initialize(num_blocks=st.integers(2, 10), block_size=st.integers(1, 4), num_host_blocks=st.integers(0, 8),
+                watermark=st.sampled_from([0.0, 0.01, 0.2, 0.5]))
+    def begin(self, num_blocks: int, block_size: int, num_host_blocks: int, watermark: float) -> None:
+        self.manager = PagedKVCacheManager(num_blocks, block_size, num_host_blocks, watermark)
         self.memory: dict[int, int] = {}
         self.marks = itertools.count()
         self.content: dict[Sequence, list[int]] = {}        # on the device: the mark of each token that is kept
@@ -60,9 +61,9 @@ class PagedMachine(RuleBasedStateMachine):
         needed = self.manager.num_blocks_of(num_tokens)
         if nobody_runs:
             assert started == (needed <= self.manager.pool.num_blocks), "nobody may be locked out"
-            self.forget_dropped()
+            self.forget_dropped(started)
         else:
-            assert started == (needed <= free)
+            assert started == (needed + self.manager.num_reserved <= free), "newcomers leave the watermark free"
         if started:
             sequence.status = SequenceStatus.RUNNING
             self.content[sequence] = []
@@ -74,13 +75,14 @@ class PagedMachine(RuleBasedStateMachine):
         sequence = data.draw(st.sampled_from(list(self.content)))
         before = self.manager.pool.num_free
         alone = len(self.content) == 1
-        if self.manager.allocate_slots(sequence, num_tokens):
+        started = self.manager.allocate_slots(sequence, num_tokens)
+        if started:
             self.copy_and_write(sequence, num_tokens)
         else:
-            assert alone or self.manager.pool.num_free == before, "a refusal changes nothing"
+            assert self.manager.pool.num_free == before, "a refusal changes nothing"
             assert not (alone and self.manager.can_ever_hold(len(self.content[sequence]) + num_tokens)), "locked out"
         if alone:
-            self.forget_dropped()
+            self.forget_dropped(started)
 
     @precondition(lambda self: self.content)
     @rule(data=st.data())
@@ -139,7 +141,7 @@ class PagedMachine(RuleBasedStateMachine):
             self.copy_and_write(sequence, 1)
         if nobody_runs:
             assert started or not self.manager.can_ever_hold(len(self.swapped[sequence]) + 1)
-            self.forget_dropped()
+            self.forget_dropped(started)
 
     @precondition(lambda self: self.content)
     @rule(data=st.data(), num_tokens=st.integers(1, 12))
@@ -164,7 +166,7 @@ class PagedMachine(RuleBasedStateMachine):
             self.content[newcomer] = content
             newcomer.num_computed_tokens = len(content) + self.manager.num_evicted(newcomer)
             self.copy_and_write(newcomer, num_tokens)
-        self.forget_dropped()
+        self.forget_dropped(expected)
 
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
@@ -176,9 +178,11 @@ class PagedMachine(RuleBasedStateMachine):
             self.content.pop(sequence, None)
             self.swapped.pop(sequence, None)
 
-    def forget_dropped(self) -> None:
+    def forget_dropped(self, somebody_came: bool) -> None:
         """Sequences in host memory whose pinned blocks were needed: they will be recomputed."""
-        self.swapped = {s: c for s, c in self.swapped.items() if self.manager.get_num_computed_tokens(s)}
+        left = {s: c for s, c in self.swapped.items() if self.manager.get_num_computed_tokens(s)}
+        assert somebody_came or left == self.swapped, "dropped in vain"
+        self.swapped = left
 
     @invariant()
     def everybody_finds_their_own_tokens(self) -> None:
@@ -292,6 +296,23 @@ def test_no_room_in_host_memory_means_recompute() -> None:
     sequence = started(manager, 8)
     assert manager.preempt(sequence) is SequenceStatus.WAITING
     assert (manager.usage, manager.host_pool.num_used, manager.take_copies()) == (0.0, 0, [])
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_nobody_is_dropped_in_vain(is_running: bool) -> None:
+    """F3.6, F3.8: what the empty pool could not hold either is refused, and whoever is swapped keeps its cache."""
+    manager = PagedKVCacheManager(4, 4, num_host_blocks=4)
+    parent = started(manager, 8)
+    child = parent.fork(next_seq_id(), 1)
+    manager.fork(parent, child)
+    for sequence in (parent, child):
+        assert manager.preempt(sequence) is SequenceStatus.SWAPPED
+    newcomer = started(manager, 4) if is_running else make_sequence()
+    free = manager.pool.num_free
+    assert not manager.allocate_slots(newcomer, 13 if is_running else 17)
+    assert (manager.pool.num_free, manager.num_swapped) == (free, 2)
+    assert manager.allocate_slots(newcomer, 12 if is_running else 16), "this is what they are dropped for"
+    assert manager.num_swapped == 0
 
 
 def test_newcomers_leave_the_watermark_free() -> None:

@@ -253,5 +253,34 @@ def test_what_does_not_fit_the_engine_is_refused(tiny_model: TinyModels) -> None
         BlockQuantisation(4).storage_format(torch.float32, 7)
     plugin = BlockQuantisation(8, 8)
     make(tiny_model, plugin)
-    with pytest.raises(AssertionError, match="each engine"):
+    with pytest.raises(ConfigError, match="this BlockQuantisation serves an engine already"):
         make(tiny_model, plugin)
+
+
+@pytest.mark.parametrize("second", [lambda: BlockQuantisation(8, 8), lambda: BlockQuantisation(4, 8),
+                                    KVCompressionPlugin])
+@pytest.mark.parametrize("first", [lambda: BlockQuantisation(8, 8), KVCompressionPlugin])
+def test_numbers_are_rounded_once(tiny_model: TinyModels, first: Any, second: Any) -> None:
+    """F3.10: integers are no input; a plugin that leaves the numbers what they are may come before."""
+    with pytest.raises(ConfigError, match=rf"{type(second()).__name__} gets torch\.int8"):
+        make(tiny_model, first(), second())
+    assert make(tiny_model, CachePlugin(), second()).cache.kv_cache.k.dtype in (torch.int8, torch.uint8)
+
+
+@pytest.mark.parametrize("plugin", [KVCompressionPlugin, *(lambda f=f: BlockQuantisation(f[0], BLOCK, f[1])
+                                                           for f in FORMATS)])
+def test_zeros_are_stored_as_zeros(plugin: Any) -> None:
+    """F3.10: a block of zeros has a scale as well: nothing is divided by 0, which makes integers of NaN."""
+    plugin = plugin()
+    cache = SlotCache(SPEC, 2 * BLOCK, torch.float32, CPU, [plugin], BLOCK)
+    zeros = torch.zeros(BLOCK, HEADS, HEAD_DIM)
+    cache.store(0, zeros, zeros, torch.arange(BLOCK))
+    scales = ([half.scales[0, 0] for half in plugin.halves] if isinstance(plugin, BlockQuantisation)
+              else [plugin.scales[:, 0, :BLOCK]])
+    assert all((scale > 0).all() for scale in scales)
+    assert all(torch.equal(x, zeros) for x in cache.read(0, slice(0, BLOCK), torch.float32))
+    x = tokens(1)
+    cache.store(0, x, x, torch.tensor([BLOCK - 1]))
+    for read in cache.read(0, slice(0, BLOCK), torch.float32):
+        assert torch.equal(read[:-1], zeros[:-1]), "zeros stay zeros when the scale grows"
+        assert (read[-1] - x[0]).abs().max() <= x.abs().max() / 7

@@ -11,6 +11,7 @@ from m0_basics.sampling_params import SamplingParams
 from m0_basics.testing.conformance import greedy
 from m0_basics.testing.fixtures import TinyModels
 from m3_paged_kv import LLM
+from m3_paged_kv.eviction import AttentionSinks
 from m3_paged_kv.pool_pictures import SHARED, PoolRecorder, PoolState, draw_pool, draw_tables, slot_colours
 
 RED, BLUE = (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)
@@ -66,6 +67,17 @@ def test_swapped_sequences_are_seen_on_the_host(tiny_model: TinyModels) -> None:
             filled = [state[place][seq_id] for place in places]
             assert filled[:-1] == [4] * (len(filled) - 1), "all but the last block are full"
     assert recorder.history[-1] == {}
+
+
+def test_forgotten_tokens_leave_the_picture(tiny_model: TinyModels) -> None:
+    """F3.10: 21 tokens in blocks 0 to 5. 1, 2 and 3 leave after the first step, 4 after the fifth, which took 1."""
+    recorder = PoolRecorder()
+    llm = LLM(str(tiny_model("llama")), plugins=[AttentionSinks(4, 5), recorder], dtype="float32", max_model_len=64,
+              block_size=4, num_blocks=16)
+    llm.generate([[7] * 21], greedy(6), use_tqdm=False)
+    held = [{block: list(holders.values()) for (_, block), holders in state.items()} for state in recorder.history]
+    assert held[:4] == [{0: [4], 4: [4], 5: [n]} for n in range(1, 5)]
+    assert held[4:] == [{0: [4], 5: [4], 1: [1]}, {}]
 
 
 def test_drawing(tmp_path: Path) -> None:
