@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from m0_basics.config import DEFAULT_MODEL, DTYPES
+from m0_basics.config import DEFAULT_MODEL, DTYPES, ConfigError
 from m0_basics.input_processor import Prompt, as_prompt_list
 from m0_basics.loader import load_model, load_tokenizer
 from m0_basics.model_runner import ModelRunner, Runner
@@ -74,7 +74,14 @@ class LLM(ContinuousLLM):
         self._beams = BeamBlocks(manager, host_cache.copy_slots)
 
     def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
-        """The `beam_width` most probable outputs found for each prompt, best first. Beams share their blocks."""
+        """The `beam_width` most probable outputs found for each prompt, best first. Beams share their blocks.
+
+        Raises ConfigError while requests are unfinished: copies that their next step needs may be listed already, and
+        not made, so that beams would write into blocks that are still to be read.
+        """
+        if self.engine.has_unfinished_requests():
+            raise ConfigError("beam_search runs alone: it would take blocks that unfinished requests still need; "
+                              "allowed: once all other requests have finished or were aborted")
         requests = self._requests(as_prompt_list(prompts), SamplingParams(temperature=0, max_tokens=params.max_tokens),
                                   special=True)
         return [beam_search(self.engine.runner, self._beams, request, params, self.tokenizer,
