@@ -5,9 +5,9 @@
     padded   gather everybody's, padded to the longest, one call of SDPA
     naive    for each sequence: gather, all scores, a mask, a softmax
 
-All sequences of a batch are equally long, so the padded batch pads nothing: that is the best that it can do. SDPA gets
-the query heads of a key-value head together, which is much faster on a CPU than to let it find them. What a step
-works out once for all layers, such as slots, is worked out beforehand.
+All sequences of a batch are equally long, so the padded batch pads nothing: that is the best that it can do. In decode
+SDPA gets the query heads of a key-value head together, which is much faster on a CPU than to let it find them. What
+a step works out once for all layers, such as slots, is worked out beforehand.
 
 B sequences, n new tokens of each and L in all, H_q / H_kv query / key-value heads, D head size.
 """

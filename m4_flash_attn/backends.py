@@ -28,6 +28,7 @@ from .kernels.cpu.build import BuildError, library
 from .kernels.flash_attn import Attend, load_flash_attn, load_torch_varlen
 
 logger = logging.getLogger(__name__)
+_LARGEST_TRITON_HEAD = 128          # tiles of larger heads do not fit into every GPU's shared memory
 _NO_PLUGINS = "cache plugins change what is stored, and this kernel reads the cache itself"
 
 
@@ -99,8 +100,8 @@ class TritonBackend(Backend):
         size = situation.block_size
         if size < 16 or size & (size - 1):
             return f"block_size={size} is not a power of two of at least 16"
-        if situation.spec.head_dim % 16:
-            return f"head size {situation.spec.head_dim} is not a multiple of 16"
+        if situation.spec.head_dim % 16 or situation.spec.head_dim > _LARGEST_TRITON_HEAD:
+            return f"head size {situation.spec.head_dim} is not a multiple of 16 up to {_LARGEST_TRITON_HEAD}"
         return None
 
     def make(self, situation: Situation, cache: SlotCache, manager: PagedKVCacheManager) -> AttentionBackend:
@@ -213,6 +214,8 @@ def _not_on_gpu(situation: Situation) -> str | None:
     """What all kernels for GPUs need."""
     if situation.device.type != "cuda":
         return f"it needs an NVIDIA GPU, and the model is on {situation.device.type}"
+    if situation.device.index not in (None, 0):
+        return f"it runs on the first GPU, and the model is on {situation.device}; set CUDA_VISIBLE_DEVICES instead"
     if situation.has_cache_plugins:
         return _NO_PLUGINS
     if situation.cache_dtype is not situation.dtype:

@@ -24,7 +24,7 @@ def parts_for(device: torch.device, dtype: torch.dtype) -> Parts:
         return plain_parts(ops)
     native = choose(dtype, dtype) == "native"
     return Parts(ops, PackedLinear.of,
-                 gate=lambda linear: (PackedGatedLinear(linear.weight) if native
+                 gate=lambda linear: (PackedGatedLinear(linear.weight) if native and linear.bias is None
                                       else GatedLinear(PackedLinear.of(linear), ops)),
                  head=lambda linear: PackedLinear.of(linear, torch.float32), stack=stack)
 

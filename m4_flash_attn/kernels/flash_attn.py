@@ -119,11 +119,15 @@ def _key_starts(metadata: FlashMetadata) -> Tensor:
 
 
 def _functions(module: str, *names: str) -> tuple[Callable[..., Any], ...] | None:
-    """The functions of a module; None where it, or one of them, does not exist."""
+    """The functions of a module; None where it, or one of them, does not exist. ConfigError where it is broken."""
     try:
         found = importlib.import_module(module)
-    except ImportError:
-        return None
+    except ModuleNotFoundError as error:
+        if error.name is not None and module.startswith(error.name):
+            return None
+        raise ConfigError(f"{module} is installed and cannot be imported: {error}") from error
+    except Exception as error:                  # built for another torch, a library that is missing, ...
+        raise ConfigError(f"{module} is installed and cannot be imported: {type(error).__name__}: {error}") from error
     return tuple(getattr(found, name) for name in names) if all(hasattr(found, name) for name in names) else None
 
 

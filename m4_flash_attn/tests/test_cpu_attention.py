@@ -173,10 +173,13 @@ def test_foreign_slots_do_not_count(dtype: torch.dtype) -> None:
         assert torch.equal(case.run(), before)
 
 
-def test_a_nan_in_a_sequence_stays_in_it() -> None:
-    case = make((9, 1), (3, 2), (0, 30), block_size=4)
+@pytest.mark.parametrize("which", ["k_cache", "v_cache"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nan_in_a_sequence_stays_in_it(which: str, dtype: torch.dtype) -> None:
+    """And comes out: an answer that looks right would hide it."""
+    case = make((9, 1), (3, 2), (0, 30), block_size=4, dtype=dtype)
     before = case.run()
-    case.batch.v_cache[int(case.batch.block_table[0, 0]) * 4] = float("nan")
+    getattr(case.batch, which)[int(case.batch.block_table[0, 0]) * 4] = float("nan")
     after = case.run()
     assert after[0].isnan().all()
     assert torch.equal(after[1:], before[1:])

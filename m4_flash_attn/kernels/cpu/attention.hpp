@@ -221,7 +221,7 @@ static void softmax_rows(Scratch<Kind>& scratch, const Shape& shape, int first_r
         for (int j = 0; j < columns; j += VL) {
             vf x = load(s + j) * factor;
             vf p = exp2(x - m);
-            if (masked) p = x > LOWEST / 2 ? p : vf{};
+            if (masked) p = x < LOWEST / 2 ? vf{} : p;         // NaN stays NaN: a wrong answer must not look right
             store(s + j, p);
             total += p;
         }

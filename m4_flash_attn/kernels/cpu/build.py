@@ -101,12 +101,20 @@ def _accepts(compiler: str, flags: tuple[str, ...]) -> bool:
     source = "#ifdef _OPENMP\n#include <omp.h>\n#endif\nextern \"C\" int f() { return 1; }\n"
     with tempfile.TemporaryDirectory() as folder:
         command = [compiler, *flags, "-shared", "-fPIC", "-x", "c++", "-", "-o", str(Path(folder) / "probe.so")]
-        return subprocess.run(command, input=source.encode(), capture_output=True, check=False).returncode == 0
+        return _run(command, source.encode()).returncode == 0
+
+
+def _run(command: list[str], text: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """A command of seconds. Raises BuildError where it cannot run, or does not end."""
+    try:
+        return subprocess.run(command, input=text, capture_output=True, timeout=_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"the kernels cannot be built: {error}") from error
 
 
 def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
     """What decides over the machine code: sources, flags, compiler, processor."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    version = _run([compiler, "--version"]).stdout
     digest = hashlib.sha256(repr((flags, version, platform.machine(), _processor())).encode())
     for source in sorted(SOURCES.glob("*.[ch]pp")):
         digest.update(source.name.encode() + source.read_bytes())

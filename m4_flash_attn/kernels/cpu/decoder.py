@@ -58,5 +58,7 @@ def _is_native(layer: FusedDecoderLayer) -> bool:
 
 def _layer(layer: FusedDecoderLayer) -> Layer:
     norms = (layer.input_norm, layer.post_attention_norm, *(layer.norms or (None, None)))
+    dtype = layer.input_norm.dtype
+    assert all(norm is None or (norm.dtype is dtype and norm.is_contiguous()) for norm in norms)
     pointers = (None if norm is None else ctypes.c_void_p(norm.data_ptr()) for norm in norms)
     return Layer(*(part.weights for part in _linear(layer)), *pointers)

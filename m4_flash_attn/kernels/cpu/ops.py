@@ -59,6 +59,7 @@ class PagedKernels:
 
         Raises BuildError where the kernels cannot be built.
         """
+        assert head_dim % 16 == 0 and 0 < head_dim <= MAX_HEAD_DIM and num_heads % num_kv_heads == 0 and block_size > 0
         self.dtype = dtype
         self.width, self.kv_width = num_heads * head_dim, num_kv_heads * head_dim
         self._shape = Shape(num_heads, num_kv_heads, head_dim, block_size, window or 0, num_sinks, _is_bf16(dtype),

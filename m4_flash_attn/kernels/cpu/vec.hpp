@@ -62,9 +62,9 @@ static inline float max(vf x) {
 
 static inline vf max(vf a, vf b) { return a > b ? a : b; }
 
-// 2^x for x <= 0: the integer part goes into the exponent, the rest through its Taylor series; error below 1e-7.
+// 2^x for x <= 0, NaN for NaN: the integer part goes into the exponent, the rest through its Taylor series; error below 1e-7.
 static inline vf exp2(vf x) {
-    x = max(x, splat(-126.0f));
+    x = x < -126.0f ? splat(-126.0f) : x;
     vi whole = __builtin_convertvector(x - 0.5f, vi);           // truncates towards 0, so this rounds
     vf f = x - __builtin_convertvector(whole, vf);              // in [-1/2, 1/2]
     vf p = splat(1.5252734e-5f);
