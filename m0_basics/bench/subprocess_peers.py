@@ -1,7 +1,8 @@
 """Peers that live in an interpreter of their own, because their dependencies exclude the lab's.
 
 The process is started once and kept: it gets one order per round, so that it takes turns with the others like any
-contender. What it runs is `peer_worker.py`.
+contender. In between it is stopped: an engine that polls for work would take a core from the others. What it runs is
+`peer_worker.py`.
 """
 from __future__ import annotations
 
@@ -12,10 +13,11 @@ import os
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
+import psutil
 import torch
 
 from ..config import ConfigError, reject
@@ -64,8 +66,13 @@ class SubprocessPeer(Contender):
             raise ConfigError(f"peer {name} ({python}) did not start: {error}") from error
         self.startup_s = float(ready["startup_s"])
         self.note = "; ".join(filter(None, [str(ready["version"]), note, f"start-up {self.startup_s:.0f} s"]))
+        self._signal("suspend")
 
     def serve(self, workload: Workload) -> Served:
+        with self._awake():
+            return self._serve(workload)
+
+    def _serve(self, workload: Workload) -> Served:
         order = json.dumps({"requests": [dataclasses.asdict(r) for r in workload.requests]})
         assert self._process.stdin is not None
         try:
@@ -84,6 +91,7 @@ class SubprocessPeer(Contender):
 
     def close(self) -> None:
         """End the process: it stops when its orders end, and is killed if it does not."""
+        self._signal("resume")
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):      # an order that a dead peer has not read
@@ -94,6 +102,22 @@ class SubprocessPeer(Contender):
             self._process.kill()
             self._process.wait()
         self._errors.close()
+
+    @contextlib.contextmanager
+    def _awake(self) -> Iterator[None]:
+        """The process and its children run in here, and in here alone."""
+        self._signal("resume")
+        try:
+            yield
+        finally:
+            self._signal("suspend")
+
+    def _signal(self, what: Literal["suspend", "resume"]) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):         # it has ended: whoever speaks to it next will say so
+            process = psutil.Process(self._process.pid)
+            for each in (process, *process.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    getattr(each, what)()
 
     def _read(self, timeout: float) -> dict[str, Any]:
         """The next line. A peer that stays silent for too long is killed, which ends the wait."""

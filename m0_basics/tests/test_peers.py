@@ -8,6 +8,7 @@ import os
 import sys
 import textwrap
 
+import psutil
 import pytest
 
 from m0_basics import LLM
@@ -153,6 +154,7 @@ def test_peer_in_its_own_interpreter(llm, tmp_path):
         assert peer.name == "vllm"
         assert peer.note.startswith("vllm 0.test; start-up ")
         assert peer.pid != os.getpid()
+        assert psutil.Process(peer.pid).status() == psutil.STATUS_STOPPED       # it takes no core from the others
         seen = []
         comparison = compare([EngineContender("m0", llm), peer], WORK, rounds=2,
                              on_result=lambda number, c, result: seen.append((c.name, result)))
