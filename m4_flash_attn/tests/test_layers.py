@@ -99,6 +99,18 @@ def test_on_other_processors(tiny_model: TinyModels, name: str, variant: str) ->
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
 
 
+@pytest.mark.parametrize("threads", [2, 3, 5])
+@pytest.mark.parametrize("name", FAMILIES_UNDER_TEST)
+def test_threads_wait_for_each_other(tiny_model: TinyModels, name: str, threads: int) -> None:
+    """Between the parts of a layer there are barriers, which one thread does not need: tests run on one."""
+    expected = expected_states(m0_model(tiny_model, name), PROMPTS)
+    llm = make(tiny_model, name)
+    torch.set_num_threads(threads)
+    for cuts in ((), (1, 20, 21, 22)):
+        for ours, theirs in zip(hidden_states(llm, PROMPTS, cuts), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("name", FAMILIES_UNDER_TEST)
 def test_bfloat16_is_as_exact_as_m0s(tiny_model: TinyModels, name: str, threads: int) -> None:
