@@ -163,7 +163,7 @@ def test_store_kv(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
     qkv = draw(7, 4 + 2 * num_kv_heads, head_dim, dtype=dtype)
     k, v = qkv[:, 4:4 + num_kv_heads], qkv[:, 4 + num_kv_heads:]
     caches = empty_caches(num_kv_heads, head_dim, dtype)
-    make_kernels(4, num_kv_heads, head_dim, dtype).store_kv(step_of(SLOTS), k, v, *caches)
+    make_kernels(num_kv_heads, num_kv_heads, head_dim, dtype).store_kv(step_of(SLOTS), k, v, *caches)
     assert_stored(caches[0], k, assert_equal)
     assert_stored(caches[1], v, assert_equal)
 
