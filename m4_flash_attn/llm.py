@@ -4,16 +4,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from m0_basics.config import DEFAULT_MODEL, DTYPES, ConfigError
-from m0_basics.input_processor import Prompt, as_prompt_list
+from m0_basics.config import DEFAULT_MODEL, DTYPES
 from m0_basics.loader import load_model, load_tokenizer
 from m0_basics.model_runner import ModelRunner, Runner
-from m0_basics.sampling_params import BeamSearchParams, SamplingParams
-from m1_offline.beam_search import BeamSearchOutput, beam_search
 from m1_offline.output_processor import OutputProcessor
 from m1_offline.sampler import FullSampler
 from m2_continuous_batching.async_scheduling import AsyncSchedulingEngine
-from m2_continuous_batching.continuous_llm import ContinuousLLM
 from m2_continuous_batching.engine import LLMEngine
 from m2_continuous_batching.plugins import Plugin, split_plugins
 from m2_continuous_batching.policies import make_policy
@@ -23,6 +19,7 @@ from m2_continuous_batching.structured_output import StructuredSampler
 from m3_paged_kv.beam_cache import BeamBlocks
 from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
 from m3_paged_kv.paged_cache import num_blocks_for
+from m3_paged_kv.paged_llm import PagedLLM
 from m3_paged_kv.swap import make_host_cache
 
 from .backends import Situation, choose
@@ -32,7 +29,7 @@ from .layers import fuse
 from .parts import parts_for
 
 
-class LLM(ContinuousLLM):
+class LLM(PagedLLM):
     """`LLM(model).generate(prompts, SamplingParams(...))`: attention by the fastest kernel that this machine has."""
 
     config_class = EngineConfig
@@ -72,17 +69,3 @@ class LLM(ContinuousLLM):
         super().__init__(config, engine, weights.spec, tokenizer)
         self.cache, self.manager, self.attention_backend = cache, manager, backend.name
         self._beams = BeamBlocks(manager, host_cache.copy_slots)
-
-    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
-        """The `beam_width` most probable outputs found for each prompt, best first. Beams share their blocks.
-
-        Raises ConfigError while requests are unfinished: copies that their next step needs may be listed already, and
-        not made, so that beams would write into blocks that are still to be read.
-        """
-        if self.engine.has_unfinished_requests():
-            raise ConfigError("beam_search runs alone: it would take blocks that unfinished requests still need; "
-                              "allowed: once all other requests have finished or were aborted")
-        requests = self._requests(as_prompt_list(prompts), SamplingParams(temperature=0, max_tokens=params.max_tokens),
-                                  special=True)
-        return [beam_search(self.engine.runner, self._beams, request, params, self.tokenizer,
-                            self.engine.output_processor.max_model_len) for request in requests]

@@ -105,10 +105,12 @@ def _accepts(compiler: str, flags: tuple[str, ...]) -> bool:
 
 
 def _run(command: list[str], text: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    """A command of seconds. Raises BuildError where it cannot run, or does not end."""
+    """A command of the compiler's. Raises BuildError where it cannot run, or does not end."""
     try:
         return subprocess.run(command, input=text, capture_output=True, timeout=_TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{command[0]} did not finish within {_TIMEOUT_S} s") from error
+    except OSError as error:
         raise BuildError(f"the kernels cannot be built: {error}") from error
 
 
@@ -135,12 +137,7 @@ def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as folder:
         partial = Path(folder) / path.name
-        command = [compiler, *flags, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(partial)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S,
-                                  check=False)
-        except subprocess.TimeoutExpired as error:
-            raise BuildError(f"{compiler} did not finish within {_TIMEOUT_S} s") from error
+        done = _run([compiler, *flags, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(partial)])
         if done.returncode != 0:
-            raise BuildError(f"{compiler} failed:\n{done.stderr.strip()[-2000:]}")
+            raise BuildError(f"{compiler} failed:\n{done.stderr.decode(errors='replace').strip()[-2000:]}")
         partial.replace(path)
