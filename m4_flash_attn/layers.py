@@ -21,6 +21,8 @@ from m0_basics.model import CausalLM, DecoderLayer, RMSNorm, apply_rotary
 from .ops import ElementwiseOps
 
 Rotary = tuple[Tensor, Tensor]              # cosines and signed sines, [T, 1, D] each
+# The layers, and the norm behind the last of them -> the modules that run in their place, and the norm that is left.
+Stack = Callable[[list["FusedDecoderLayer"], "FusedRMSNorm"], tuple[list[nn.Module], nn.Module]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Parts:
     pack: Callable[[nn.Linear], nn.Module]                              # a linear layer -> the one that runs
     gate: Callable[[nn.Linear], nn.Module]                              # gate_up_proj -> silu(gate(x)) * up(x)
     head: Callable[[nn.Linear], nn.Module]                              # the output matrix -> the one that runs
-    stack: Callable[[list[FusedDecoderLayer]], list[nn.Module]]         # the layers -> modules that run in their place
+    stack: Stack                                                        # the layers -> what runs in their place
 
 
 class FusedAttention(AttentionBackend):
@@ -113,7 +115,7 @@ def fuse(model: CausalLM, parts: Parts) -> CausalLM:
         assert isinstance(layer, DecoderLayer), "a model is fused once"
         layers.append(FusedDecoderLayer(layer, parts))
         model.layers[i] = nn.Identity()                 # so that the weights go as soon as they are packed
-    model.layers = nn.ModuleList(parts.stack(layers))
-    model.norm = FusedRMSNorm(model.norm, parts.ops)    # type: ignore[assignment]
+    modules, norm = parts.stack(layers, FusedRMSNorm(model.norm, parts.ops))
+    model.layers, model.norm = nn.ModuleList(modules), norm     # type: ignore[assignment]
     model.lm_head = parts.head(model.lm_head)           # type: ignore[assignment]
     return model

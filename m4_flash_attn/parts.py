@@ -11,7 +11,7 @@ from .kernels.cpu import ops as cpu
 from .kernels.cpu.build import BuildError
 from .kernels.cpu.decoder import CpuDecoder, can_stack
 from .kernels.cpu.linear import PackedGatedLinear, PackedLinear, choose
-from .layers import FusedDecoderLayer, GatedLinear, Parts
+from .layers import FusedDecoderLayer, FusedRMSNorm, GatedLinear, Parts
 from .ops import ElementwiseOps, TorchOps
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def plain_parts(ops: ElementwiseOps) -> Parts:
     def as_it_is(linear: nn.Linear) -> nn.Linear:
         return linear
 
-    return Parts(ops, as_it_is, lambda linear: GatedLinear(linear, ops), as_it_is, lambda layers: [*layers])
+    return Parts(ops, as_it_is, lambda linear: GatedLinear(linear, ops), as_it_is, one_by_one)
 
 
 def make_ops(device: torch.device, dtype: torch.dtype) -> ElementwiseOps:
@@ -50,6 +50,11 @@ def make_ops(device: torch.device, dtype: torch.dtype) -> ElementwiseOps:
     return TorchOps()
 
 
-def stack(layers: list[FusedDecoderLayer]) -> list[nn.Module]:
-    """One module for all layers where there is a kernel for that, else the layers themselves."""
-    return [CpuDecoder(layers)] if can_stack(layers) else [*layers]
+def stack(layers: list[FusedDecoderLayer], norm: FusedRMSNorm) -> tuple[list[nn.Module], nn.Module]:
+    """One module for all of it where there is a kernel for that, else one by one."""
+    return ([CpuDecoder(layers, norm)], nn.Identity()) if can_stack(layers) else one_by_one(layers, norm)
+
+
+def one_by_one(layers: list[FusedDecoderLayer], norm: FusedRMSNorm) -> tuple[list[nn.Module], nn.Module]:
+    """The layers and the last norm as they are."""
+    return [*layers], norm

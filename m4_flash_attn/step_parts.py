@@ -25,10 +25,10 @@ from m2_continuous_batching.engine import LLMEngine
 
 from .attention import CpuAttention
 from .kernels.cpu.ops import PagedKernels, Step
-from .layers import Parts, fuse
+from .layers import FusedDecoderLayer, FusedRMSNorm, Parts, fuse
 from .llm import LLM
 from .ops import ElementwiseOps
-from .parts import parts_for
+from .parts import one_by_one, parts_for
 
 PARTS = ("layers", "linear", "attention", "elementwise", "sampling")
 _WARM_UP = 4            # steps that are run and not counted
@@ -112,11 +112,14 @@ def timed_parts(parts: Parts, watch: Stopwatch, apart: bool) -> Parts:
     def timed(part: str, make: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Linear], nn.Module]:
         return lambda linear: TimedModule(watch, part, make(linear))
 
+    def stack(layers: list[FusedDecoderLayer], norm: FusedRMSNorm) -> tuple[list[nn.Module], nn.Module]:
+        modules, norm_left = parts.stack(layers, norm)
+        return [TimedModule(watch, "layers", module) for module in modules], norm_left
+
     if apart:
         return Parts(TimedOps(watch, parts.ops), timed("linear", parts.pack), timed("linear", parts.gate),
-                     timed("linear", parts.head), stack=lambda layers: [*layers])
-    return replace(parts, head=timed("linear", parts.head),
-                   stack=lambda layers: [TimedModule(watch, "layers", module) for module in parts.stack(layers)])
+                     timed("linear", parts.head), one_by_one)
+    return replace(parts, head=timed("linear", parts.head), stack=stack)
 
 
 def timed_engine(llm: LLM, watch: Stopwatch, apart: bool) -> LLMEngine:

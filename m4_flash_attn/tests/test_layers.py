@@ -129,10 +129,25 @@ def test_what_runs_on_a_cpu(tiny_model: TinyModels) -> None:
     """One module for all layers; nothing of milestone 0's is left between embedding and output."""
     model = make(tiny_model).engine.runner.model
     assert [type(layer) for layer in model.layers] == [CpuDecoder]
+    assert type(model.norm) is nn.Identity, "the decoder has done it"
     assert not any(isinstance(module, nn.Linear) for module in model.modules())
     plain = make(tiny_model, fused_layers=False).engine.runner.model
     assert not any(isinstance(module, CpuDecoder | FusedDecoderLayer) for module in plain.modules())
     assert sum(isinstance(module, nn.Linear) for module in plain.modules()) == 3 * 4 + 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FAMILIES_UNDER_TEST)
+def test_one_call_gives_the_same_bits_as_layer_by_layer(tiny_model: TinyModels, name: str, dtype: str,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """F4.7: the same kernels in the same order, the last norm included."""
+    whole = make(tiny_model, name, dtype=dtype)
+    monkeypatch.setattr(parts, "stack", parts.one_by_one)
+    apart = make(tiny_model, name, dtype=dtype)
+    assert [type(layer) for layer in apart.engine.runner.model.layers] == [FusedDecoderLayer] * 3
+    for cuts in ((), (1, 20, 21, 22)):
+        for ours, theirs in zip(*(hidden_states(llm, PROMPTS, cuts) for llm in (whole, apart)), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def test_without_kernels_the_layers_are_fused_in_torch(tiny_model: TinyModels) -> None:

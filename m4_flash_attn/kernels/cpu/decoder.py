@@ -1,16 +1,15 @@
-"""The decoder layers as one call: see decoder.cpp."""
+"""The decoder layers and the norm behind them as one call: see decoder.cpp."""
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from ctypes import Structure, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
 
 from torch import Tensor, nn
 
 from m0_basics.attention import AttentionBackend, AttentionMetadata
 
 from ...attention import CpuAttention, CpuMetadata
-from ...layers import FusedDecoderLayer, Rotary
+from ...layers import FusedDecoderLayer, FusedRMSNorm, Rotary
 from .linear import PackedGatedLinear, PackedLinear, Weights
 
 
@@ -21,25 +20,33 @@ class Layer(Structure):
                 ("input_norm", c_void_p), ("post_attention_norm", c_void_p), ("q_norm", c_void_p), ("k_norm", c_void_p)]
 
 
+class Decoder(Structure):
+    """`struct Decoder` of decoder.cpp."""
+
+    _fields_ = [("layers", POINTER(Layer)), ("norm", c_void_p), ("num_layers", c_int32), ("hidden_size", c_int32),
+                ("eps", c_float)]
+
+
 class CpuDecoder(nn.Module):
     """All layers in one call where the C++ attention runs by itself; with anything around it, one by one."""
 
-    def __init__(self, layers: Sequence[FusedDecoderLayer]) -> None:
-        """The layers' linear parts are native `PackedLinear`s."""
+    def __init__(self, layers: Sequence[FusedDecoderLayer], norm: FusedRMSNorm) -> None:
+        """The layers' linear parts are native `PackedLinear`s. `norm`: the one behind the last layer."""
         super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.eps = layers[0].eps
-        self._array = (Layer * len(layers))(*(_layer(layer) for layer in layers))
+        self.layers, self.norm = nn.ModuleList(layers), norm
+        assert all(layer.eps == norm.eps for layer in layers)
+        array = (Layer * len(layers))(*(_layer(layer) for layer in layers))
+        self._decoder = Decoder(array, _address(norm.weight, layers[0]), len(layers), norm.weight.numel(), norm.eps)
 
     def forward(self, x: Tensor, rotary: Rotary, backend: AttentionBackend, metadata: AttentionMetadata) -> Tensor:
-        """x [T, hidden] -> the same tensor, through all layers."""
+        """x [T, hidden], which may be overwritten -> [T, hidden], through all layers, normed."""
         if isinstance(backend, CpuAttention) and isinstance(metadata, CpuMetadata):
             kv_cache = backend.cache.kv_cache
-            backend.kernels.decoder_layers(metadata.step, self._array, self.eps, x, rotary, kv_cache.k, kv_cache.v)
+            backend.kernels.decoder_layers(metadata.step, self._decoder, x, rotary, kv_cache.k, kv_cache.v)
             return x
         for layer in self.layers:
             x = layer(x, rotary, backend, metadata)
-        return x
+        return self.norm(x)
 
 
 def can_stack(layers: Sequence[nn.Module]) -> bool:
@@ -58,7 +65,12 @@ def _is_native(layer: FusedDecoderLayer) -> bool:
 
 def _layer(layer: FusedDecoderLayer) -> Layer:
     norms = (layer.input_norm, layer.post_attention_norm, *(layer.norms or (None, None)))
-    dtype = layer.input_norm.dtype
-    assert all(norm is None or (norm.dtype is dtype and norm.is_contiguous()) for norm in norms)
-    pointers = (None if norm is None else ctypes.c_void_p(norm.data_ptr()) for norm in norms)
-    return Layer(*(part.weights for part in _linear(layer)), *pointers)
+    return Layer(*(part.weights for part in _linear(layer)), *(_address(norm, layer) for norm in norms))
+
+
+def _address(norm: Tensor | None, layer: FusedDecoderLayer) -> int | None:
+    """Where a norm's weight lies: in the layer's dtype, and kept by the module."""
+    if norm is None:
+        return None
+    assert norm.dtype is layer.input_norm.dtype and norm.is_contiguous()
+    return norm.data_ptr()

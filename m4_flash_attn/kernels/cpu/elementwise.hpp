@@ -48,7 +48,7 @@ template <class T> static void add_row(T* x, const T* y, int n) {
     for (; i < n; i++) put(x + i, to_float(x[i]) + to_float(y[i]));
 }
 
-// The rows [first, last) of x [rows, n] += addend (where there is one), then out = x / rms(x) * weight.
+// The rows [first, last) of x [rows, n] += addend (where there is one), then out = x / rms(x) * weight. `out` may be `x`.
 template <class T>
 static void add_rms_norm(long first, long last, int n, T* x, const T* addend, const T* weight, float eps, T* out) {
     for (long r = first; r < last; r++) {

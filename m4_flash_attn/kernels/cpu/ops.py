@@ -4,7 +4,7 @@ Every pointer is checked here, at the border: type, layout, and that the tensor 
 """
 from __future__ import annotations
 
-from ctypes import CDLL, POINTER, Array, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import CDLL, POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -92,11 +92,12 @@ class PagedKernels:
                                         self._whole(k_cache), self._whole(v_cache), out.data_ptr())
         return out
 
-    def decoder_layers(self, step: Step, layers: Array[Any], eps: float, x: Tensor, rotary: tuple[Tensor, Tensor],
-                       k_cache: Tensor, v_cache: Tensor) -> None:
-        """x [T, hidden] through all `layers` (`decoder.Layer`), in place; caches [layers, num_slots, H_kv, D]."""
-        assert x.shape[0] == step.batch.num_tokens and len(k_cache) == len(v_cache) == len(layers)
-        self._functions["decoder_layers"](self._shape_ref, byref(step.batch), layers, len(layers), eps, self._whole(x),
+    def decoder_layers(self, step: Step, decoder: Any, x: Tensor, rotary: tuple[Tensor, Tensor], k_cache: Tensor,
+                       v_cache: Tensor) -> None:
+        """x [T, hidden] through a whole `decoder.Decoder`, in place; caches [layers, num_slots, H_kv, D]."""
+        assert x.shape == (step.batch.num_tokens, decoder.hidden_size)
+        assert len(k_cache) == len(v_cache) == decoder.num_layers
+        self._functions["decoder_layers"](self._shape_ref, byref(step.batch), byref(decoder), self._whole(x),
                                           *self._rotary(step, rotary), self._whole(k_cache), self._whole(v_cache),
                                           k_cache.stride(0))
 
@@ -156,7 +157,7 @@ def _functions(kernels: CDLL) -> dict[str, Any]:
         "store_kv": [shape, batch, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p],
         "rotate_store_kv": [shape, batch, *[c_void_p] * 3, c_float, *[c_void_p] * 4],
         "attend_paged": [shape, batch, c_void_p, c_int64, c_void_p, c_void_p, c_void_p],
-        "decoder_layers": [shape, batch, c_void_p, c_int32, c_float, *[c_void_p] * 5, c_int64],
+        "decoder_layers": [shape, batch, *[c_void_p] * 6, c_int64],
         "add_rms_norm": [c_int32, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_float, c_void_p],
         "silu_mul": [c_int32, c_int64, c_int64, c_void_p, c_void_p]}
     functions = {}
