@@ -58,14 +58,23 @@ class FullSampler(Sampler):
         """Greedy rows by argmax, the others by a draw."""
         random = [i for i, s in enumerate(sequences) if s.sampling_params.sampling_type is not SamplingType.GREEDY]
         if not random:
-            return logits.argmax(dim=-1).tolist()
+            return argmax(logits)
         drawn = draw(logits[random] if len(random) < len(sequences) else logits, [sequences[i] for i in random])
         if len(random) == len(sequences):
             return drawn
-        token_ids: list[int] = logits.argmax(dim=-1).tolist()
+        token_ids = argmax(logits)
         for i, token_id in zip(random, drawn, strict=True):
             token_ids[i] = token_id
         return token_ids
+
+
+def argmax(logits: Tensor) -> list[int]:
+    """logits [R, V], float32 -> the id of each row's largest, the first of equals; of a row with NaN the first NaN.
+
+    On a CPU numpy's, which gives the same and takes a fraction of the time: it compares a vector register at a time.
+    """
+    token_ids: list[int] = (logits.numpy() if logits.device.type == "cpu" else logits).argmax(-1).tolist()
+    return token_ids
 
 
 def num_logprobs(params: SamplingParams) -> int | None:

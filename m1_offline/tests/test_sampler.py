@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from m0_basics.request import Sequence, SequenceData, next_seq_id
 from m0_basics.sampling_params import SamplingParams
 from m1_offline import sampler
-from m1_offline.sampler import FullSampler, candidates, distribution, uniform
+from m1_offline.sampler import FullSampler, argmax, candidates, distribution, uniform
 
 EXAMPLES = settings(max_examples=80, deadline=None)
 
@@ -324,6 +324,18 @@ class TestNumberOfOperations:
         """Temperature, truncation and penalties cost the same number of operations for two rows and for 32."""
         params = (SamplingParams(**settings_),)
         assert self.count(2, 1_000, params) == self.count(32, 1_000, params) < 120
+
+
+@pytest.mark.parametrize("special", [[], [float("nan")], [float("inf"), float("-inf")], [float("nan"), float("inf")]])
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (1, 49), (3, 5000), (17, 333)])
+def test_argmax_is_torchs(rows: int, vocab: int, special: list[float]) -> None:
+    """F1.3: of equals the first, as torch and transformers choose; NaN before everything. Few values, many equals."""
+    generator = torch.Generator().manual_seed(vocab)
+    values = torch.tensor([-1.0, -0.0, 0.0, 2.0, *special])
+    for _ in range(20):
+        logits = values[torch.randint(len(values), (rows, vocab), generator=generator)]
+        assert argmax(logits) == logits.argmax(dim=-1).tolist()
+        assert argmax(logits[:, ::2]) == logits[:, ::2].argmax(dim=-1).tolist()
 
 
 def test_top_k_alone_keeps_all_k() -> None:
