@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .build import BuildError, library
 
 Kind = Literal["native", "onednn", "torch"]
-Product = Callable[[Tensor, Tensor | None], Tensor]
+Product = Callable[[Tensor], Tensor]
 _STEP = {torch.float32: 1, torch.bfloat16: 2}       # elements of K that lie side by side in a panel
 _FUNCTIONS = {(torch.float32, torch.float32): "linear_f32",
               (torch.bfloat16, torch.bfloat16): "linear_bf16",
@@ -51,25 +51,18 @@ class PackedLinear(nn.Module):
         elif self.kind == "onednn":
             self.nbytes, self._product = _onednn(weight, bias, self.out_dtype)
         else:
-            self.nbytes, self._product = weight.nbytes, _plain(lambda x: F.linear(x, weight, bias), self.out_dtype)
+            self.nbytes, self._product = weight.nbytes, lambda x: F.linear(x, weight, bias).to(self.out_dtype)
 
     @classmethod
     def of(cls, linear: nn.Linear, out_dtype: torch.dtype | None = None) -> Self:
         """The packed form of a layer. The caller drops the layer, where nothing else shares its weight."""
         return cls(linear.weight, linear.bias, out_dtype)
 
-    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """x [T, K] of the weight's dtype, rows may be apart -> [T, N] in `out_dtype`, in `out` where that is given.
-
-        A new tensor beyond 32 MB, as logits of many rows are, is new pages from the system on every call.
-        """
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, K] of the weight's dtype, rows may be apart -> [T, N] in `out_dtype`."""
         if x.dtype is not self.dtype or x.dim() != 2 or x.shape[1] != self.in_features:     # C++ cannot notice
             raise ValueError(f"x is {x.dtype} {list(x.shape)}, not {self.dtype} [T, {self.in_features}]")
-        if out is not None and (out.dtype is not self.out_dtype or out.shape != (x.shape[0], self.out_features)
-                                or not out.is_contiguous()):
-            raise ValueError(f"out is {out.dtype} {list(out.shape)}, not contiguous {self.out_dtype} "
-                             f"[{x.shape[0]}, {self.out_features}]")
-        return self._product(x, out)
+        return self._product(x)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.kind}, {self.nbytes:,} bytes"
@@ -88,7 +81,7 @@ class PackedGatedLinear(nn.Module):
         """x [T, K] of the weight's dtype -> [T, N]."""
         if x.dtype is not self.dtype or x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"x is {x.dtype} {list(x.shape)}, not {self.dtype} [T, {self.in_features}]")
-        return self._product(x, None)
+        return self._product(x)
 
 
 @cache
@@ -149,11 +142,11 @@ def _native(weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype,
     reference = byref(weights)
     tensors = (packed, padded_bias)
 
-    def product(x: Tensor, out: Tensor | None, keep: Any = tensors) -> Tensor:      # `weights` points into them
+    def product(x: Tensor, keep: Any = tensors) -> Tensor:      # `weights` points into them
         if x.stride(1) != 1:
             x = x.contiguous()
         rows = x.shape[0]
-        y = torch.empty(rows, columns, dtype=out_dtype) if out is None else out
+        y = torch.empty(rows, columns, dtype=out_dtype)
         function(reference, x.data_ptr(), x.stride(0), y.data_ptr(), columns, rows)
         return y
 
@@ -165,12 +158,7 @@ def _onednn(weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> tupl
     if packed is None:
         raise ValueError(f"this torch has no packed oneDNN product for {weight.dtype} on this processor")
     multiply = torch.ops.mkldnn._linear_pointwise
-    return weight.nbytes, _plain(lambda x: multiply(x, packed, bias, "none", [], ""), out_dtype)
-
-
-def _plain(multiply: Callable[[Tensor], Tensor], out_dtype: torch.dtype) -> Product:
-    """A product that knows neither another type of y nor a place for it."""
-    return lambda x, out: multiply(x).to(out_dtype) if out is None else out.copy_(multiply(x))
+    return weight.nbytes, lambda x: multiply(x, packed, bias, "none", [], "").to(out_dtype)
 
 
 def _reorder(weight: Tensor) -> Tensor | None:
