@@ -25,7 +25,7 @@ from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
 from .attention import AttendOne, CpuAttention, ReadableAttention, attend_naive, attend_tiled
 from .kernels.cpu import ops as cpu
 from .kernels.cpu.build import BuildError, library
-from .kernels.flash_attn import Attend, load_flash_attn, load_torch_varlen
+from .kernels.flash_attn import Attend, LibraryError, load_flash_attn, load_torch_varlen
 
 logger = logging.getLogger(__name__)
 _LARGEST_TRITON_HEAD = 128          # tiles of larger heads do not fit into every GPU's shared memory
@@ -116,7 +116,7 @@ class LibraryBackend(Backend):
 
     @abstractmethod
     def load(self, situation: Situation) -> Attend:
-        """The library's attention. Raises ConfigError."""
+        """The library's attention. Raises LibraryError."""
 
     def why_not(self, situation: Situation) -> str | None:
         if (reason := _not_on_gpu(situation)) is not None:
@@ -125,8 +125,8 @@ class LibraryBackend(Backend):
             return "it stores keys and values by triton, which is not installed; install it with: pip install triton"
         try:
             self.load(situation)
-        except ConfigError as error:
-            return str(error).partition("is not available: ")[2] or str(error)
+        except LibraryError as error:
+            return str(error)
         return None
 
     def make(self, situation: Situation, cache: SlotCache, manager: PagedKVCacheManager) -> AttentionBackend:

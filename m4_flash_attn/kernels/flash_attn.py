@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +26,10 @@ _INSTALL_FLASH_ATTN = ("install it with `pip install flash-attn --no-build-isola
 _INSTALL_TORCH = "install torch 2.13 or newer"
 
 
+class LibraryError(RuntimeError):
+    """A library cannot serve; the message says why and what to do."""
+
+
 class Attend(Protocol):
     """What every attention kernel of this milestone looks like."""
 
@@ -34,14 +38,13 @@ class Attend(Protocol):
         """q [T, H_q, D] over one layer's caches [num_slots, H_kv, D] -> [T, H_q, D]; k and v are stored already."""
 
 
-def load_flash_attn(dtype: torch.dtype, block_size: int, capability: tuple[int, int],
-                    available: Sequence[str] = ()) -> Attend:
+def load_flash_attn(dtype: torch.dtype, block_size: int, capability: tuple[int, int]) -> Attend:
     """The `flash-attn` library: version 2 where it is installed and pages fit, else version 4.
 
-    `capability` is the GPU's, `available` names the backends that would work, for the message. Raises ConfigError.
-    Version 4 reads whole pages, so slots that were never written must hold finite numbers.
+    `capability` is the GPU's. Raises LibraryError. Version 4 reads whole pages, so slots that were never written must
+    hold finite numbers.
     """
-    _check_gpu("flash_attn", dtype, capability, available)
+    _check_gpu(dtype, capability)
     version_2 = _functions("flash_attn", "flash_attn_varlen_func", "flash_attn_with_kvcache")
     if version_2 is not None and block_size % PAGE_MULTIPLE == 0:
         return _flash_attn_2(*version_2)
@@ -49,22 +52,18 @@ def load_flash_attn(dtype: torch.dtype, block_size: int, capability: tuple[int, 
     if version_4 is not None:
         return _flash_attn_4(*version_4)
     if version_2 is not None:
-        raise _unavailable("flash_attn", f"its pages are {PAGE_MULTIPLE} tokens or a multiple of them, and block_size="
-                           f"{block_size}; set block_size={PAGE_MULTIPLE}", available)
-    raise _unavailable("flash_attn", f"the library is not installed; {_INSTALL_FLASH_ATTN}", available)
+        raise _pages_do_not_fit(block_size)
+    raise LibraryError(f"the library is not installed; {_INSTALL_FLASH_ATTN}")
 
 
-def load_torch_varlen(dtype: torch.dtype, block_size: int, capability: tuple[int, int],
-                      available: Sequence[str] = ()) -> Attend:
+def load_torch_varlen(dtype: torch.dtype, block_size: int, capability: tuple[int, int]) -> Attend:
     """torch's `varlen_attn`, which takes a block table from version 2.13 on. Arguments and errors as above."""
-    _check_gpu("torch_varlen", dtype, capability, available)
+    _check_gpu(dtype, capability)
     functions = _functions("torch.nn.attention.varlen", "varlen_attn")
     if functions is None or "block_table" not in inspect.signature(functions[0]).parameters:
-        raise _unavailable("torch_varlen", f"torch {torch.__version__} has no varlen_attn with a block table; "
-                           f"{_INSTALL_TORCH}", available)
+        raise LibraryError(f"torch {torch.__version__} has no varlen_attn with a block table; {_INSTALL_TORCH}")
     if block_size % PAGE_MULTIPLE:
-        raise _unavailable("torch_varlen", f"its pages are {PAGE_MULTIPLE} tokens or a multiple of them, and "
-                           f"block_size={block_size}; set block_size={PAGE_MULTIPLE}", available)
+        raise _pages_do_not_fit(block_size)
     return _torch_varlen(functions[0])
 
 
@@ -119,32 +118,30 @@ def _key_starts(metadata: FlashMetadata) -> Tensor:
 
 
 def _functions(module: str, *names: str) -> tuple[Callable[..., Any], ...] | None:
-    """The functions of a module; None where it, or one of them, does not exist. ConfigError where it is broken."""
+    """The functions of a module; None where it, or one of them, does not exist. LibraryError where it is broken."""
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and module.startswith(error.name):
             return None
-        raise ConfigError(f"{module} is installed and cannot be imported: {error}") from error
+        raise LibraryError(f"{module} is installed and cannot be imported: {error}") from error
     except Exception as error:                  # built for another torch, a library that is missing, ...
-        raise ConfigError(f"{module} is installed and cannot be imported: {type(error).__name__}: {error}") from error
+        raise LibraryError(f"{module} is installed and cannot be imported: {type(error).__name__}: {error}") from error
     return tuple(getattr(found, name) for name in names) if all(hasattr(found, name) for name in names) else None
 
 
-def _check_gpu(name: str, dtype: torch.dtype, capability: tuple[int, int], available: Sequence[str]) -> None:
+def _check_gpu(dtype: torch.dtype, capability: tuple[int, int]) -> None:
     if capability < (8, 0):
-        raise _unavailable(name, f"it needs a GPU of compute capability 8.0 or newer, and this is {capability[0]}."
-                           f"{capability[1]}", available)
+        raise LibraryError("it needs a GPU of compute capability 8.0 or newer, and this is {}.{}".format(*capability))
     if dtype not in (torch.float16, torch.bfloat16):
-        raise _unavailable(name, f"it computes in float16 and bfloat16, not in {dtype}; set dtype='bfloat16'",
-                           available)
+        raise LibraryError(f"it computes in float16 and bfloat16, not in {dtype}; set dtype='bfloat16'")
+
+
+def _pages_do_not_fit(block_size: int) -> LibraryError:
+    return LibraryError(f"its pages are {PAGE_MULTIPLE} tokens or a multiple of them, and block_size={block_size}; set "
+                        f"block_size={PAGE_MULTIPLE}")
 
 
 def _check_no_sinks(name: str, num_sinks: int) -> None:
     if num_sinks:
         raise ConfigError(f"num_sinks={num_sinks} is not valid; allowed: 0 with attention backend {name}")
-
-
-def _unavailable(name: str, reason: str, available: Sequence[str]) -> ConfigError:
-    instead = f"; available here: {', '.join(available)}" if available else ""
-    return ConfigError(f"attention backend {name} is not available: {reason}{instead}")

@@ -22,6 +22,7 @@ from m0_basics.testing.parity import assert_same_tokens, reference_greedy
 from m2_continuous_batching.plugins.kv_compression import KVCompressionPlugin
 from m4_flash_attn import LLM, backends, config
 from m4_flash_attn.backends import BACKENDS, Situation, choose
+from m4_flash_attn.kernels.flash_attn import LibraryError
 
 HERE = ("cpu", "sdpa", "tiled", "naive")        # what every CPU with a compiler has
 SPEC = ModelSpec("LlamaForCausalLM", 8, 8, 8, 1, 4, 2, 64, 64, rms_norm_eps=1e-5, rope_theta=1e4,
@@ -110,7 +111,7 @@ def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
 
     def load_flash_attn(*_: Any) -> Any:
         if missing:
-            raise ConfigError("attention_backend='flash_attn' is not available: it is not installed")
+            raise LibraryError("it is not installed")
         return lambda: None
 
     monkeypatch.setattr(backends, "load_flash_attn", load_flash_attn)
@@ -128,17 +129,15 @@ def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
         choose("triton", situation("cuda"))
 
 
-def test_a_library_says_what_it_lacks_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_flash_attn(*_: Any) -> Any:
-        raise ConfigError("attention_backend='flash_attn' is not available: it is not installed")
-
-    monkeypatch.setattr(backends, "load_flash_attn", load_flash_attn)
+def test_a_library_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """F4.1: through the loader itself: what is missing, how to get it, what works now. No library knows float32."""
     monkeypatch.setattr(backends, "_capability", lambda _: (9, 0))
     monkeypatch.setattr(backends, "has_triton", lambda: True)
     with pytest.raises(ConfigError) as error:
-        choose("flash_attn", situation("cuda"))
-    assert str(error.value).count("is not available") == 1
-    assert "it is not installed; available here: triton" in str(error.value)
+        choose("flash_attn", situation("cuda", torch.float32))
+    assert str(error.value) == (
+        "attention_backend='flash_attn' is not available: it computes in float16 and bfloat16, not in torch.float32; "
+        "set dtype='bfloat16'; available here: triton, sdpa, tiled, naive")
 
 
 @pytest.mark.parametrize("settings", [{"plugins": True}, {"kv_cache_dtype": "bfloat16"}, {"dtype": "float16"}],

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import varlen
 
 from m0_basics.config import ConfigError
-from m4_flash_attn.kernels.flash_attn import load_flash_attn, load_torch_varlen
+from m4_flash_attn.kernels.flash_attn import LibraryError, load_flash_attn, load_torch_varlen
 from m4_flash_attn.reference import paged_attention_reference, random_paged_batch
 from m4_flash_attn.tests.batches import metadata_of
 
@@ -106,39 +106,49 @@ def test_the_newer_library_takes_over_where_the_older_one_cannot(monkeypatch) ->
     install(monkeypatch, version_2=True, version_4=True)
     assert "_flash_attn_2" in load_flash_attn(torch.bfloat16, 512, HOPPER).__qualname__
     assert "_flash_attn_4" in load_flash_attn(torch.bfloat16, 16, HOPPER).__qualname__
-    with pytest.raises(ConfigError, match="block_size=16; set block_size=256"):
+    with pytest.raises(LibraryError, match="block_size=16; set block_size=256"):
         load_flash_attn(torch.bfloat16, 16, AMPERE)
 
 
-@pytest.mark.parametrize(("load", "dtype", "block_size", "capability", "message"), [
-    (load_flash_attn, torch.bfloat16, 256, HOPPER,
-     "attention backend flash_attn is not available: the library is not installed; install it with `pip install "
-     "flash-attn --no-build-isolation` (version 2: it is compiled, with nvcc) or `pip install flash-attn-4` (Hopper "
-     "and newer); available here: triton, sdpa"),
-    (load_flash_attn, torch.bfloat16, 256, (7, 5),
-     "attention backend flash_attn is not available: it needs a GPU of compute capability 8.0 or newer, and this is "
-     "7.5; available here: triton, sdpa"),
-    (load_torch_varlen, torch.float32, 256, HOPPER,
-     "attention backend torch_varlen is not available: it computes in float16 and bfloat16, not in torch.float32; set "
-     "dtype='bfloat16'; available here: triton, sdpa"),
+@pytest.mark.parametrize(("load", "dtype", "capability", "message"), [
+    (load_flash_attn, torch.bfloat16, HOPPER,
+     "the library is not installed; install it with `pip install flash-attn --no-build-isolation` (version 2: it is "
+     "compiled, with nvcc) or `pip install flash-attn-4` (Hopper and newer)"),
+    (load_flash_attn, torch.bfloat16, (7, 5),
+     "it needs a GPU of compute capability 8.0 or newer, and this is 7.5"),
+    (load_torch_varlen, torch.float32, HOPPER,
+     "it computes in float16 and bfloat16, not in torch.float32; set dtype='bfloat16'"),
 ])
-def test_what_is_missing_is_said_in_one_line(load, dtype, block_size, capability, message, monkeypatch) -> None:
-    """F4.1: what is missing, how to get it, what works now."""
+def test_what_is_missing_is_said_in_one_line(load, dtype, capability, message, monkeypatch) -> None:
+    """F4.1: what is missing, and how to get it."""
     install(monkeypatch)
-    with pytest.raises(ConfigError) as caught:
-        load(dtype, block_size, capability, ["triton", "sdpa"])
+    with pytest.raises(LibraryError) as caught:
+        load(dtype, 256, capability)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("source", "reason"), [
+    ("raise OSError('undefined symbol: f')", "OSError: undefined symbol: f"),
+    ("import a_library_that_it_needs", "No module named 'a_library_that_it_needs'")])
+def test_a_broken_library_is_not_a_missing_one(source, reason, tmp_path, monkeypatch) -> None:
+    """F4.1: built for another torch, or half installed: what it says is passed on."""
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    with pytest.raises(LibraryError, match=f"^flash_attn is installed and cannot be imported: {reason}$"):
+        load_flash_attn(torch.bfloat16, 256, HOPPER)
 
 
 def test_pages_of_torch(monkeypatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", varlen_torch)
-    with pytest.raises(ConfigError, match=r"torch_varlen.*block_size=16; set block_size=256"):
+    with pytest.raises(LibraryError, match="block_size=16; set block_size=256"):
         load_torch_varlen(torch.float16, 16, AMPERE)
 
 
 def test_an_old_torch(monkeypatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: query)
-    with pytest.raises(ConfigError, match=r"has no varlen_attn with a block table; install torch 2.13 or newer$"):
+    with pytest.raises(LibraryError, match=r"has no varlen_attn with a block table; install torch 2.13 or newer$"):
         load_torch_varlen(torch.float16, 256, AMPERE)
 
 
