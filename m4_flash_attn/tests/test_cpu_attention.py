@@ -196,11 +196,41 @@ def test_q_in_front_of_k_and_v(dtype: torch.dtype) -> None:
     assert torch.equal(case.kernels.attend(case.step, batch.q.contiguous(), batch.k_cache, batch.v_cache), out)
 
 
-def test_a_scratch_that_was_used_for_other_shapes() -> None:
-    """Buffers grow and are kept: heads get smaller and larger, rows more and fewer."""
-    for head_dim, num_heads in [(16, 16), (256, 1), (16, 48), (128, 4), (64, 64), (256, 16)]:
-        for sequences in ([(70, 1)], [(0, 100)], [(0, 3), (5, 1)]):
-            assert_right(make(*sequences, head_dim=head_dim, num_heads=num_heads, num_kv_heads=1))
+STEPS = [[(70, 1)], [(0, 100)], [(0, 3), (5, 1)], [(3000, 1), (900, 1)], [(0, 1)]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("head_dim", "num_heads"), [(16, 16), (256, 1), (16, 49), (128, 4), (64, 64)])
+def test_a_workspace_that_was_used_before(head_dim: int, num_heads: int, threads: int, dtype: torch.dtype) -> None:
+    """It grows and is kept; what lies in it from before, NaN for one, does not count."""
+    cases = [make(*step, head_dim=head_dim, num_heads=num_heads, num_kv_heads=1, dtype=dtype) for step in STEPS]
+    kernels = cases[0].kernels
+    torch.set_num_threads(threads)
+    for case in cases * 2:
+        assert_right(replace(case, kernels=kernels))
+        kernels._workspace.fill_(255)
+
+
+def test_no_memory_is_an_exception_for_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that finds none leaves the kernels as they were; a smaller one runs."""
+    torch.set_num_threads(2)
+    small, large = make((70, 1)), make(*[(3, 1)] * 600)
+    kernels, empty = small.kernels, torch.empty
+    assert_right(small)
+    room = kernels._workspace.nbytes
+
+    def limited(*shape: int, **kind: Any) -> Tensor:
+        if kind["dtype"] is torch.uint8 and shape[0] > room:
+            raise RuntimeError(f"cannot allocate {shape[0]} bytes")
+        return empty(*shape, **kind)
+
+    monkeypatch.setattr(ops.torch, "empty", limited)
+    with pytest.raises(RuntimeError, match="cannot allocate"):
+        replace(large, kernels=kernels).run()
+    assert_right(small)
+    monkeypatch.undo()
+    assert_right(replace(large, kernels=kernels))
 
 
 def test_a_step_without_tokens() -> None:

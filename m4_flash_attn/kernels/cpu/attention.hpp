@@ -16,53 +16,35 @@
 // H_q / H_kv query / key-value heads, G = H_q / H_kv, D head size (a multiple of 16).
 #pragma once
 
-#include "batch.hpp"
+#include "plan.hpp"
+#include "threads.hpp"
 #include "tiles.hpp"
 
 #include <algorithm>
-#include <memory>
-#include <vector>
 
 namespace attention {
 
-constexpr int KEYS = 64;                // per tile
-constexpr int ROWS = 48;                // of a prompt's item: enough to pay for copying a tile, few enough for L1
 constexpr int MAX_HEAD_DIM = 1024;
 constexpr float LOWEST = -1e30f;        // below every score
-
-struct Item {
-    int sequence;
-    int first_head, num_heads;          // KV heads
-    int first_token, num_tokens;        // of the sequence's new tokens
-    int first_key, end_key;
-    int part;                           // where a partial result goes, -1 for a whole one
-};
-
-struct Merge {
-    int sequence, first_part, num_parts;
-};
 
 // What a thread works in: rows are the item's query tokens x query heads, those of one KV head together.
 template <class Kind> struct Scratch {
     typedef typename Kind::element element;
-    std::vector<element> q, k, v, p;
-    std::vector<float> s, o, m, l, alpha;
+    element *q, *k, *v, *p;
+    float *s, *o, *m, *l, *alpha;
 
-    void fit(int num_rows, int head_dim) {
+    Scratch(Workspace& workspace, const Shape& shape) {
         constexpr int per = Kind::per_element;
-        if (m.size() < (size_t)num_rows || o.size() < (size_t)num_rows * head_dim) {
-            q.resize(num_rows * head_dim / per);
-            o.resize(num_rows * head_dim);
-            m.resize(num_rows);
-            l.resize(num_rows);
-            alpha.resize(num_rows);
-            p.resize(num_rows * KEYS / per);
-            s.resize(num_rows * KEYS);
-        }
-        if (k.size() < (size_t)KEYS * head_dim / per) {
-            k.resize(KEYS * head_dim / per);
-            v.resize(KEYS * head_dim / per);
-        }
+        const long D = shape.head_dim, num_rows = std::max(ROWS, shape.num_heads);
+        q = workspace.take<element>(num_rows * D / per);
+        k = workspace.take<element>(KEYS * D / per);
+        v = workspace.take<element>(KEYS * D / per);
+        p = workspace.take<element>(num_rows * KEYS / per);
+        s = workspace.take<float>(num_rows * KEYS);
+        o = workspace.take<float>(num_rows * D);
+        m = workspace.take<float>(num_rows);
+        l = workspace.take<float>(num_rows);
+        alpha = workspace.take<float>(num_rows);
     }
 };
 
@@ -200,11 +182,11 @@ template <class T> static inline void touch(const T* cache, const long* slots, i
 // S * scale -> P, with the rows' m, l and alpha brought up to date. `columns` is a multiple of 16; `position` is the
 // first row's: its own key is the last that it sees, and every `rows_per_token` rows later it is one more.
 template <class Kind>
-static void softmax_rows(Scratch<Kind>& scratch, const Shape& shape, int first_row, int num_rows, int rows_per_token,
-                  int position, int first_key, int columns, bool masked) {
+static void softmax_rows(const Scratch<Kind>& scratch, const Shape& shape, int first_row, int num_rows,
+                         int rows_per_token, int position, int first_key, int columns, bool masked) {
     const float factor = shape.scale * LOG2E;
     for (int r = first_row; r < first_row + num_rows; r++) {
-        float* s = scratch.s.data() + r * KEYS;
+        float* s = scratch.s + r * KEYS;
         if (masked) {
             const int last = position + (r - first_row) / rows_per_token;
             for (int j = 0; j < columns; j++) {
@@ -228,14 +210,13 @@ static void softmax_rows(Scratch<Kind>& scratch, const Shape& shape, int first_r
         scratch.alpha[r] = exp2(splat(scratch.m[r] - m))[0];
         scratch.l[r] = scratch.l[r] * scratch.alpha[r] + sum(total);
         scratch.m[r] = m;
-        copy_probabilities(Kind{}, scratch.p.data() + r * (KEYS / Kind::per_element), s, columns);
+        copy_probabilities(Kind{}, scratch.p + r * (KEYS / Kind::per_element), s, columns);
     }
 }
 
 template <class T, class Kind>
 static void run_item(const Item& item, const Shape& shape, const Batch& batch, const T* q, long q_stride,
-                     const T* k_cache, const T* v_cache, T* out, float* parts) {
-    static thread_local Scratch<Kind> scratch;
+                     const T* k_cache, const T* v_cache, T* out, float* parts, const Scratch<Kind>& scratch) {
     constexpr int per = Kind::per_element;
     const int D = shape.head_dim, G = shape.num_heads / shape.num_kv_heads;
     const int rows_per_head = item.num_tokens * G, num_rows = item.num_heads * rows_per_head;
@@ -248,12 +229,11 @@ static void run_item(const Item& item, const Shape& shape, const Batch& batch, c
     auto token_of = [&](int r) { return first_token + r % rows_per_head / G; };
     auto head_of = [&](int r) { return (item.first_head + r / rows_per_head) * G + r % G; };
 
-    scratch.fit(num_rows, D);
     for (int r = 0; r < num_rows; r++)
-        copy_query(Kind{}, scratch.q.data() + r * (D / per), q + token_of(r) * q_stride + head_of(r) * D, D);
-    std::fill_n(scratch.m.data(), num_rows, LOWEST);
-    std::fill_n(scratch.l.data(), num_rows, 0.0f);
-    std::fill_n(scratch.o.data(), num_rows * D, 0.0f);
+        copy_query(Kind{}, scratch.q + r * (D / per), q + token_of(r) * q_stride + head_of(r) * D, D);
+    std::fill_n(scratch.m, num_rows, LOWEST);
+    std::fill_n(scratch.l, num_rows, 0.0f);
+    std::fill_n(scratch.o, num_rows * D, 0.0f);
 
     for (int first = item.first_key; first < item.end_key; first += KEYS) {
         const int num_keys = std::min(KEYS, item.end_key - first), columns = (num_keys + 15) / 16 * 16;
@@ -275,13 +255,13 @@ static void run_item(const Item& item, const Shape& shape, const Batch& batch, c
             const T *k_head = k_cache + (item.first_head + h) * D, *v_head = v_cache + (item.first_head + h) * D;
             const Rows<T> k_rows(k_head, slots, num_keys), k_ahead(k_head, slots + KEYS, num_ahead);
             const Rows<T> v_rows(v_head, slots, num_keys), v_ahead(v_head, slots + KEYS, num_ahead);
-            copy_keys(Kind{}, scratch.k.data(), k_rows, k_ahead, D);
-            multiply<Kind>(rows_per_head, columns, D / per, scratch.q.data() + row * (D / per), D / per,
-                           scratch.k.data(), KEYS, scratch.s.data() + row * KEYS, KEYS, nullptr);
+            copy_keys(Kind{}, scratch.k, k_rows, k_ahead, D);
+            multiply<Kind>(rows_per_head, columns, D / per, scratch.q + row * (D / per), D / per,
+                           scratch.k, KEYS, scratch.s + row * KEYS, KEYS, nullptr);
             softmax_rows<Kind>(scratch, shape, row, rows_per_head, G, position, first, columns, masked);
-            copy_values(Kind{}, scratch.v.data(), v_rows, v_ahead, D);
-            multiply<Kind>(rows_per_head, D, (num_keys + per - 1) / per, scratch.p.data() + row * (KEYS / per),
-                           KEYS / per, scratch.v.data(), D, scratch.o.data() + row * D, D, scratch.alpha.data() + row);
+            copy_values(Kind{}, scratch.v, v_rows, v_ahead, D);
+            multiply<Kind>(rows_per_head, D, (num_keys + per - 1) / per, scratch.p + row * (KEYS / per),
+                           KEYS / per, scratch.v, D, scratch.o + row * D, D, scratch.alpha + row);
         }
     }
     for (int r = 0; r < num_rows; r++) {
@@ -289,10 +269,10 @@ static void run_item(const Item& item, const Shape& shape, const Batch& batch, c
             float* part = parts + ((long)item.part * num_rows + r) * (D + 2);
             part[0] = scratch.m[r];
             part[1] = scratch.l[r];
-            std::memcpy(part + 2, scratch.o.data() + r * D, 4 * D);
+            std::memcpy(part + 2, scratch.o + r * D, 4 * D);
         } else {
             T* to = out + ((long)token_of(r) * shape.num_heads + head_of(r)) * D;
-            for (int d = 0; d < D; d += VL) store(to + d, load(scratch.o.data() + r * D + d) * (1.0f / scratch.l[r]));
+            for (int d = 0; d < D; d += VL) store(to + d, load(scratch.o + r * D + d) * (1.0f / scratch.l[r]));
         }
     }
 }
@@ -317,64 +297,55 @@ static void run_merge(const Merge& merge, const Shape& shape, const Batch& batch
     }
 }
 
-// ---- cutting the step into items
-
-struct Plan {
-    std::vector<Item> items;
-    std::vector<Merge> merges;
-    int num_parts = 0;
-};
-
-static Plan make_plan(const Shape& shape, const Batch& batch, int num_threads) {
-    Plan plan;
-    const int tokens_per_item = std::max(1, ROWS * shape.num_kv_heads / shape.num_heads);
-    long num_keys = 0;
-    for (int b = 0; b < batch.num_sequences; b++) num_keys += batch.seq_lens[b];
-    // Ranges of keys such that each thread gets a few; whole tiles.
-    const int range = (int)((num_keys / (4 * num_threads) + KEYS - 1) / KEYS + 1) * KEYS;
-    for (int b = 0; b < batch.num_sequences; b++) {
-        const int num_new = batch.query_start_loc[b + 1] - batch.query_start_loc[b], length = batch.seq_lens[b];
-        if (num_new == 1) {
-            const int num_ranges = num_threads > 1 ? (length + range - 1) / range : 1;
-            if (num_ranges > 1) plan.merges.push_back({b, plan.num_parts, num_ranges});
-            for (int i = 0; i < num_ranges; i++)
-                plan.items.push_back({b, 0, shape.num_kv_heads, 0, 1, i * range,
-                                      num_ranges > 1 ? std::min(length, (i + 1) * range) : length,
-                                      num_ranges > 1 ? plan.num_parts++ : -1});
-            continue;
-        }
-        for (int head = 0; head < shape.num_kv_heads; head++)
-            for (int token = 0; token < num_new; token += tokens_per_item) {
-                const int count = std::min(tokens_per_item, num_new - token);
-                plan.items.push_back({b, head, 1, token, count, 0, length - num_new + token + count, -1});
-            }
-    }
-    return plan;
-}
-
-// All threads of a parallel region call this, with one plan and one `parts` of `parts_size` numbers. A barrier ends it.
-template <class T, class Kind>
-static void share(const Plan& plan, const Shape& shape, const Batch& batch, const T* q, long q_stride, const T* k_cache,
-                  const T* v_cache, T* out, float* parts) {
-    const int num_items = plan.items.size(), num_merges = plan.merges.size();
-    // The last items of a prompt are the longest: they go first, so that nobody waits for one at the end.
-#pragma omp for schedule(dynamic)
-    for (int i = num_items - 1; i >= 0; i--)
-        run_item<T, Kind>(plan.items[i], shape, batch, q, q_stride, k_cache, v_cache, out, parts);
-    if (num_merges > 0) {
-#pragma omp for schedule(static)
-        for (int i = 0; i < num_merges; i++) run_merge<T>(plan.merges[i], shape, batch, parts, out);
-    }
-}
-
-static inline size_t parts_size(const Plan& plan, const Shape& shape) {
-    return (size_t)plan.num_parts * shape.num_heads * (shape.head_dim + 2);
-}
-
 // The kind of arithmetic for a type.
 template <class T> struct KindOf { typedef Singles type; };
 #ifdef HAVE_PAIRS
 template <> struct KindOf<bf16> { typedef Pairs type; };
 #endif
+
+// A step's plan, and the memory for its threads. Good for nothing where the workspace does not fit.
+template <class T> struct Work {
+    typedef typename KindOf<T>::type Kind;
+    Plan plan;
+    float* parts;
+    char* scratch;
+    int64_t scratch_size;               // of one thread
+
+    Work(Workspace& workspace, const Shape& shape, const Batch& batch, int num_threads) {
+        Plan counted;
+        cut(counted, shape, batch, num_threads);
+        plan.items = workspace.take<Item>(counted.num_items);
+        plan.merges = workspace.take<Merge>(counted.num_merges);
+        parts = workspace.take<float>((int64_t)counted.num_parts * shape.num_heads * (shape.head_dim + 2));
+        Workspace one{};
+        Scratch<Kind>(one, shape);
+        scratch_size = one.used;
+        scratch = workspace.take<char>(scratch_size * num_threads);
+        if (workspace.fits()) cut(plan, shape, batch, num_threads);
+    }
+
+    // Of the thread that asks.
+    Scratch<Kind> own_scratch(const Shape& shape) const {
+        Workspace own{scratch + scratch_size * omp_get_thread_num(), scratch_size};
+        return Scratch<Kind>(own, shape);
+    }
+};
+
+// All threads of a parallel region call this, no more of them than `work` is for. A barrier ends it.
+template <class T>
+static void share(const Work<T>& work, const Shape& shape, const Batch& batch, const T* q, long q_stride,
+                  const T* k_cache, const T* v_cache, T* out) {
+    typedef typename KindOf<T>::type Kind;
+    const Plan& plan = work.plan;
+    const Scratch<Kind> scratch = work.own_scratch(shape);
+    // The last items of a prompt are the longest: they go first, so that nobody waits for one at the end.
+#pragma omp for schedule(dynamic)
+    for (int i = plan.num_items - 1; i >= 0; i--)
+        run_item<T, Kind>(plan.items[i], shape, batch, q, q_stride, k_cache, v_cache, out, work.parts, scratch);
+    if (plan.num_merges > 0) {
+#pragma omp for schedule(static)
+        for (int i = 0; i < plan.num_merges; i++) run_merge<T>(plan.merges[i], shape, batch, work.parts, out);
+    }
+}
 
 }  // namespace attention

@@ -19,3 +19,17 @@ struct Batch {
     const int32_t* block_table;         // [B, max_blocks]
     const int32_t* slot_mapping;        // T
 };
+
+// Memory to work in, which the caller has: one who finds none can raise an exception, which a kernel cannot. Take
+// everything first, then ask whether it fits; `used` says how much it takes where it does not.
+struct Workspace {
+    char* memory;
+    int64_t size, used = 0;
+
+    template <class T> T* take(int64_t count) {
+        T* taken = (T*)((uintptr_t)memory + used);
+        used += (count * (int64_t)sizeof(T) + 63) / 64 * 64;        // whole cache lines
+        return taken;
+    }
+    bool fits() const { return used <= size; }
+};

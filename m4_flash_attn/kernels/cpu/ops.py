@@ -66,6 +66,8 @@ class PagedKernels:
                             scale)
         self._shape_ref = byref(self._shape)
         self._functions = _functions(library())
+        # Kept: fresh pages for every step would cost more than the work.
+        self._workspace = torch.empty(0, dtype=torch.uint8)
 
     def store_kv(self, step: Step, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
         """k, v [T, H_kv, D] (rows may be strided) into the caches [num_slots, H_kv, D], at the step's slots."""
@@ -88,18 +90,27 @@ class PagedKernels:
         """q: T rows that begin with [H_q, D], as [T, H_q, D] or the whole qkv does -> [T, H_q * D]."""
         assert q.shape[1:].numel() >= self.width
         out = torch.empty(step.batch.num_tokens, self.width, dtype=self.dtype)
-        self._functions["attend_paged"](self._shape_ref, byref(step.batch), self._rows(step, q), q.stride(0),
-                                        self._whole(k_cache), self._whole(v_cache), out.data_ptr())
+        self._in_workspace("attend_paged", self._shape_ref, byref(step.batch), self._rows(step, q), q.stride(0),
+                           self._whole(k_cache), self._whole(v_cache), out.data_ptr())
         return out
 
     def decoder_layers(self, step: Step, decoder: Any, x: Tensor, rotary: tuple[Tensor, Tensor], k_cache: Tensor,
                        v_cache: Tensor) -> None:
         """x [T, hidden] through a whole `decoder.Decoder`, in place; caches [layers, num_slots, H_kv, D]."""
         assert x.shape == (step.batch.num_tokens, decoder.hidden_size)
-        assert len(k_cache) == len(v_cache) == decoder.num_layers
-        self._functions["decoder_layers"](self._shape_ref, byref(step.batch), byref(decoder), self._whole(x),
-                                          *self._rotary(step, rotary), self._whole(k_cache), self._whole(v_cache),
-                                          k_cache.stride(0))
+        assert k_cache.shape[0] == v_cache.shape[0] == decoder.num_layers
+        self._in_workspace("decoder_layers", self._shape_ref, byref(step.batch), byref(decoder), self._whole(x),
+                           *self._rotary(step, rotary), self._whole(k_cache), self._whole(v_cache), k_cache.stride(0))
+
+    def _in_workspace(self, name: str, *arguments: Any) -> None:
+        """Call a kernel that works in our memory. Where that is too small, it does nothing and says how much it takes.
+
+        So running out of memory is torch's exception, for this step alone.
+        """
+        function = self._functions[name]
+        while needed := function(*arguments, self._workspace.data_ptr(), self._workspace.nbytes):
+            self._workspace = torch.empty(0, dtype=torch.uint8)     # the old one goes before there is a new one
+            self._workspace = torch.empty(needed + needed // 8, dtype=torch.uint8)
 
     def _whole(self, x: Tensor) -> int:
         return _address(x, self.dtype)
@@ -156,12 +167,13 @@ def _functions(kernels: CDLL) -> dict[str, Any]:
     signatures: dict[str, list[Any]] = {
         "store_kv": [shape, batch, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p],
         "rotate_store_kv": [shape, batch, *[c_void_p] * 3, c_float, *[c_void_p] * 4],
-        "attend_paged": [shape, batch, c_void_p, c_int64, c_void_p, c_void_p, c_void_p],
-        "decoder_layers": [shape, batch, *[c_void_p] * 6, c_int64],
+        "attend_paged": [shape, batch, c_void_p, c_int64, *[c_void_p] * 4, c_int64],
+        "decoder_layers": [shape, batch, *[c_void_p] * 6, c_int64, c_void_p, c_int64],
         "add_rms_norm": [c_int32, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_float, c_void_p],
         "silu_mul": [c_int32, c_int64, c_int64, c_void_p, c_void_p]}
     functions = {}
     for name, argtypes in signatures.items():
         functions[name] = getattr(kernels, name)
-        functions[name].argtypes, functions[name].restype = argtypes, None
+        functions[name].argtypes = argtypes
+        functions[name].restype = c_int64 if argtypes[-2:] == [c_void_p, c_int64] else None
     return functions
