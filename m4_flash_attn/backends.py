@@ -29,6 +29,9 @@ from .kernels.flash_attn import Attend, LibraryError, load_flash_attn, load_torc
 
 logger = logging.getLogger(__name__)
 _LARGEST_TRITON_HEAD = 128          # tiles of larger heads do not fit into every GPU's shared memory
+_LARGEST_TRITON_GROUP = 16          # query heads per KV head: one tile of a decode step
+_LARGEST_LIBRARY_HEAD = 256
+_OLDEST_GPU = (8, 0)                # compute capability
 _NO_PLUGINS = "cache plugins change what is stored, and this kernel reads the cache itself"
 
 
@@ -97,11 +100,16 @@ class TritonBackend(Backend):
             return reason
         if not has_triton():
             return "triton is not installed; install it with: pip install triton"
+        if (capability := _capability(situation)) < _OLDEST_GPU:
+            return "it needs a GPU of compute capability 8.0 or newer, and this is {}.{}".format(*capability)
         size = situation.block_size
         if size < 16 or size & (size - 1):
             return f"block_size={size} is not a power of two of at least 16"
         if situation.spec.head_dim % 16 or situation.spec.head_dim > _LARGEST_TRITON_HEAD:
             return f"head size {situation.spec.head_dim} is not a multiple of 16 up to {_LARGEST_TRITON_HEAD}"
+        group = situation.spec.num_attention_heads // situation.spec.num_key_value_heads
+        if group > _LARGEST_TRITON_GROUP:
+            return f"{group} query heads share a key-value head, and it takes at most {_LARGEST_TRITON_GROUP}"
         return None
 
     def make(self, situation: Situation, cache: SlotCache, manager: PagedKVCacheManager) -> AttentionBackend:
@@ -123,6 +131,8 @@ class LibraryBackend(Backend):
             return reason
         if not has_triton():
             return "it stores keys and values by triton, which is not installed; install it with: pip install triton"
+        if situation.spec.head_dim % 8 or situation.spec.head_dim > _LARGEST_LIBRARY_HEAD:
+            return f"head size {situation.spec.head_dim} is not a multiple of 8 up to {_LARGEST_LIBRARY_HEAD}"
         try:
             self.load(situation)
         except LibraryError as error:

@@ -6,6 +6,7 @@ import logging
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,7 @@ def situation(device: str = "cpu", dtype: torch.dtype = torch.bfloat16, **change
 
 
 def head_size(size: int) -> ModelSpec:
-    return ModelSpec("LlamaForCausalLM", 8, 8, 8, 1, 4, 2, size, 64, rms_norm_eps=1e-5, rope_theta=1e4,
-                     tie_word_embeddings=False)
+    return replace(SPEC, head_dim=size)
 
 
 def make(tiny_model: TinyModels, variant: str = "qwen3", **settings: Any) -> LLM:
@@ -97,12 +97,34 @@ def test_when_the_cpu_kernels_cannot_run(changes: dict[str, Any], reason: str,
     ({"cache_dtype": torch.float32}, "they have to be the same"),
     ({"block_size": 24}, "block_size=24 is not a power of two of at least 16"),
     ({"block_size": 8}, "block_size=8 is not a power of two of at least 16"),
-    ({"spec": head_size(24)}, "head size 24 is not a multiple of 16")])
+    ({"spec": head_size(24)}, "head size 24 is not a multiple of 16"),
+    ({"spec": head_size(144)}, "head size 144 is not a multiple of 16 up to 128"),
+    ({"spec": head_size(256)}, "head size 256 is not a multiple of 16 up to 128"),
+    ({"spec": replace(SPEC, num_attention_heads=34)}, "17 query heads share a key-value head")])
 def test_when_the_triton_kernels_cannot_run(changes: dict[str, Any], reason: str,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "has_triton", lambda: True)
+    monkeypatch.setattr(backends, "_capability", lambda _: (8, 0))
     assert BACKENDS["triton"].why_not(situation("cuda")) is None
     assert reason in str(BACKENDS["triton"].why_not(situation("cuda", **changes)))
+
+
+@pytest.mark.parametrize("name", ["triton", "flash_attn", "torch_varlen"])
+def test_gpus_that_are_too_old(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "has_triton", lambda: True)
+    monkeypatch.setattr(backends, "_capability", lambda _: (7, 5))
+    reason = "it needs a GPU of compute capability 8.0 or newer, and this is 7.5"
+    assert BACKENDS[name].why_not(situation("cuda")) == reason
+
+
+@pytest.mark.parametrize("size", [20, 264])
+def test_heads_that_no_library_takes(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "has_triton", lambda: True)
+    monkeypatch.setattr(backends, "load_flash_attn", lambda *_: None)
+    monkeypatch.setattr(backends, "_capability", lambda _: (9, 0))
+    assert BACKENDS["flash_attn"].why_not(situation("cuda", spec=head_size(256))) is None
+    assert BACKENDS["flash_attn"].why_not(situation("cuda", spec=head_size(size))) == (
+        f"head size {size} is not a multiple of 8 up to 256")
 
 
 def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -21,13 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import NUM_STAGES, check_rows, compute_dtype, num_sms
+from .launch import MAX_GROUP, NUM_STAGES, check_rows, compute_dtype, num_sms
 from .tiles import attend_tiles, normalise, visible_tiles
 
 _BLOCK_N = 64
 _MIN_KEYS_PER_SPLIT = 256       # below this, merging costs more than the parallelism gains
 _PROGRAMS_PER_SM = 2
-_MIN_ROWS = 16                  # the smallest tile that tensor cores multiply
 
 
 @triton.jit(do_not_specialize=["table_stride"])     # it grows with the context: no compilation for every width
@@ -117,6 +116,7 @@ def paged_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, 
         longest = max_seq_len if window is None else min(max_seq_len, window + num_sinks)
         num_splits = choose_num_splits(num_sequences, num_kv_heads, longest, num_sms(q.device))
     group, block_d = num_heads // num_kv_heads, triton.next_power_of_2(head_dim)
+    assert group <= MAX_GROUP
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if num_splits == 1:
         parts = row_max = row_sum = out         # nothing is merged: the kernel touches `out` alone
@@ -126,7 +126,7 @@ def paged_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, 
     paged_decode_kernel[num_sequences, num_kv_heads, num_splits](
         q, k_cache, v_cache, parts, row_max, row_sum, seq_lens, block_table, q.stride(0), q.stride(1),
         k_cache.stride(0), k_cache.stride(1), block_table.stride(0), scale * math.log2(math.e), GROUP=group,
-        HEAD_DIM=head_dim, NUM_SPLITS=num_splits, BLOCK_M=max(_MIN_ROWS, triton.next_power_of_2(group)),
+        HEAD_DIM=head_dim, NUM_SPLITS=num_splits, BLOCK_M=MAX_GROUP,
         BLOCK_N=_BLOCK_N if q.dtype.itemsize == 2 else _BLOCK_N // 2, BLOCK_D=block_d, BLOCK_SIZE=block_size,
         WINDOW=window or 0, NUM_SINKS=num_sinks, COMPUTE=compute_dtype(q.dtype), num_warps=4,
         num_stages=NUM_STAGES)

@@ -18,6 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Two loads depend on each other, the block table's entry and the keys that it leads to. With five stages the compiler
 # runs each two tiles ahead and keeps two tiles of keys in flight; with four or fewer it waits for every load at once.
 NUM_STAGES = 5
+MAX_GROUP = 16          # query heads per KV head: the rows of the smallest tile that tensor cores multiply
 _NUM_SMS_INTERPRETED = 4
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import NUM_STAGES, capability, check_rows, compute_dtype
+from .launch import MAX_GROUP, NUM_STAGES, capability, check_rows, compute_dtype
 from .tiles import attend_tiles, normalise, visible_tiles
 
 
@@ -75,13 +75,14 @@ class Tiles:
     num_stages: int         # how far ahead loads run: see NUM_STAGES
 
 
-def prefill_tiles(head_dim: int, group: int, dtype: torch.dtype, compute_capability: tuple[int, int]) -> Tiles:
+def prefill_tiles(head_dim: int, dtype: torch.dtype, compute_capability: tuple[int, int]) -> Tiles:
     """Tiles that fit into registers and shared memory, as the compilation test checks."""
     if dtype is torch.float32:              # no tensor cores: products of float32 fill the registers
-        return Tiles(max(32, triton.next_power_of_2(group)), 32, 4, 1)
-    # Hopper multiplies from shared memory; before, the keys' tile has to fit into the registers as well.
-    block_n = 64 if head_dim <= 64 or compute_capability >= (9, 0) else 32
-    return Tiles(max(128, triton.next_power_of_2(group)), block_n, 8, NUM_STAGES)
+        return Tiles(32, 32, 4, 1) if head_dim <= 64 else Tiles(32, 16, 8, 1)
+    # Data centre GPUs from Hopper on multiply from shared memory, and have more of it; on all others the keys' tile has
+    # to fit into the registers as well.
+    block_n = 64 if head_dim <= 64 or compute_capability[0] in (9, 10) else 32
+    return Tiles(128, block_n, 8, NUM_STAGES)
 
 
 def paged_prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, query_starts: Tensor, seq_lens: Tensor,
@@ -97,7 +98,8 @@ def paged_prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, query_starts: Ten
     assert k_cache.stride() == v_cache.stride()
     num_heads, num_kv_heads, head_dim = q.shape[1], k_cache.shape[1], q.shape[2]
     group = num_heads // num_kv_heads
-    tiles = prefill_tiles(head_dim, group, q.dtype, capability(q.device))
+    assert group <= MAX_GROUP
+    tiles = prefill_tiles(head_dim, q.dtype, capability(q.device))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     grid = (triton.cdiv(max_query_len, tiles.block_m // group), num_kv_heads, len(seq_lens))
     paged_prefill_kernel[grid](
