@@ -22,6 +22,12 @@ from m4_flash_attn.kernels.cpu import build
 from m4_flash_attn.kernels.cpu.build import BuildError, describe, find_compiler, library
 from m4_flash_attn.kernels.cpu.linear import choose
 
+THREADS = """#ifdef _OPENMP
+extern "C" int kernels_have_threads() { return 1; }
+#else
+extern "C" int kernels_have_threads() { return 0; }
+#endif
+"""
 NO_COMPILER = "no C++ compiler was found; install one (g++ or clang++), or set CXX"
 
 
@@ -48,6 +54,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "sources" / "answer.cpp"
     file.parent.mkdir()
     file.write_text('extern "C" int answer() { return 42; }\n')
+    (file.parent / "threads.cpp").write_text(THREADS)
     return file
 
 
@@ -57,7 +64,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     seen: list[Path] = []
     original = build._compile
 
-    def watched(compiler: str, flags: tuple[str, ...], path: Path) -> None:
+    def watched(compiler: build.Command, flags: tuple[str, ...], path: Path) -> None:
         seen.append(path)
         original(compiler, flags, path)
 
@@ -71,9 +78,9 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def compiler_script(tmp_path: Path, text: str) -> str:
-    """A compiler that says its version, knows no flag, and then runs `text`."""
+    """A compiler that knows no flag, and then runs `text`."""
     file = tmp_path / "compiler"
-    file.write_text(f'#!/bin/sh\ncase "$*" in *--version*) exit 0;; *probe.so*) exit 1;; esac\n{text}\n')
+    file.write_text(f'#!/bin/sh\ncase "$*" in *probe.so*) exit 1;; esac\n{text}\n')
     file.chmod(file.stat().st_mode | stat.S_IXUSR)
     return str(file)
 
@@ -81,7 +88,7 @@ def compiler_script(tmp_path: Path, text: str) -> str:
 def test_built_once(source: Path, kernels: Path, compilations: list[Path],
                     capfd: pytest.CaptureFixture[str]) -> None:
     """Neither in this process nor in the next is it built again; the notice comes once."""
-    assert "not built yet" in describe()
+    assert "(not built yet, several threads)" in describe()
     assert library().answer() == 42
     forget()
     assert library().answer() == 42
@@ -90,7 +97,7 @@ def test_built_once(source: Path, kernels: Path, compilations: list[Path],
     assert list(kernels.iterdir()) == compilations
     assert capfd.readouterr().err.count("building the CPU kernels") == 1
     assert str(compilations[0]) in describe()
-    assert "(built)" in describe()
+    assert "(built, several threads)" in describe()
 
 
 def test_another_source_or_flag_is_another_file(source: Path, kernels: Path, compilations: list[Path]) -> None:
@@ -139,14 +146,13 @@ def test_two_at_once(source: Path, kernels: Path, monkeypatch: pytest.MonkeyPatc
     both = Barrier(2, timeout=60)
     original = build._compile
 
-    def together(compiler: str, flags: tuple[str, ...], path: Path) -> None:
+    def together(compiler: build.Command, flags: tuple[str, ...], path: Path) -> None:
         both.wait()
         original(compiler, flags, path)
 
     monkeypatch.setattr(build, "_compile", together)
-    compiler = find_compiler()
     with ThreadPoolExecutor(2) as pool:
-        loaded = list(pool.map(lambda _: build._load.__wrapped__(compiler, None), range(2)))
+        loaded = list(pool.map(lambda _: build._load.__wrapped__(None, None), range(2)))
     assert all(isinstance(kernel, ctypes.CDLL) and kernel.answer() == 42 for kernel in loaded)
     assert len(list(kernels.iterdir())) == 1
 
@@ -173,10 +179,96 @@ def test_no_compiler(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(BuildError, match="CXX=no-such-compiler does not exist; name a C"):
         library()
+    monkeypatch.setenv("CXX", "g++ 'unfinished")
+    with pytest.raises(BuildError, match="'unfinished is not a command: No closing quotation"):
+        library()
     without_compiler(monkeypatch, tmp_path)
     with pytest.raises(BuildError) as error:
         library()
     assert str(error.value) == NO_COMPILER
+
+
+def test_what_is_built_needs_no_compiler(source: Path, kernels: Path, tmp_path: Path, compilations: list[Path],
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any compiler's library of these sources for this processor; another source's is no help."""
+    library()
+    without_compiler(monkeypatch, tmp_path)
+    forget()
+    assert library().answer() == 42
+    assert describe() == f"{compilations[0]} (built, several threads)"
+    forget()
+    with pytest.raises(BuildError, match="compiler was found"):
+        library(("-O1",))
+    source.write_text('extern "C" int answer() { return 43; }\n')
+    forget()
+    with pytest.raises(BuildError, match="compiler was found"):
+        library()
+    assert len(compilations) == 1
+
+
+def test_a_wrong_cxx_is_a_mistake_even_so(source: Path, kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BuildError, match="CXX=no-such-compiler does not exist"):
+        library()
+
+
+def test_nothing_runs_where_it_is_built(source: Path, kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To ask a compiler for its version takes longer than to load the library."""
+    library()
+    forget()
+    monkeypatch.setattr(build.subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
+    assert library().answer() == 42
+
+
+def test_another_compiler_builds_again(source: Path, kernels: Path, tmp_path: Path, compilations: list[Path],
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same name, another file: what an upgrade looks like."""
+    real, wrapper = find_compiler()[0], tmp_path / "compiler"
+    for text in (f'exec {real} "$@"\n', f'# newer\nexec {real} "$@"\n'):
+        wrapper.write_text(f"#!/bin/sh\n{text}")
+        wrapper.chmod(0o755)
+        for _ in range(2):
+            monkeypatch.setenv("CXX", str(wrapper))
+            forget()
+            assert library().answer() == 42
+    assert len(set(compilations)) == len(compilations) == 2
+
+
+def test_a_compiler_with_arguments(source: Path, kernels: Path, compilations: list[Path],
+                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in CXX="ccache g++": they come before ours, and count."""
+    real = find_compiler()[0]
+    source.write_text('extern "C" int answer() { return ANSWER; }\n')
+    for answer in (7, 8):
+        monkeypatch.setenv("CXX", f"/usr/bin/env '{real}' -DANSWER={answer}")
+        assert find_compiler() == ("/usr/bin/env", real, f"-DANSWER={answer}")
+        assert library().answer() == answer
+    assert len(set(compilations)) == 2
+
+
+def test_a_compiler_without_openmp(source: Path, kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                   capfd: pytest.CaptureFixture[str]) -> None:
+    """One thread, and it is said: when it is built, and by `env`."""
+    real, wrapper = find_compiler()[0], tmp_path / "compiler"
+    wrapper.write_text(f'#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec {real} "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", str(wrapper))
+    assert describe().endswith("(not built yet, one thread: the compiler has no OpenMP)")
+    assert library().answer() == 42
+    notice = capfd.readouterr().err
+    assert notice.count("has no OpenMP: the kernels will use one thread.") == 1
+    file, _ = build._locate(None)
+    assert f"delete {file}" in notice
+    assert describe() == f"{file} (built, one thread: the compiler has no OpenMP)"
+
+
+def test_the_real_kernels_say_whether_they_have_threads() -> None:
+    """OpenMP's functions are declared, not included: what loads has found them."""
+    assert "several threads" in describe()
+    threads = (build.SOURCES / "threads.hpp").read_text()
+    assert "#include" not in threads
+    assert library().kernels_have_threads() == 1
 
 
 def test_a_file_that_cannot_run_as_a_compiler(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,8 +287,7 @@ def test_no_place_for_the_kernels(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_damaged_library(source: Path, kernels: Path) -> None:
-    compiler = find_compiler()
-    file = build._path(compiler, build._all_flags(compiler, None))
+    file, _ = build._locate(None)
     kernels.mkdir(parents=True)
     file.write_text("damaged")
     with pytest.raises(BuildError, match=f"cannot be loaded .*delete {file} to build them again"):

@@ -1,9 +1,10 @@
 """Compile the C++ kernels once, keep the library, load it.
 
-    source + flags + compiler + machine  --sha256-->  ~/.cache/llm-inference-lab/kernels/<hash>.so
+    sources + flags + processor  --sha256-->  ~/.cache/llm-inference-lab/kernels/<hash>-<hash of the compiler>.so
 
 The functions stand behind `extern "C"` and take pointers: no torch headers, so the build takes seconds, not minutes.
-A changed source or flag has another hash, so nothing stale is ever loaded.
+A changed source or flag has another hash, so nothing stale is ever loaded. Nothing runs to find the file: the compiler
+is known by its file. Where there is none, what any compiler made of these sources for this processor is right.
 """
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,11 +22,16 @@ from pathlib import Path
 
 from m0_basics.gguf import cache_dir
 
+Command = tuple[str, ...]
+
 SOURCES = Path(__file__).parent
 # Reordering sums lets loops run in vector registers. Not -ffast-math as a whole: it assumes that there are no
 # infinities, and linking with it makes denormals zero for the whole process.
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math",
           "-fno-signed-zeros", "-ffp-contract=fast")
+_NATIVE = ("-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native",)
+# torch brings OpenMP's library and has loaded it: the kernels run on the same threads.
+_OPENMP = ("-Xpreprocessor", "-fopenmp", "-undefined", "dynamic_lookup") if sys.platform == "darwin" else ("-fopenmp",)
 _TIMEOUT_S = 120
 
 
@@ -32,22 +39,30 @@ class BuildError(RuntimeError):
     """The kernels are not available; the message says why and what to do."""
 
 
-def find_compiler() -> str:
-    """The C++ compiler: what CXX names, or the first of g++, clang++, c++. Raises BuildError where there is none."""
-    wanted = os.environ.get("CXX")
-    for name in (wanted,) if wanted else ("g++", "clang++", "c++"):
+def find_compiler() -> Command:
+    """The C++ compiler: what CXX says, with its arguments, or the first of g++, clang++, c++.
+
+    Raises BuildError where there is none.
+    """
+    wanted = os.environ.get("CXX", "")
+    try:
+        commands = [shlex.split(wanted)] if wanted.strip() else [["g++"], ["clang++"], ["c++"]]
+    except ValueError as error:
+        raise BuildError(f"CXX={wanted} is not a command: {error}") from error
+    for name, *arguments in commands:
         if path := shutil.which(name):
-            return path
-    raise BuildError(f"CXX={wanted} does not exist; name a C++ compiler, or unset CXX" if wanted else
+            return (path, *arguments)
+    raise BuildError(f"CXX={wanted} does not exist; name a C++ compiler, or unset CXX" if wanted.strip() else
                      "no C++ compiler was found; install one (g++ or clang++), or set CXX")
 
 
 def describe() -> str:
-    """Compiler, flags and file of the kernels, in one line. Raises BuildError where there is no compiler."""
-    compiler = find_compiler()
+    """The kernels' file, and on how many threads they run, in one line. Raises BuildError where there can be none."""
+    path, compiler = _locate(None)
+    if path.exists():
+        return f"{path} (built, {_threads(bool(library().kernels_have_threads()))})"
     flags = _all_flags(compiler, None)
-    path = _path(compiler, flags)
-    return f"{compiler} {' '.join(flags)} -> {path} ({'built' if path.exists() else 'not built yet'})"
+    return f"{shlex.join((*compiler, *flags))} -> {path} (not built yet, {_threads(_has_threads(flags))})"
 
 
 def library(processor: tuple[str, ...] | None = None) -> ctypes.CDLL:
@@ -55,21 +70,22 @@ def library(processor: tuple[str, ...] | None = None) -> ctypes.CDLL:
 
     `processor`: the compiler's flags for the processor to build for, as ("-march=x86-64-v3",); this machine's if None.
     """
-    loaded = _load(find_compiler(), processor)
+    loaded = _load(os.environ.get("CXX"), processor)
     if isinstance(loaded, str):
         raise BuildError(loaded)
     return loaded
 
 
 @cache
-def _load(compiler: str, processor: tuple[str, ...] | None) -> ctypes.CDLL | str:
-    """The library, or why there is none: what failed once is not tried again for the next part that asks."""
+def _load(cxx: str | None, processor: tuple[str, ...] | None) -> ctypes.CDLL | str:
+    """The library, or why there is none: what failed once is not tried again for the next part that asks.
+
+    `cxx`, the variable, is there for the cache alone.
+    """
     try:
-        flags = _all_flags(compiler, processor)
-        path = _path(compiler, flags)
+        path, compiler = _locate(processor)
         if not path.exists():
-            print("building the CPU kernels (once, some seconds) ...", file=sys.stderr, flush=True)
-            _compile(compiler, flags, path)
+            _build(compiler, processor, path)
     except BuildError as error:
         return str(error)
     except OSError as error:
@@ -80,28 +96,79 @@ def _load(compiler: str, processor: tuple[str, ...] | None) -> ctypes.CDLL | str
         return f"the kernels cannot be loaded ({error}); delete {path} to build them again"
 
 
-def _path(compiler: str, flags: tuple[str, ...]) -> Path:
-    return cache_dir() / "kernels" / f"{_fingerprint(compiler, flags)}.so"
+def _locate(processor: tuple[str, ...] | None) -> tuple[Path, Command]:
+    """The library's file, built or not, and the compiler. Without one: the newest file that there is, and no command.
+
+    Raises BuildError where there is neither; and where CXX names a compiler that does not exist: that is a mistake.
+    """
+    folder, name = cache_dir() / "kernels", _fingerprint(processor)
+    try:
+        compiler = find_compiler()
+    except BuildError:
+        built = sorted(folder.glob(f"{name}-*.so"), key=lambda path: path.stat().st_mtime)
+        if not built or os.environ.get("CXX"):
+            raise
+        return built[-1], ()
+    return folder / f"{name}-{_identity(compiler)}.so", compiler
+
+
+def _fingerprint(processor: tuple[str, ...] | None) -> str:
+    """What decides over the machine code's meaning: sources, flags, processor."""
+    target = _FLAGS, _NATIVE if processor is None else processor, _OPENMP, platform.machine(), _processor()
+    digest = hashlib.sha256(repr(target).encode())
+    for source in sorted(SOURCES.glob("*.[ch]pp")):
+        digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _identity(compiler: Command) -> str:
+    """A new version is a new file. Behind a wrapper it goes unnoticed; the old library is right, if not as fast."""
+    file = Path(compiler[0]).resolve()
+    status = file.stat()
+    words = str(file), status.st_size, status.st_mtime_ns, compiler[1:]
+    return hashlib.sha256(repr(words).encode()).hexdigest()[:8]
+
+
+def _processor() -> str:
+    """What `native` stands for: a cache folder may be shared by machines with other processors."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor()
+    lines = info.read_text(errors="replace").splitlines()
+    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def _build(compiler: Command, processor: tuple[str, ...] | None, path: Path) -> None:
+    """With a notice, and another one where there will be no threads."""
+    print("building the CPU kernels (once, some seconds) ...", file=sys.stderr, flush=True)
+    flags = _all_flags(compiler, processor)
+    if not _has_threads(flags):
+        print(f"{shlex.join(compiler)} has no OpenMP: the kernels will use one thread. To change that, install OpenMP "
+              f"(libomp) or set CXX, and delete {path}", file=sys.stderr, flush=True)
+    _compile(compiler, flags, path)
 
 
 @cache
-def _all_flags(compiler: str, processor: tuple[str, ...] | None) -> tuple[str, ...]:
+def _all_flags(compiler: Command, processor: tuple[str, ...] | None) -> tuple[str, ...]:
     """With everything that the processor can do, and threads where the compiler has OpenMP."""
     if processor is None:
-        native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-        processor = (native,) if _accepts(compiler, (native,)) else ()
-    # torch brings OpenMP's library and has loaded it: the kernels run on the same threads.
-    openmp = ("-Xpreprocessor", "-fopenmp", "-undefined", "dynamic_lookup") if sys.platform == "darwin" else (
-        "-fopenmp",)
-    return (*_FLAGS, *processor, *(openmp if _accepts(compiler, openmp) else ()))
+        processor = _NATIVE if _accepts(compiler, _NATIVE) else ()
+    return (*_FLAGS, *processor, *(_OPENMP if _accepts(compiler, _OPENMP) else ()))
 
 
-def _accepts(compiler: str, flags: tuple[str, ...]) -> bool:
+def _has_threads(flags: tuple[str, ...]) -> bool:
+    return "-fopenmp" in flags
+
+
+def _threads(has_threads: bool) -> str:
+    return "several threads" if has_threads else "one thread: the compiler has no OpenMP"
+
+
+def _accepts(compiler: Command, flags: tuple[str, ...]) -> bool:
     """Whether a small program compiles with the flags."""
-    source = "#ifdef _OPENMP\n#include <omp.h>\n#endif\nextern \"C\" int f() { return 1; }\n"
     with tempfile.TemporaryDirectory() as folder:
-        command = [compiler, *flags, "-shared", "-fPIC", "-x", "c++", "-", "-o", str(Path(folder) / "probe.so")]
-        return _run(command, source.encode()).returncode == 0
+        command = [*compiler, *flags, "-shared", "-fPIC", "-x", "c++", "-", "-o", str(Path(folder) / "probe.so")]
+        return _run(command, b'extern "C" int f() { return 1; }\n').returncode == 0
 
 
 def _run(command: list[str], text: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -114,30 +181,12 @@ def _run(command: list[str], text: bytes = b"") -> subprocess.CompletedProcess[b
         raise BuildError(f"the kernels cannot be built: {error}") from error
 
 
-def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
-    """What decides over the machine code: sources, flags, compiler, processor."""
-    version = _run([compiler, "--version"]).stdout
-    digest = hashlib.sha256(repr((flags, version, platform.machine(), _processor())).encode())
-    for source in sorted(SOURCES.glob("*.[ch]pp")):
-        digest.update(source.name.encode() + source.read_bytes())
-    return digest.hexdigest()[:32]
-
-
-def _processor() -> str:
-    """What `native` stands for: a cache folder may be shared by machines with other processors."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor()
-    lines = info.read_text(errors="replace").splitlines()
-    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
-
-
-def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
+def _compile(compiler: Command, flags: tuple[str, ...], path: Path) -> None:
     """In a folder of its own first: somebody else may be building, or be stopped half-way."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as folder:
         partial = Path(folder) / path.name
-        done = _run([compiler, *flags, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(partial)])
+        done = _run([*compiler, *flags, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(partial)])
         if done.returncode != 0:
-            raise BuildError(f"{compiler} failed:\n{done.stderr.decode(errors='replace').strip()[-2000:]}")
+            raise BuildError(f"{shlex.join(compiler)} failed:\n{done.stderr.decode(errors='replace').strip()[-2000:]}")
         partial.replace(path)
