@@ -218,7 +218,7 @@ def test_env(tiny_model: TinyModels, command: Command) -> None:
     def env(*flags: Any) -> dict[str, str]:
         result = command("env", *options(tiny_model("qwen3")), *flags, package="m4_flash_attn")
         assert result.status == 0, result.err
-        assert re.search(r"C\+\+ kernels: \S+ .*-O3.* -> \S+\.so \(built\)", result.out)
+        assert re.search(r"C\+\+ kernels: .*\.so \(built\b", result.out)
         assert "attention on cpu, float32, torch" in result.out
         rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.out.splitlines() if "│" in line]
         return {name: here for name, _, here in rows if name}
