@@ -24,7 +24,6 @@
 
 namespace attention {
 
-constexpr int MAX_HEAD_DIM = 1024;
 constexpr float LOWEST = -1e30f;        // below every score
 
 // What a thread works in: rows are the item's query tokens x query heads, those of one KV head together.

@@ -3,6 +3,8 @@
 
 #include "vec.hpp"
 
+constexpr int MAX_HEAD_DIM = 1024;      // checked in ops.py
+
 // The same for the whole life of an engine.
 struct Shape {
     int32_t num_heads, num_kv_heads, head_dim, block_size;

@@ -77,7 +77,7 @@ template <class T> static void silu_mul(long first, long last, int n, const T* g
 // One head: norm (where the model has one), then rotation. `out` may be `x`.
 template <class T>
 static void rotate_head(const T* x, const T* norm, float eps, const T* cos, const T* signed_sin, T* out, int n) {
-    float row[1024];
+    float row[MAX_HEAD_DIM];
     const float factor = norm ? inverse_rms(x, n, eps) : 1.0f;
     for (int i = 0; i < n; i++) row[i] = norm ? to_float(x[i]) * factor * to_float(norm[i]) : to_float(x[i]);
     for (int i = 0; i < n / 2; i++) {

@@ -16,7 +16,7 @@ from ...ops import ElementwiseOps
 from .build import library
 
 DTYPES = (torch.float32, torch.bfloat16)
-MAX_HEAD_DIM = 1024                 # of attention.cpp
+MAX_HEAD_DIM = 1024                 # of batch.hpp
 
 
 class Shape(Structure):
