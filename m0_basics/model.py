@@ -43,14 +43,14 @@ class RotaryEmbedding(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)
         # The minus sign of the rotation is folded into the table, so that applying it takes two products.
         sign = torch.cat((-torch.ones(spec.head_dim // 2), torch.ones(spec.head_dim // 2)))
-        self.register_buffer("cos", angles.cos().to(device, dtype), persistent=False)               # [max_len, D]
-        self.register_buffer("signed_sin", (angles.sin() * sign).to(device, dtype), persistent=False)
-        self.cos: Tensor
-        self.signed_sin: Tensor
+        table = torch.stack((angles.cos(), angles.sin() * sign)).unsqueeze(2)
+        self.register_buffer("table", table.to(device, dtype), persistent=False)        # [2, max_len, 1, D]
+        self.table: Tensor
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [T] -> cosines and signed sines, each [T, 1, D], shared by all heads and layers."""
-        return self.cos[positions].unsqueeze(1), self.signed_sin[positions].unsqueeze(1)
+        cos, signed_sin = self.table.index_select(1, positions).unbind(0)
+        return cos, signed_sin
 
 
 def inverse_frequencies(spec: ModelSpec) -> Tensor:

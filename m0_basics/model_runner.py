@@ -3,7 +3,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,8 +17,7 @@ from .request import Sequence
 _PROMPT_ROWS = 256        # rows of prompt logits held at once: [256, vocab] in float32 is 50 MB for 49,152 tokens
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """A scheduled sequence as it stood when the step began: its rows of the packed batch, and where they start."""
 
     sequence: Sequence
@@ -81,9 +82,9 @@ class ModelRunner(Runner):
             spans.append(Span(s.sequence, start, s.num_tokens, len(input_ids), s.reaches_newest))
             input_ids += s.sequence.data.token_slice(start, s.end)
             positions += range(start, s.end)
-        device = self.model.device
-        return ModelInputs(torch.tensor(input_ids, device=device), torch.tensor(positions, device=device),
-                           self.backend.build_metadata(scheduled), spans)
+        # numpy turns a list into an array in a fraction of the time that torch takes; one copy brings both over.
+        ids, places = torch.from_numpy(np.array([input_ids, positions], dtype=np.int64)).to(self.model.device).unbind(0)
+        return ModelInputs(ids, places, self.backend.build_metadata(scheduled), spans)
 
     @torch.inference_mode()
     def execute(self, inputs: ModelInputs) -> Tensor:

@@ -41,11 +41,11 @@ class SequenceStatus(Enum):
         return self.value if self.is_finished else None
 
 
-_FINISHED = frozenset({SequenceStatus.FINISHED_STOPPED, SequenceStatus.FINISHED_LENGTH_CAPPED,
-                       SequenceStatus.FINISHED_ABORTED})
+# A tuple: it is searched by identity, and hashing a member of an Enum is a call into Python.
+_FINISHED = (SequenceStatus.FINISHED_STOPPED, SequenceStatus.FINISHED_LENGTH_CAPPED, SequenceStatus.FINISHED_ABORTED)
 LEGAL_TRANSITIONS: dict[SequenceStatus, frozenset[SequenceStatus]] = {
     SequenceStatus.WAITING: frozenset({SequenceStatus.RUNNING, SequenceStatus.FINISHED_ABORTED}),
-    SequenceStatus.RUNNING: frozenset({SequenceStatus.WAITING, SequenceStatus.SWAPPED}) | _FINISHED,
+    SequenceStatus.RUNNING: frozenset({SequenceStatus.WAITING, SequenceStatus.SWAPPED, *_FINISHED}),
     SequenceStatus.SWAPPED: frozenset({SequenceStatus.RUNNING, SequenceStatus.WAITING,
                                        SequenceStatus.FINISHED_ABORTED}),
     **{status: frozenset() for status in _FINISHED},
@@ -117,7 +117,7 @@ class Sequence:
 
     @property
     def is_finished(self) -> bool:
-        return self.status.is_finished
+        return self.status in _FINISHED
 
     def set_status(self, status: SequenceStatus) -> None:
         """Move to another state. Raises IllegalTransitionError where the state machine has no such arrow."""

@@ -25,6 +25,7 @@ class Tokenizer:
         """`backend` is a `tokenizers.Tokenizer`; `settings` is the content of `tokenizer_config.json`."""
         self._backend = backend
         self._settings = settings
+        self._texts: dict[tuple[int, bool], str] = {}       # of single tokens
         template = settings.get("chat_template")
         if isinstance(template, list):      # several named templates: chat is the one called "default"
             template = {t["name"]: t["template"] for t in template}.get("default")
@@ -79,6 +80,13 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Token ids -> text. Bytes that form no character become U+FFFD."""
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def decode_one(self, token_id: int, skip_special_tokens: bool = True) -> str:
+        """The text of one token. It is kept: a stream asks for the same tokens again and again."""
+        text = self._texts.get((token_id, skip_special_tokens))
+        if text is None:
+            text = self._texts[token_id, skip_special_tokens] = self.decode([token_id], skip_special_tokens)
         return text
 
     def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:

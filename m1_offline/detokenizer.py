@@ -59,6 +59,8 @@ class IncrementalDetokenizer:
         return new
 
     def _decode(self, start: int, stop: int) -> str:
+        if stop - start == 1:               # most contexts
+            return self._tokenizer.decode_one(self._token_ids[start], self._skip)
         return self._tokenizer.decode(self._token_ids[start:stop], self._skip)
 
 

@@ -105,4 +105,4 @@ class OfflineEngine(Engine):
     def _release(self, sequence: Sequence) -> None:
         if sequence.status is not SequenceStatus.WAITING:
             self.rows.free(sequence)
-        self.output_processor.forget(sequence)
+        self.output_processor.close(sequence)

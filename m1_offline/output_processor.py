@@ -20,6 +20,7 @@ class _TextState:
         self.detokenizer = IncrementalDetokenizer(tokenizer, params.skip_special_tokens)
         self.stop = StopChecker(params.stop, params.include_stop_str_in_output)
         self.text = ""
+        self.num_read = 0               # output tokens that are in the text
 
 
 class OutputProcessor:
@@ -39,15 +40,23 @@ class OutputProcessor:
         """The first half of `process`: append the token, which is all that the next step needs."""
         append_token(sequence, token_id, self._with_text(logprobs, sequence))
 
-    def conclude(self, sequence: Sequence) -> None:
-        """The second half: what the newest token adds to the text, and whether it ends the sequence."""
-        token_id = sequence.output_token_ids[-1]
+    def conclude(self, sequence: Sequence, text_is_read: bool = True) -> None:
+        """The second half: what the newest token adds to the text, and whether it ends the sequence.
+
+        Where nobody reads the text before the sequence ends, and no stop string may end it, it is written then.
+        """
         status = check_stop(sequence, self.max_model_len)
-        if self.tokenizer is not None and sequence.sampling_params.detokenize:
-            status = self._update_text(sequence, token_id, status, self.tokenizer)
+        if status is not None or text_is_read or sequence.sampling_params.stop:
+            status = self._update_text(sequence, status)
         if status is not None:
             sequence.set_status(status)
-            self.forget(sequence)
+            self._states.pop(sequence.seq_id, None)
+
+    def close(self, sequence: Sequence) -> None:
+        """The sequence has ended. If it was aborted its text is written, as far as it got."""
+        if sequence.status is SequenceStatus.FINISHED_ABORTED and sequence.output_token_ids:
+            self._update_text(sequence, None)
+        self._states.pop(sequence.seq_id, None)
 
     def make_output(self, request: Request) -> RequestOutput:
         """A snapshot of the request. The log-probabilities of its prompt get their text here, each one once."""
@@ -55,18 +64,19 @@ class OutputProcessor:
             _decode_newest(request.sequences[0].prompt_logprobs, self.tokenizer)
         return RequestOutput.from_request(request)
 
-    def forget(self, sequence: Sequence) -> None:
-        """Drop what is kept for a sequence that has ended."""
-        self._states.pop(sequence.seq_id, None)
-
-    def _update_text(self, sequence: Sequence, token_id: int, status: SequenceStatus | None,
-                     tokenizer: Tokenizer) -> SequenceStatus | None:
+    def _update_text(self, sequence: Sequence, status: SequenceStatus | None) -> SequenceStatus | None:
+        """Bring the text up to the newest token, which ends the sequence with `status`; a stop string may end it."""
         params = sequence.sampling_params
+        if self.tokenizer is None or not params.detokenize:
+            return status
         state = self._states.get(sequence.seq_id)
         if state is None:
-            state = self._states[sequence.seq_id] = _TextState(sequence, tokenizer)
-        ended_by_token = status is SequenceStatus.FINISHED_STOPPED
-        if not ended_by_token or params.include_stop_str_in_output:
+            state = self._states[sequence.seq_id] = _TextState(sequence, self.tokenizer)
+        tokens = sequence.output_token_ids[state.num_read:]
+        state.num_read += len(tokens)
+        if status is SequenceStatus.FINISHED_STOPPED and not params.include_stop_str_in_output:
+            tokens.pop()                        # the token that ended it
+        for token_id in tokens:
             state.text += state.detokenizer.push(token_id)
         if status is not None:
             state.text += state.detokenizer.flush()
@@ -98,5 +108,5 @@ def _decode_newest(entries: list[dict[int, Logprob] | None], tokenizer: Tokenize
 
 def decode_logprobs(logprobs: dict[int, Logprob], tokenizer: Tokenizer) -> dict[int, Logprob]:
     """Fill in `decoded_token`."""
-    return {i: replace(entry, decoded_token=tokenizer.decode([i], skip_special_tokens=False))
+    return {i: replace(entry, decoded_token=tokenizer.decode_one(i, skip_special_tokens=False))
             for i, entry in logprobs.items()}

@@ -119,7 +119,7 @@ class StaticBatchEngine(Engine):
             sequence = request.sequences[0]
             if not sequence.is_finished:
                 sequence.set_status(SequenceStatus.FINISHED_ABORTED)
-                self.output_processor.forget(sequence)
+                self.output_processor.close(sequence)
             if request in self.waiting:
                 self.waiting.remove(request)
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Items
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -155,10 +154,12 @@ class LLMEngine(Engine):
                 self._fork_outputs(self.scheduler.get_request(parent))
         recorded = []
         for sequence, token_id, logprobs in sampled:
-            with self._blame(sequence, ended):
-                if sequence.status is SequenceStatus.RUNNING:
+            if sequence.status is SequenceStatus.RUNNING:
+                try:
                     self.output_processor.record(sequence, token_id, logprobs)
                     recorded.append(sequence)
+                except Exception as error:
+                    self._fail(sequence, error, ended)
         return recorded
 
     def _fork_outputs(self, request: Request) -> None:
@@ -180,20 +181,14 @@ class LLMEngine(Engine):
             if sequence.is_finished:
                 continue
             request = self.scheduler.get_request(sequence)
-            with self._blame(sequence, ended):
-                self.output_processor.conclude(sequence)
+            try:
+                self.output_processor.conclude(sequence, text_is_read=request.stream)
                 updated[request.request_id] = request
                 if sequence.is_finished:
                     self.scheduler.finish(sequence)
+            except Exception as error:
+                self._fail(sequence, error, ended)
         return list(updated.values())
-
-    @contextmanager
-    def _blame(self, sequence: Sequence, ended: list[Request]) -> Iterator[None]:
-        """An error in here ends the sequence's request, and no other."""
-        try:
-            yield
-        except Exception as error:
-            self._fail(sequence, error, ended)
 
     def _fail(self, sequence: Sequence, error: Exception, ended: list[Request]) -> None:
         """End the sequence's request with an error; what it held goes back."""
@@ -222,7 +217,10 @@ class LLMEngine(Engine):
         """The last thing that happens to a request."""
         request.metrics.finished_time = time.perf_counter()
         for sequence in request.sequences:
-            self.output_processor.forget(sequence)
+            try:
+                self.output_processor.close(sequence)
+            except Exception as error:          # its text stays as it is
+                logger.error("the text of request %s is not whole", request.request_id, exc_info=error)
         for plugin in self.plugins:
             plugin.on_request_completion(request)
 

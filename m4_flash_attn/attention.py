@@ -17,13 +17,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from m0_basics.attention import AttentionBackend, AttentionMetadata, ScheduledSequence
+from m0_basics.attention import AttentionBackend, AttentionMetadata, ScheduledSequence, query_start_loc
 from m2_continuous_batching.slot_cache import SlotCache
 from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
 from m3_paged_kv.metadata import PagedMetadata, paged_metadata
 
-from .kernels.cpu.ops import PagedKernels, Step, make_step
+from .kernels.cpu.ops import PagedKernels, Step, packed_step
 from .layers import FusedAttention, Rotary
+from .metadata import step_numbers
 from .online_softmax import tiled_attention
 from .reference import masked_attention, visible
 
@@ -31,8 +32,8 @@ AttendOne = Callable[[Tensor, Tensor, Tensor], Tensor]      # q [n, H_q, D]; k, 
 
 
 @dataclass(frozen=True)
-class CpuMetadata(PagedMetadata):
-    """m3's metadata, and the same as the C++ kernels take it."""
+class CpuMetadata(AttentionMetadata):
+    """The step as the C++ kernels take it."""
 
     step: Step
 
@@ -45,9 +46,8 @@ class CpuAttention(FusedAttention):
         self.cache, self.manager, self.kernels = cache, manager, kernels
 
     def build_metadata(self, scheduled: list[ScheduledSequence]) -> CpuMetadata:
-        paged = paged_metadata(scheduled, self.manager, self.cache.device)
-        starts = torch.tensor(paged.query_start_loc, dtype=torch.int32)
-        return CpuMetadata(**vars(paged), step=make_step(starts, paged.seq_lens, paged.block_table, paged.slot_mapping))
+        starts = query_start_loc(scheduled)
+        return CpuMetadata(starts, packed_step(*step_numbers(starts, scheduled, self.manager), len(scheduled)))
 
     def forward(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
         assert isinstance(metadata, CpuMetadata)

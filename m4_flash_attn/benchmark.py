@@ -12,15 +12,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import torch
 
 import m2_continuous_batching as m2
 import m3_paged_kv as m3
 from m0_basics.analysis import calculators as calc
 from m0_basics.analysis.calculators import Work
-from m0_basics.analysis.cpu_roofline import measure_cpu
+from m0_basics.analysis.cpu_roofline import measure_cpu, read_bandwidth
 from m0_basics.analysis.microbench import QUICK
 from m0_basics.analysis.roofline import Hardware
 from m0_basics.base_llm import BaseLLM
@@ -28,8 +31,8 @@ from m0_basics.bench import (
     BenchReport,
     Comparison,
     Contender,
+    ContenderResult,
     EngineContender,
-    RunMetrics,
     Workload,
     compare,
     get_workload,
@@ -79,7 +82,8 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
         single = get_workload("equal-1:prompt_len=8,output_len=4" if quick else SINGLE)
         single = single.fit_vocabulary(llm.spec.vocab_size)
         cpu = measure_cpu(1, 1 << 20, 64) if quick else measure_cpu()
-        comparisons.append(compare(contenders, single, rounds, baseline="m3"))
+        memory = torch.ones((1 if quick else 256) << 18)            # MiB
+        comparisons.append(compare(contenders, single, rounds, baseline="m3", probe=partial(read_bandwidth, memory, 5)))
         started = {p.name: p.startup_s for p in others if isinstance(p, SubprocessPeer)}
     measurements = {"speedup": {name: speedups(c) for name, c in zip(("ragged", "single"), comparisons, strict=True)},
                     "limits": limits(llm, cpu, ragged, single, comparisons[1])}
@@ -120,23 +124,26 @@ def speedups(comparison: Comparison) -> dict[str, float]:
 def limits(llm: LLM, cpu: Hardware, ragged: Workload, single: Workload, measured: Comparison) -> dict[str, Any]:
     """What this processor allows, in output tokens per second, and each contender's share of it in decode.
 
-    One request: every token reads all weights, and the keys and values so far, at the measured bandwidth. Many: the
-    FLOPs of all steps at the measured peak.
+    One request: every token reads all weights, and the keys and values so far. The bandwidth drifts on a machine that
+    others use, too, so each run has its own: what was measured just before and after it. Many: the FLOPs of all steps
+    at the measured peak.
     """
     spec, dtype = llm.spec, llm.engine.runner.model.dtype
     [request] = single.requests
     context = len(request.prompt_token_ids) + request.output_len // 2
     num_bytes = calc.decode_bytes(spec, context, dtype=dtype).total
-    limit = cpu.bytes_per_second / num_bytes
-    return {"bytes_per_second": cpu.bytes_per_second, "flops_per_second": cpu.peak(dtype),
-            "single": {"bytes_per_token": num_bytes, "tokens_per_s": limit,
-                       "decode_share": {c.name: 1e3 / _tpot_ms(c.rounds) / limit for c in measured.contenders}},
+    bandwidth = median(probe for c in measured.contenders for probe in c.probes)
+    return {"bytes_per_second": bandwidth, "flops_per_second": cpu.peak(dtype),
+            "single": {"bytes_per_token": num_bytes, "tokens_per_s": bandwidth / num_bytes,
+                       "decode_share": {c.name: median(shares(c, num_bytes)) for c in measured.contenders}},
             "ragged": {"tokens_per_s": ragged.num_output_tokens * cpu.peak(dtype) / _flops(spec, ragged)}}
 
 
-def _tpot_ms(rounds: Sequence[RunMetrics]) -> float:
-    times = [metrics.tpot_ms.median for metrics in rounds if metrics.tpot_ms is not None]
-    return median(times)
+def shares(contender: ContenderResult, num_bytes: int) -> list[float]:
+    """For each round, the share of the bandwidth at which decoding reads `num_bytes` a token."""
+    return [num_bytes / (1e-3 * metrics.tpot_ms.median) / bandwidth
+            for metrics, bandwidth in zip(contender.rounds, contender.probes, strict=True)
+            if metrics.tpot_ms is not None]
 
 
 def _flops(spec: ModelSpec, workload: Workload) -> int:

@@ -11,6 +11,7 @@ from functools import partial
 
 import psutil
 import torch
+from torch import Tensor
 
 from ..attention import FullAttention, ScheduledSequence
 from ..config import ModelConfig
@@ -38,10 +39,14 @@ def measure_cpu(rounds: int = 9, read_bytes: int = _READ_BYTES, max_matrix: int 
         size = min(size, max_matrix)
         a, b = (torch.randn(size, size).to(getattr(torch, name)) for _ in range(2))
         peaks[name] = 2 * size**3 / best_seconds(partial(torch.mm, a, b), rounds)
-    values = torch.ones(read_bytes // 4)
-    bandwidth = read_bytes / best_seconds(values.sum, rounds)
+    bandwidth = read_bandwidth(torch.ones(read_bytes // 4), rounds)
     source = f"measured by m0_basics.analysis.cpu_roofline, {torch.get_num_threads()} threads"
     return Hardware(cpu_name(), peaks, bandwidth, psutil.virtual_memory().total, source)
+
+
+def read_bandwidth(values: Tensor, rounds: int = 9) -> float:
+    """Bytes/s at which `values`, which no cache holds, are read, and only read: their sum."""
+    return values.nbytes / best_seconds(values.sum, rounds)
 
 
 def matrix_vector_bandwidth(rounds: int = 9, read_bytes: int = _READ_BYTES) -> float:

@@ -28,6 +28,7 @@ class ContenderResult:
     rounds: tuple[RunMetrics, ...]
     ratios: tuple[float, ...]               # output throughput over the baseline's, round by round
     identical_requests: int                 # requests whose tokens equal the baseline's in every round
+    probes: tuple[float, ...] = ()          # what the machine offered in each round, where that was measured
 
     def median_of(self, metric: Callable[[RunMetrics], float | None]) -> float | None:
         """The median over the rounds of one number of `RunMetrics`; None where a round lacks it."""
@@ -73,16 +74,19 @@ class Comparison:
         """Read what `to_dict` wrote."""
         results = tuple(ContenderResult(entry["name"], entry["note"],
                                         tuple(RunMetrics.from_dict(r) for r in entry["rounds"]),
-                                        tuple(entry["ratios"]), entry["identical_requests"])
+                                        tuple(entry["ratios"]), entry["identical_requests"],
+                                        tuple(entry.get("probes", ())))
                         for entry in data["contenders"])
         return cls(dict(data["workload"]), data["baseline"], results)
 
 
 def compare(contenders: Sequence[Contender], workload: Workload, rounds: int = 3, baseline: str | None = None,
-            slo: SLO | None = None, warm_up: bool = True, on_result: OnResult | None = None) -> Comparison:
+            slo: SLO | None = None, warm_up: bool = True, on_result: OnResult | None = None,
+            probe: Callable[[], float] | None = None) -> Comparison:
     """Run every contender `rounds` times, in turns, and set each against `baseline` (default: the first).
 
-    `on_result` sees each run as it ends, with its records and tokens. The contenders stay open.
+    `on_result` sees each run as it ends, with its records and tokens. `probe` measures what the machine offers, which
+    drifts: it is called before and after each run, and the mean is kept beside it. The contenders stay open.
     """
     check_int("rounds", rounds, 1)
     names = [c.name for c in contenders]
@@ -95,9 +99,13 @@ def compare(contenders: Sequence[Contender], workload: Workload, rounds: int = 3
         for contender in contenders:
             contender.warm_up(workload)
     results: dict[str, list[RunResult]] = {name: [] for name in names}
+    probes: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         for contender in contenders:
+            before = probe() if probe is not None else None
             result = contender.run(workload, slo)
+            if probe is not None and before is not None:
+                probes[contender.name].append((before + probe()) / 2)
             results[contender.name].append(result)
             if on_result is not None:
                 on_result(number, contender, result)
@@ -107,7 +115,8 @@ def compare(contenders: Sequence[Contender], workload: Workload, rounds: int = 3
             c.name, c.note, tuple(r.metrics for r in results[c.name]),
             tuple(r.metrics.output_throughput / b.metrics.output_throughput
                   for r, b in zip(results[c.name], reference, strict=True)),
-            count_identical([r.token_ids for r in results[c.name]], [b.token_ids for b in reference]))
+            count_identical([r.token_ids for r in results[c.name]], [b.token_ids for b in reference]),
+            tuple(probes[c.name]))
         for c in contenders))
 
 

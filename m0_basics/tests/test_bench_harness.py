@@ -59,6 +59,22 @@ def test_contenders_take_turns():
     assert seen == [(n, c, (5,) * 4) for n in range(3) for c in "ABC"]
 
 
+def test_probes_stand_beside_their_runs(tmp_path):
+    """Measured before and after each run; without a probe there are none; and a report keeps them."""
+    log, values = [], iter(range(100))
+
+    def probe():
+        log.append("?")
+        return next(values)
+
+    comparison = compare([Fake(n, [1] * 2, log) for n in "AB"], WORK, rounds=2, warm_up=False, probe=probe)
+    assert log == ["?", "A", "?", "?", "B", "?"] * 2
+    assert [c.probes for c in comparison.contenders] == [(0.5, 4.5), (2.5, 6.5)]
+    BenchReport.create("x", {}, (comparison,)).save(tmp_path / "x.json")
+    assert BenchReport.load(tmp_path / "x.json").comparisons == (comparison,)
+    assert compare([Fake("A", [1], [])], WORK, rounds=1)["A"].probes == ()
+
+
 def test_medians_and_ratios_pair_by_pair():
     """The machine slows down tenfold in the second round; B is 2, 4 and 5 times as fast as A."""
     comparison = compare([Fake("A", [1.0, 10.0, 2.0], []), Fake("B", [0.5, 2.5, 0.4], [])], WORK, rounds=3)

@@ -318,6 +318,30 @@ class TestOutputProcessor:
         assert [None, *("".join(e[i].decoded_token for i in e if i != 5) for e in early[1:])] == [None, *"he one"]
 
 
+    @pytest.mark.parametrize("ending", ["length", "stop token", "abort"])
+    @pytest.mark.parametrize("stop", [[], ["zz"]])
+    def test_text_is_written_when_it_is_read(self, ending: str, stop: list[str]) -> None:
+        """Nobody reads it: nothing is decoded until the end, unless a stop string may come. The text is the same."""
+        tokens = byte_ids("größer als zuvor".encode())
+        params = SamplingParams(max_tokens=len(tokens), stop=stop, stop_token_ids=tokens[-1:], min_tokens=len(tokens))
+        if ending != "stop token":
+            params = SamplingParams(max_tokens=len(tokens) + (ending == "abort"), stop=stop)
+        texts = []
+        for text_is_read in (False, True):
+            processor = OutputProcessor(byte_level(), 1000)
+            sequence = running(params)
+            for token_id in tokens:
+                processor.record(sequence, token_id, None)
+                processor.conclude(sequence, text_is_read)
+                if not (text_is_read or stop or sequence.is_finished):
+                    assert sequence.output_text == ""
+            if ending == "abort":
+                sequence.set_status(SequenceStatus.FINISHED_ABORTED)
+            processor.close(sequence)
+            texts.append(sequence.output_text)
+        assert texts[0] == texts[1] == ("größer als zuvo" if ending == "stop token" else "größer als zuvor"), texts
+
+
 class CountingTokenizer(Tokenizer):
     """Counts how often it decodes."""
 

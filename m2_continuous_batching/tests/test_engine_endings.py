@@ -15,6 +15,7 @@ from m0_basics.sampling_params import SamplingParams
 from m0_basics.testing.conformance import PROMPTS, greedy, ids_of
 from m0_basics.testing.fixtures import TinyModels
 from m0_basics.testing.parity import assert_same_tokens
+from m1_offline.detokenizer import IncrementalDetokenizer
 from m1_offline.output_processor import OutputProcessor
 from m1_offline.sampler import FullSampler
 from m2_continuous_batching import SchedulingParams
@@ -79,6 +80,28 @@ class TestFailures:
         assert_same_tokens(ids_of(outputs), lab.reference(PROMPTS[:2]))
         assert [len(o.prompt_logprobs or []) for o in outputs] == [len(p) for p in PROMPTS[:2]]
 
+    def test_text_that_cannot_be_written(self, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A tokenizer that fails takes the request along, also where the text is written only as it ends."""
+        requests = [lab.request(p) for p in PROMPTS[:3]]
+        for request in requests:
+            lab.engine.add_request(request)
+        for _ in range(3):
+            lab.engine.step()
+        lost = requests[1].sequences[0].output_token_ids[1]
+        push = IncrementalDetokenizer.push
+
+        def broken(self: IncrementalDetokenizer, token_id: int) -> str:
+            if token_id == lost:
+                raise ValueError("out of cheese")
+            return push(self, token_id)
+
+        monkeypatch.setattr(IncrementalDetokenizer, "push", broken)
+        lab.engine.abort_request(requests[2].request_id)
+        outputs = lab.finish()
+        assert outputs[requests[1].request_id].outputs[0].stop_reason == "error: ValueError: out of cheese"
+        assert outputs.keys() == {r.request_id for r in requests[:2]}
+        lab.check_empty()
+
     def test_generate_returns_the_failed_one_among_the_others(self, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
         self.break_at(lab, monkeypatch, "sampler", lambda s: s.num_prompt_tokens == len(PROMPTS[0]))
         outputs = lab.run(PROMPTS)
@@ -98,12 +121,12 @@ class TestFailures:
                        "conclude": (OutputProcessor, "conclude")}.get(place, (ModelRunner, place))
         work = getattr(owner, name)
 
-        def broken(self: Any, *args: Any) -> Any:
+        def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
             sequences = {"sampler": lambda: args[1], "execute": lambda: args[0].sampled,
                          "prepare_inputs": lambda: [s.sequence for s in args[0]]}.get(place, lambda: args[:1])()
             if any(blamed(s) for s in sequences):
                 raise ValueError("out of cheese")
-            return work(self, *args)
+            return work(self, *args, **kwargs)
 
         monkeypatch.setattr(owner, name, broken)
 

@@ -35,6 +35,11 @@ def test_every_part_is_there(tmp_path: Path, tiny_model: TinyModels) -> None:
     assert set(found["speedup"]["single"]) == set(contenders[1:])
     assert found["limits"]["single"]["tokens_per_s"] == pytest.approx(
         found["limits"]["bytes_per_second"] / found["limits"]["single"]["bytes_per_token"])
+    single = report.comparisons[1]
+    for c in single.contenders:         # of the bandwidth in each contender's own turns
+        [metrics], [bandwidth] = c.rounds, c.probes
+        assert found["limits"]["single"]["decode_share"][c.name] == pytest.approx(
+            found["limits"]["single"]["bytes_per_token"] / (1e-3 * metrics.tpot_ms.median) / bandwidth)
     assert [(e["batch"], e["context"]) for e in found["attention"]["decode"]] == [(1, 16), (1, 40), (16, 16), (16, 40)]
     assert all(e[f"{way}_s"] > 0 for entries in found["attention"].values() for e in entries
                for way in ("kernel", "loop", "padded", "naive"))

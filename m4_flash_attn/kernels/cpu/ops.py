@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...ops import ElementwiseOps
@@ -36,10 +38,10 @@ class Batch(Structure):
 
 @dataclass(frozen=True)
 class Step:
-    """The C structure of a step, and the tensors that it points into."""
+    """The C structure of a step, and what it points into."""
 
     batch: Batch
-    tensors: tuple[Tensor, ...]
+    memory: Any
 
 
 def make_step(query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, slot_mapping: Tensor) -> Step:
@@ -48,6 +50,16 @@ def make_step(query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, sl
     assert all(t.dtype is torch.int32 and t.is_contiguous() for t in tensors)
     return Step(Batch(slot_mapping.numel(), seq_lens.numel(), block_table.shape[1], *(t.data_ptr() for t in tensors)),
                 tensors)
+
+
+def packed_step(numbers: NDArray[np.int32], num_blocks: int, num_sequences: int) -> Step:
+    """`numbers`: the same one behind the other: B + 1 query starts, B lengths, slots, the block table's rows."""
+    assert numbers.dtype == np.int32 and numbers.flags.c_contiguous
+    num_tokens = numbers.size - 2 * num_sequences - 1 - num_sequences * num_blocks
+    starts = numbers.ctypes.data
+    lengths = starts + 4 * (num_sequences + 1)
+    slots = lengths + 4 * num_sequences
+    return Step(Batch(num_tokens, num_sequences, num_blocks, starts, lengths, slots + 4 * num_tokens, slots), numbers)
 
 
 class PagedKernels:
