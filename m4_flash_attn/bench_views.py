@@ -14,7 +14,7 @@ PLOTTED_BATCH = 16                  # sequences, in the figure of decode over th
 WAYS = {"kernel": "the kernel", "loop": "SDPA, one call a sequence", "padded": "SDPA, one padded call",
         "naive": "all scores, then a softmax"}
 KINDS = {"native": "this milestone's", "onednn": "oneDNN, packed", "torch": "torch, as stored"}
-PARTS = ("linear", "attention", "elementwise", "sampling", "python")
+PARTS = ("lookups", "linear", "attention", "elementwise", "sampling", "python")
 Entries = list[dict[str, Any]]
 
 

@@ -3,8 +3,7 @@
     whole   as the engine runs: all layers are one call into C++, then the output matrix, the sampler
     apart   layer by layer and part by part, so that linear layers and attention can be told apart; calls cost more
 
-What is in no part is Python's: scheduling, metadata, the calls themselves, outputs; the look-ups of embeddings and
-rotary tables are small and counted there, too.
+What is in no part is Python's: scheduling, metadata, the calls themselves, outputs.
 """
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ from .llm import LLM
 from .ops import ElementwiseOps
 from .parts import one_by_one, parts_for
 
-PARTS = ("layers", "linear", "attention", "elementwise", "sampling")
+PARTS = ("lookups", "layers", "linear", "attention", "elementwise", "sampling")     # lookups: embeddings, rotary tables
 _WARM_UP = 4            # steps that are run and not counted
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -62,7 +61,7 @@ class TimedModule(nn.Module):
         super().__init__()
         self.watch, self.part, self.inner = watch, part, inner
 
-    def forward(self, *args: Any) -> Tensor:
+    def forward(self, *args: Any) -> Any:
         return self.watch.time(self.part, self.inner, *args)
 
 
@@ -127,6 +126,8 @@ def timed_engine(llm: LLM, watch: Stopwatch, apart: bool) -> LLMEngine:
     assert llm.attention_backend == "cpu", "the parts are those of the C++ kernels"
     model = load_model(llm.config.model_config)
     model = fuse(model, timed_parts(parts_for(model.device, model.dtype), watch, apart))
+    model.embed_tokens = TimedModule(watch, "lookups", model.embed_tokens)
+    model.rotary = TimedModule(watch, "lookups", model.rotary)                  # type: ignore[assignment]
     spec, engine = model.spec, llm.engine
     shape = (spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim, llm.manager.block_size, model.dtype,
              spec.head_dim ** -0.5)

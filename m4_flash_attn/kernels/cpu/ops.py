@@ -56,7 +56,7 @@ def packed_step(numbers: NDArray[np.int32], num_blocks: int, num_sequences: int)
     """`numbers`: the same one behind the other: B + 1 query starts, B lengths, slots, the block table's rows."""
     assert numbers.dtype == np.int32 and numbers.flags.c_contiguous
     num_tokens = numbers.size - 2 * num_sequences - 1 - num_sequences * num_blocks
-    starts = numbers.ctypes.data
+    starts = torch.from_numpy(numbers).data_ptr()       # says what `numbers.ctypes.data` says, in half the time
     lengths = starts + 4 * (num_sequences + 1)
     slots = lengths + 4 * num_sequences
     return Step(Batch(num_tokens, num_sequences, num_blocks, starts, lengths, slots + 4 * num_tokens, slots), numbers)
