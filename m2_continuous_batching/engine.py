@@ -211,7 +211,7 @@ class LLMEngine(Engine):
             if request.is_finished and request not in self._aborted:
                 self._complete(request)
         news = {id(request): request for request in (*updated, *ended, *self._aborted)}.values()
-        return [self.output_processor.make_output(request) for request in news if request.is_finished or request.stream]
+        return [self.output_processor.make_output(request) for request in news if request.stream or request.is_finished]
 
     def _complete(self, request: Request) -> None:
         """The last thing that happens to a request."""
@@ -226,6 +226,8 @@ class LLMEngine(Engine):
 
     def _report(self, start: float, output: SchedulerOutput, num_prompt_tokens: int, num_sampled: int,
                 token_budget: int) -> None:
+        if not self.plugins:
+            return
         scheduler = self.scheduler
         stats = StepStats(self._num_steps, start, time.perf_counter(), output, num_prompt_tokens, num_sampled,
                           len(scheduler.running), len(scheduler.waiting), len(output.preempted),

@@ -83,7 +83,8 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
         single = single.fit_vocabulary(llm.spec.vocab_size)
         cpu = measure_cpu(1, 1 << 20, 64) if quick else measure_cpu()
         memory = torch.ones((1 if quick else 256) << 18)            # MiB
-        comparisons.append(compare(contenders, single, rounds, baseline="m3", probe=partial(read_bandwidth, memory, 5)))
+        comparisons.append(compare(contenders, single, rounds, baseline="m3",
+                                   probe=partial(read_bandwidth, memory, choose=median)))
         started = {p.name: p.startup_s for p in others if isinstance(p, SubprocessPeer)}
     measurements = {"speedup": {name: speedups(c) for name, c in zip(("ragged", "single"), comparisons, strict=True)},
                     "limits": limits(llm, cpu, ragged, single, comparisons[1])}
@@ -125,7 +126,7 @@ def limits(llm: LLM, cpu: Hardware, ragged: Workload, single: Workload, measured
     """What this processor allows, in output tokens per second, and each contender's share of it in decode.
 
     One request: every token reads all weights, and the keys and values so far. The bandwidth drifts on a machine that
-    others use, too, so each run has its own: what was measured just before and after it. Many: the FLOPs of all steps
+    others use, too, so each run has its own, the median of reads just before and after it. Many: the FLOPs of all steps
     at the measured peak.
     """
     spec, dtype = llm.spec, llm.engine.runner.model.dtype

@@ -44,9 +44,12 @@ def measure_cpu(rounds: int = 9, read_bytes: int = _READ_BYTES, max_matrix: int 
     return Hardware(cpu_name(), peaks, bandwidth, psutil.virtual_memory().total, source)
 
 
-def read_bandwidth(values: Tensor, rounds: int = 9) -> float:
-    """Bytes/s at which `values`, which no cache holds, are read, and only read: their sum."""
-    return values.nbytes / best_seconds(values.sum, rounds)
+def read_bandwidth(values: Tensor, rounds: int = 9, choose: Callable[[list[float]], float] = min) -> float:
+    """Bytes/s at which `values`, which no cache holds, are read, and only read: their sum.
+
+    `choose` makes one time of all: the shortest for a peak, the median for what a moment offers.
+    """
+    return values.nbytes / choose(times_of(values.sum, rounds))
 
 
 def matrix_vector_bandwidth(rounds: int = 9, read_bytes: int = _READ_BYTES) -> float:
@@ -58,13 +61,18 @@ def matrix_vector_bandwidth(rounds: int = 9, read_bytes: int = _READ_BYTES) -> f
 
 def best_seconds(run: Callable[[], object], rounds: int) -> float:
     """Shortest of `rounds` runs, after one that warms up."""
+    return min(times_of(run, rounds))
+
+
+def times_of(run: Callable[[], object], rounds: int) -> list[float]:
+    """Seconds of each of `rounds` runs, after one that warms up."""
     run()
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return times
 
 
 def attained(cpu: Hardware, prompt_len: int = 512, rounds: int = 5) -> dict[str, Fact]:

@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -136,17 +137,18 @@ def test_this_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """F0.12: operations and bytes over the time taken, with a clock that says half a second."""
     ran = []
 
-    def half_a_second(run: Callable[[], object], rounds: int) -> float:
+    def half_a_second(run: Callable[[], object], rounds: int) -> list[float]:
         ran.append(run())
-        return 0.5
+        return [2.0, 0.5, 1.0]
 
-    monkeypatch.setattr(cpu_roofline, "best_seconds", half_a_second)
+    monkeypatch.setattr(cpu_roofline, "times_of", half_a_second)
     cpu = cpu_roofline.measure_cpu(read_bytes=1 << 20, max_matrix=64)
     assert cpu.flops_per_second == dict.fromkeys(("float32", "bfloat16", "float16"), 2 * 64**3 / 0.5)
     assert cpu.bytes_per_second == 2**20 / 0.5
     assert [tuple(result.shape) for result in ran] == [(64, 64)] * 3 + [()]
     assert float(ran[3]) == 2**20 / 4                               # the whole tensor of ones was read
     assert cpu_roofline.matrix_vector_bandwidth(read_bytes=1 << 20) == 2**20 / 0.5
+    assert cpu_roofline.read_bandwidth(torch.ones(1 << 18), choose=median) == 2**20 / 1.0
     facts = cpu_roofline.ceilings(cpu)
     assert facts["cpu.ridge.bfloat16"].value == 2 * 64**3 / 2**20
     assert facts["cpu.bfloat16_gflops"].value == 2 * 64**3 / 0.5 / 1e9
