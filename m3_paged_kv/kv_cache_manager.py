@@ -179,6 +179,8 @@ class PagedKVCacheManager(KVCacheManager):
         num_new = self.num_blocks_of(start + num_tokens) - len(table)
         first = start // self.block_size                        # the block that the first new token goes into
         must_copy = first < len(table) and self.pool.ref_count(table[first]) > 1
+        if num_new <= 0 and not must_copy:
+            return True                                         # most steps: the last block has room
         if num_new + must_copy > self.pool.num_free:
             return False
         if must_copy:

@@ -52,10 +52,10 @@ def step_numbers(starts: list[int], scheduled: list[ScheduledSequence],
     tables = [manager.block_table(s.sequence) for s in scheduled]
     num_blocks = max(map(len, tables))
     seq_lens, slots, rows = list[int](), list[int](), list[int]()
-    for s, table in zip(scheduled, tables, strict=True):
-        kept = manager.num_kept(s.sequence)
-        seq_lens.append(kept + s.num_tokens)
-        _add_slots(slots, table, kept, kept + s.num_tokens, manager.block_size)
+    for (sequence, num_tokens), table in zip(scheduled, tables, strict=True):
+        kept = manager.num_kept(sequence)
+        seq_lens.append(kept + num_tokens)
+        _add_slots(slots, table, kept, kept + num_tokens, manager.block_size)
         rows += table
         rows += [-1] * (num_blocks - len(table))
     return np.array([*starts, *seq_lens, *slots, *rows], dtype=np.int32), num_blocks
