@@ -84,7 +84,8 @@ class ModelRunner(Runner):
             input_ids += sequence.data.token_slice(start, end)
             positions += range(start, end)
         # numpy turns a list into an array in a fraction of the time that torch takes; one copy brings both over.
-        ids, places = torch.as_tensor(np.array([input_ids, positions], dtype=np.int64), device=self.model.device).unbind(0)
+        both = torch.as_tensor(np.array([input_ids, positions], dtype=np.int64), device=self.model.device)
+        ids, places = both.unbind(0)
         return ModelInputs(ids, places, self.backend.build_metadata(scheduled), spans)
 
     @torch.inference_mode()

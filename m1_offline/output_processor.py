@@ -53,10 +53,14 @@ class OutputProcessor:
             self._states.pop(sequence.seq_id, None)
 
     def close(self, sequence: Sequence) -> None:
-        """The sequence has ended. If it was aborted its text is written, as far as it got."""
-        if sequence.status is SequenceStatus.FINISHED_ABORTED and sequence.output_token_ids:
-            self._update_text(sequence, None)
-        self._states.pop(sequence.seq_id, None)
+        """Nothing comes after. Of a sequence that was aborted the text is written, as far as it got."""
+        try:
+            if sequence.status is SequenceStatus.FINISHED_ABORTED and sequence.output_token_ids:
+                reason = sequence.stop_reason
+                self._update_text(sequence, None)
+                sequence.stop_reason = reason           # a stop string in its last token did not end it
+        finally:
+            self._states.pop(sequence.seq_id, None)
 
     def make_output(self, request: Request) -> RequestOutput:
         """A snapshot of the request. The log-probabilities of its prompt get their text here, each one once."""

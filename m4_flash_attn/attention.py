@@ -3,7 +3,8 @@
     m3      look up slots -> copy keys and values together, padded -> SDPA over the copy
     here    one call for the whole step: every sequence, prefill and decode, each at its own length
 
-What a kernel needs is what m3's metadata says: where each sequence's rows begin, how long it is, its block table.
+What a kernel needs is what m3's metadata says: where each sequence's rows begin, how long it is, its block table. The
+C++ kernels take it as addresses in one array, so a plugin that reads m3's tensors needs another backend.
 
 T tokens in the step, B sequences, n new tokens of one of them and L in all, H_q / H_kv query / key-value heads,
 D head size.
@@ -33,7 +34,7 @@ AttendOne = Callable[[Tensor, Tensor, Tensor], Tensor]      # q [n, H_q, D]; k, 
 
 @dataclass(frozen=True)
 class CpuMetadata(AttentionMetadata):
-    """The step as the C++ kernels take it."""
+    """The step as the C++ kernels take it: memory and addresses, no tensors that a plugin could read."""
 
     step: Step
 
@@ -47,7 +48,8 @@ class CpuAttention(FusedAttention):
 
     def build_metadata(self, scheduled: list[ScheduledSequence]) -> CpuMetadata:
         starts = query_start_loc(scheduled)
-        return CpuMetadata(starts, packed_step(*step_numbers(starts, scheduled, self.manager), len(scheduled)))
+        numbers = step_numbers(starts, scheduled, self.manager)
+        return CpuMetadata(starts, packed_step(starts[-1], len(scheduled), *numbers))
 
     def forward(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
         assert isinstance(metadata, CpuMetadata)

@@ -165,7 +165,6 @@ def _kernels(llm: LLM, rounds: int, quick: bool) -> dict[str, Any]:
                              1 if quick else 2 * rounds)
     steps = step_parts(llm, (1, 2) if quick else STEP_SIZES, 8 if quick else 64, 2 if quick else 24)
     return {"attention": attention, "linear": by_rows(timings), "steps": steps,
-            "python_share": max(step["python_share"] for step in steps),
             "prefill_memory": prefill_memory(spec, dtype, (16, 40)) if quick else prefill_memory(spec, dtype)}
 
 

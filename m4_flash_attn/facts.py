@@ -163,7 +163,6 @@ def _kernels(found: Mapping[str, Any]) -> dict[str, Result]:
             for suffix, unit in (("_s", "s"), ("_share", "ratio")):
                 facts |= _numbers(f"bench.step.{entry['num_sequences']}{way}", f"measurements.steps.{i}{way}", inner,
                                   suffix, unit)
-    facts["bench.step.python_share"] = _bench("measurements.python_share", "ratio")
     facts |= {f"bench.start.{name}_s": _bench(f"measurements.start.{name}_s", "s") for name in ("cold", "warm")}
     facts |= {f"bench.start.{peer}_s": _bench(f"measurements.start.peers.{peer}", "s")
               for peer in found["start"]["peers"]}

@@ -9,6 +9,7 @@ B sequences in the step, T tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,23 +32,33 @@ class FlashMetadata(PagedMetadata):
     max_seq_len: int                # no sequence is longer; under a CUDA graph: can ever be
 
 
+class StepNumbers(NamedTuple):
+    """B + 1 query starts, B lengths, T slots, B rows of the block table; and where each of the last three begins."""
+
+    numbers: IntArray
+    seq_lens: int
+    slots: int
+    block_table: int
+    num_blocks: int                 # in a row of the block table
+
+
 def flash_metadata(scheduled: list[ScheduledSequence], manager: PagedKVCacheManager,
                    device: torch.device) -> FlashMetadata:
     """The step's metadata; the sequences' slots are allocated already."""
-    starts = query_start_loc(scheduled)
-    numbers, num_blocks = step_numbers(starts, scheduled, manager)
-    sizes = (len(starts), len(scheduled), starts[-1], len(scheduled) * num_blocks)
-    query_starts, seq_lens, slot_mapping, block_table = torch.from_numpy(numbers).to(device).split(sizes)
-    return FlashMetadata(starts, seq_lens, block_table.view(-1, num_blocks), slot_mapping,
-                         max(s.num_tokens for s in scheduled), query_starts, manager.block_size,
+    starts, num_sequences = query_start_loc(scheduled), len(scheduled)
+    step = step_numbers(starts, scheduled, manager)
+    flat = torch.from_numpy(step.numbers).to(device)
+    return FlashMetadata(starts, flat[step.seq_lens:step.seq_lens + num_sequences],
+                         flat[step.block_table:].view(-1, step.num_blocks), flat[step.slots:step.slots + starts[-1]],
+                         max(s.num_tokens for s in scheduled), flat[:num_sequences + 1], manager.block_size,
                          max(s.end for s in scheduled))
 
 
-def step_numbers(starts: list[int], scheduled: list[ScheduledSequence],
-                 manager: PagedKVCacheManager) -> tuple[IntArray, int]:
-    """B + 1 query starts (given), B lengths, T slots, B rows of the block table; and how long a row is.
+def step_numbers(starts: list[int], scheduled: list[ScheduledSequence], manager: PagedKVCacheManager) -> StepNumbers:
+    """The step's metadata in one array; `starts` is its query_start_loc.
 
-    Loops go over sequences and blocks, never over tokens.
+    Loops go over sequences and blocks, never over tokens. Each part begins at a multiple of 16 bytes: Triton compiles
+    a kernel once for pointers that do, and once more for each combination of those that do not.
     """
     tables = [manager.block_table(s.sequence) for s in scheduled]
     num_blocks = max(map(len, tables))
@@ -58,7 +69,17 @@ def step_numbers(starts: list[int], scheduled: list[ScheduledSequence],
         _add_slots(slots, table, kept, kept + num_tokens, manager.block_size)
         rows += table
         rows += [-1] * (num_blocks - len(table))
-    return np.array([*starts, *seq_lens, *slots, *rows], dtype=np.int32), num_blocks
+    numbers = starts.copy()
+    places = [_append(numbers, part) for part in (seq_lens, slots, rows)]
+    return StepNumbers(np.array(numbers, dtype=np.int32), places[0], places[1], places[2], num_blocks)
+
+
+def _append(numbers: list[int], part: list[int]) -> int:
+    """Put a part behind the others; returns where it begins."""
+    numbers += [0] * (-len(numbers) % 4)
+    place = len(numbers)
+    numbers += part
+    return place
 
 
 def _add_slots(slots: list[int], table: list[int], start: int, end: int, size: int) -> None:
@@ -69,4 +90,3 @@ def _add_slots(slots: list[int], table: list[int], start: int, end: int, size: i
         first = table[block] * size + offset
         slots += range(first, first + count)
         start += count
-

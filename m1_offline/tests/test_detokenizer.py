@@ -317,7 +317,6 @@ class TestOutputProcessor:
             assert tokenizer.num_calls == during, "nothing is left to be decoded"
         assert [None, *("".join(e[i].decoded_token for i in e if i != 5) for e in early[1:])] == [None, *"he one"]
 
-
     @pytest.mark.parametrize("ending", ["length", "stop token", "abort"])
     @pytest.mark.parametrize("stop", [[], ["zz"]])
     def test_text_is_written_when_it_is_read(self, ending: str, stop: list[str]) -> None:
@@ -340,6 +339,17 @@ class TestOutputProcessor:
             processor.close(sequence)
             texts.append(sequence.output_text)
         assert texts[0] == texts[1] == ("größer als zuvo" if ending == "stop token" else "größer als zuvor"), texts
+
+    def test_an_abort_keeps_its_reason(self) -> None:
+        """A stop string in a token that was recorded, and not looked at, cuts the text and explains nothing."""
+        processor, sequence = OutputProcessor(byte_level(), 1000), running(SamplingParams(max_tokens=9, stop=["c"]))
+        for token_id in byte_ids(b"abc"):
+            processor.record(sequence, token_id, None)
+        sequence.set_status(SequenceStatus.FINISHED_ABORTED)
+        sequence.stop_reason = "shutdown"
+        processor.close(sequence)
+        assert (sequence.stop_reason, sequence.output_text) == ("shutdown", "ab")
+        assert not processor._states
 
 
 class CountingTokenizer(Tokenizer):

@@ -87,11 +87,11 @@ class TestFailures:
             lab.engine.add_request(request)
         for _ in range(3):
             lab.engine.step()
-        lost = requests[1].sequences[0].output_token_ids[1]
+        lost = {requests[1].sequences[0].output_token_ids[1], requests[2].sequences[0].output_token_ids[0]}
         push = IncrementalDetokenizer.push
 
         def broken(self: IncrementalDetokenizer, token_id: int) -> str:
-            if token_id == lost:
+            if token_id in lost:
                 raise ValueError("out of cheese")
             return push(self, token_id)
 
@@ -100,6 +100,8 @@ class TestFailures:
         outputs = lab.finish()
         assert outputs[requests[1].request_id].outputs[0].stop_reason == "error: ValueError: out of cheese"
         assert outputs.keys() == {r.request_id for r in requests[:2]}
+        assert requests[2].sequences[0].output_text == ""           # aborted; its text cannot be written either
+        assert not lab.engine.output_processor._states
         lab.check_empty()
 
     def test_generate_returns_the_failed_one_among_the_others(self, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

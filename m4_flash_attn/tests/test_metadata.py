@@ -34,7 +34,7 @@ def test_equal_to_milestone_3(works: list[tuple[int, int]], block_size: int, evi
     for name in ("seq_lens", "block_table", "slot_mapping"):
         a, b = getattr(theirs, name), getattr(ours, name)
         assert (a.dtype, a.tolist()) == (b.dtype, b.tolist()), name
-        assert b.is_contiguous()
+        assert b.is_contiguous() and b.storage_offset() % 4 == 0        # 16 bytes: Triton compiles for that once
     assert ours.max_query_len == theirs.max_query_len == max(new for _, new in works)
     assert ours.max_seq_len == max(computed + new for computed, new in works)
     assert ours.block_size == block_size

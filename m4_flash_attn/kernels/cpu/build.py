@@ -97,7 +97,7 @@ def _load(cxx: str | None, processor: tuple[str, ...] | None) -> ctypes.CDLL | s
 
 
 def _locate(processor: tuple[str, ...] | None) -> tuple[Path, Command]:
-    """The library's file, built or not, and the compiler. Without one: the newest file that there is, and no command.
+    """The library's file, built or not, and the compiler. Without one: the newest file that loads, and no command.
 
     Raises BuildError where there is neither; and where CXX names a compiler that does not exist: that is a mistake.
     """
@@ -105,11 +105,21 @@ def _locate(processor: tuple[str, ...] | None) -> tuple[Path, Command]:
     try:
         compiler = find_compiler()
     except BuildError:
-        built = sorted(folder.glob(f"{name}-*.so"), key=lambda path: path.stat().st_mtime)
-        if not built or os.environ.get("CXX"):
+        built = sorted(folder.glob(f"{name}-*.so"), key=lambda path: path.stat().st_mtime, reverse=True)
+        usable = next(filter(_loads, built), None)
+        if usable is None or os.environ.get("CXX", "").strip():
             raise
-        return built[-1], ()
+        return usable, ()
     return folder / f"{name}-{_identity(compiler)}.so", compiler
+
+
+def _loads(path: Path) -> bool:
+    """A compiler of another system, or with other libraries, may have made it."""
+    try:
+        ctypes.CDLL(str(path))
+    except OSError:
+        return False
+    return True
 
 
 def _fingerprint(processor: tuple[str, ...] | None) -> str:

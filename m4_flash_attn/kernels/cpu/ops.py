@@ -19,6 +19,7 @@ from .build import library
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_HEAD_DIM = 1024                 # of batch.hpp
+_IN_WORKSPACE = ("attend_paged", "decoder_layers")      # return 0, or the bytes that they lack
 
 
 class Shape(Structure):
@@ -52,14 +53,15 @@ def make_step(query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, sl
                 tensors)
 
 
-def packed_step(numbers: NDArray[np.int32], num_blocks: int, num_sequences: int) -> Step:
-    """`numbers`: the same one behind the other: B + 1 query starts, B lengths, slots, the block table's rows."""
+def packed_step(num_tokens: int, num_sequences: int, numbers: NDArray[np.int32], seq_lens: int, slots: int,
+                block_table: int, num_blocks: int) -> Step:
+    """`numbers` begins with the query starts; the others, as in `make_step`, begin at the places given."""
     assert numbers.dtype == np.int32 and numbers.flags.c_contiguous
-    num_tokens = numbers.size - 2 * num_sequences - 1 - num_sequences * num_blocks
-    starts = torch.from_numpy(numbers).data_ptr()       # says what `numbers.ctypes.data` says, in half the time
-    lengths = starts + 4 * (num_sequences + 1)
-    slots = lengths + 4 * num_sequences
-    return Step(Batch(num_tokens, num_sequences, num_blocks, starts, lengths, slots + 4 * num_tokens, slots), numbers)
+    assert num_sequences < seq_lens and seq_lens + num_sequences <= slots and slots + num_tokens <= block_table
+    assert block_table + num_sequences * num_blocks == numbers.size
+    start = torch.from_numpy(numbers).data_ptr()        # says what `numbers.ctypes.data` says, in half the time
+    return Step(Batch(num_tokens, num_sequences, num_blocks, start, start + 4 * seq_lens, start + 4 * block_table,
+                      start + 4 * slots), numbers)
 
 
 class PagedKernels:
@@ -187,5 +189,5 @@ def _functions(kernels: CDLL) -> dict[str, Any]:
     for name, argtypes in signatures.items():
         functions[name] = getattr(kernels, name)
         functions[name].argtypes = argtypes
-        functions[name].restype = c_int64 if argtypes[-2:] == [c_void_p, c_int64] else None
+        functions[name].restype = c_int64 if name in _IN_WORKSPACE else None
     return functions
