@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -21,8 +22,14 @@ from m0_basics.model import CausalLM, DecoderLayer, RMSNorm, apply_rotary
 from .ops import ElementwiseOps
 
 Rotary = tuple[Tensor, Tensor]              # cosines and signed sines, [T, 1, D] each
-# The layers, and the norm behind the last of them -> the modules that run in their place, and the norm that is left.
-Stack = Callable[[list["FusedDecoderLayer"], "FusedRMSNorm"], tuple[list[nn.Module], nn.Module]]
+
+
+class Stacked(NamedTuple):
+    """What runs in the place of a model's layers, of the norm behind the last of them, and of its output matrix."""
+
+    layers: list[nn.Module]
+    norm: nn.Module
+    head: nn.Module
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Parts:
     pack: Callable[[nn.Linear], nn.Module]                              # a linear layer -> the one that runs
     gate: Callable[[nn.Linear], nn.Module]                              # gate_up_proj -> silu(gate(x)) * up(x)
     head: Callable[[nn.Linear], nn.Module]                              # the output matrix -> the one that runs
-    stack: Stack                                                        # the layers -> what runs in their place
+    stack: Callable[[list[FusedDecoderLayer], FusedRMSNorm, nn.Module], Stacked]        # layers, norm and head as one
 
 
 class FusedAttention(AttentionBackend):
@@ -115,7 +122,6 @@ def fuse(model: CausalLM, parts: Parts) -> CausalLM:
         assert isinstance(layer, DecoderLayer), "a model is fused once"
         layers.append(FusedDecoderLayer(layer, parts))
         model.layers[i] = nn.Identity()                 # so that the weights go as soon as they are packed
-    modules, norm = parts.stack(layers, FusedRMSNorm(model.norm, parts.ops))
-    model.layers, model.norm = nn.ModuleList(modules), norm     # type: ignore[assignment]
-    model.lm_head = parts.head(model.lm_head)           # type: ignore[assignment]
+    modules, norm, head = parts.stack(layers, FusedRMSNorm(model.norm, parts.ops), parts.head(model.lm_head))
+    model.layers, model.norm, model.lm_head = nn.ModuleList(modules), norm, head    # type: ignore[assignment]
     return model

@@ -9,9 +9,9 @@ from torch import nn
 from .backends import has_triton
 from .kernels.cpu import ops as cpu
 from .kernels.cpu.build import BuildError
-from .kernels.cpu.decoder import CpuDecoder, can_stack
+from .kernels.cpu.decoder import CpuDecoder, CpuHead, can_end_with, can_stack
 from .kernels.cpu.linear import PackedGatedLinear, PackedLinear, choose
-from .layers import FusedDecoderLayer, FusedRMSNorm, GatedLinear, Parts
+from .layers import FusedDecoderLayer, FusedRMSNorm, GatedLinear, Parts, Stacked
 from .ops import ElementwiseOps, TorchOps
 
 logger = logging.getLogger(__name__)
@@ -50,11 +50,16 @@ def make_ops(device: torch.device, dtype: torch.dtype) -> ElementwiseOps:
     return TorchOps()
 
 
-def stack(layers: list[FusedDecoderLayer], norm: FusedRMSNorm) -> tuple[list[nn.Module], nn.Module]:
-    """One module for all of it where there is a kernel for that, else one by one."""
-    return ([CpuDecoder(layers, norm)], nn.Identity()) if can_stack(layers) else one_by_one(layers, norm)
+def stack(layers: list[FusedDecoderLayer], norm: FusedRMSNorm, head: nn.Module) -> Stacked:
+    """One call for all of it where there is a kernel for that, else one by one."""
+    if not can_stack(layers):
+        return one_by_one(layers, norm, head)
+    if not can_end_with(head, layers):
+        return Stacked([CpuDecoder(layers, norm)], nn.Identity(), head)
+    decoder = CpuDecoder(layers, norm, head)
+    return Stacked([decoder], nn.Identity(), CpuHead(decoder, head))
 
 
-def one_by_one(layers: list[FusedDecoderLayer], norm: FusedRMSNorm) -> tuple[list[nn.Module], nn.Module]:
-    """The layers and the last norm as they are."""
-    return [*layers], norm
+def one_by_one(layers: list[FusedDecoderLayer], norm: FusedRMSNorm, head: nn.Module) -> Stacked:
+    """Everything as it is."""
+    return Stacked([*layers], norm, head)

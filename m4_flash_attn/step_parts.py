@@ -1,6 +1,6 @@
 """Where the time of a decode step goes: the engine's own parts, each with a stopwatch around it.
 
-    whole   as the engine runs: all layers are one call into C++, then the output matrix, the sampler
+    whole   as the engine runs: all layers and the output matrix are one call into C++, then the sampler
     apart   layer by layer and part by part, so that linear layers and attention can be told apart; calls cost more
 
 What is in no part is Python's: scheduling, metadata, the calls themselves, outputs.
@@ -24,7 +24,7 @@ from m2_continuous_batching.engine import LLMEngine
 
 from .attention import CpuAttention
 from .kernels.cpu.ops import PagedKernels, Step
-from .layers import FusedDecoderLayer, FusedRMSNorm, Parts, fuse
+from .layers import FusedDecoderLayer, FusedRMSNorm, Parts, Stacked, fuse
 from .llm import LLM
 from .ops import ElementwiseOps
 from .parts import one_by_one, parts_for
@@ -111,14 +111,15 @@ def timed_parts(parts: Parts, watch: Stopwatch, apart: bool) -> Parts:
     def timed(part: str, make: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Linear], nn.Module]:
         return lambda linear: TimedModule(watch, part, make(linear))
 
-    def stack(layers: list[FusedDecoderLayer], norm: FusedRMSNorm) -> tuple[list[nn.Module], nn.Module]:
-        modules, norm_left = parts.stack(layers, norm)
-        return [TimedModule(watch, "layers", module) for module in modules], norm_left
+    def stack(layers: list[FusedDecoderLayer], norm: FusedRMSNorm, head: nn.Module) -> Stacked:
+        modules, norm_left, head_left = parts.stack(layers, norm, head)
+        return Stacked([TimedModule(watch, "layers", module) for module in modules], norm_left,
+                       TimedModule(watch, "linear", head_left))
 
     if apart:
         return Parts(TimedOps(watch, parts.ops), timed("linear", parts.pack), timed("linear", parts.gate),
                      timed("linear", parts.head), one_by_one)
-    return replace(parts, head=timed("linear", parts.head), stack=stack)
+    return replace(parts, stack=stack)
 
 
 def timed_engine(llm: LLM, watch: Stopwatch, apart: bool) -> LLMEngine:

@@ -22,7 +22,7 @@ from m2_continuous_batching.plugins import AttentionPlugin
 from m2_continuous_batching.plugins.base import Attend
 from m4_flash_attn import LLM, parts
 from m4_flash_attn.kernels.cpu import linear, ops
-from m4_flash_attn.kernels.cpu.decoder import CpuDecoder
+from m4_flash_attn.kernels.cpu.decoder import CpuDecoder, CpuHead
 from m4_flash_attn.layers import FusedDecoderLayer, fuse
 from m4_flash_attn.ops import TorchOps
 from m4_flash_attn.parts import parts_for, plain_parts
@@ -130,6 +130,7 @@ def test_what_runs_on_a_cpu(tiny_model: TinyModels) -> None:
     model = make(tiny_model).engine.runner.model
     assert [type(layer) for layer in model.layers] == [CpuDecoder]
     assert type(model.norm) is nn.Identity, "the decoder has done it"
+    assert type(model.lm_head) is CpuHead
     assert not any(isinstance(module, nn.Linear) for module in model.modules())
     plain = make(tiny_model, fused_layers=False).engine.runner.model
     assert not any(isinstance(module, CpuDecoder | FusedDecoderLayer) for module in plain.modules())
@@ -148,6 +149,29 @@ def test_one_call_gives_the_same_bits_as_layer_by_layer(tiny_model: TinyModels, 
     for cuts in ((), (1, 20, 21, 22)):
         for ours, theirs in zip(*(hidden_states(llm, PROMPTS, cuts) for llm in (whole, apart)), strict=True):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_logits_come_with_the_decode_step(tiny_model: TinyModels, dtype: str, threads: int) -> None:
+    """In decode the call ends with the output matrix: the same bits as by itself; and nobody else gets them."""
+    llm = make(tiny_model, dtype=dtype)
+    torch.set_num_threads(threads)
+    runner, model = llm.engine.runner, llm.engine.runner.model
+    decoder, sequences = model.layers[0], [s.sequence for s in schedule(PROMPTS[:3])]
+    with torch.inference_mode():
+        for in_decode in (False, True):
+            step = [ScheduledSequence(s, 1 if in_decode else s.num_tokens - 1) for s in sequences]
+            assert all(llm.manager.allocate_slots(*s) for s in step)
+            hidden = runner.forward(runner.prepare_inputs(step))
+            for s in step:
+                s.sequence.num_computed_tokens = s.end
+            expected = model.lm_head.head(hidden)
+            assert decoder.take_logits(hidden.clone()) is None, "hidden states of another call"
+            logits = decoder.take_logits(hidden)
+            assert (logits is not None) == in_decode
+            assert logits is None or torch.equal(logits, expected)
+            assert torch.equal(model.compute_logits(hidden), expected), "taken once, then computed"
 
 
 def test_without_kernels_the_layers_are_fused_in_torch(tiny_model: TinyModels) -> None:

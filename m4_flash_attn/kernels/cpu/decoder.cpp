@@ -1,6 +1,7 @@
 // All layers of the model in one parallel region: the threads meet at barriers and never go back to Python in between.
 //
 //     for each layer:   norm | qkv | rotate + store | attend | o | add + norm | gate, up, silu x up | down
+//     then:             add + norm, and the output matrix where every token is its sequence's newest
 //     in the end:       add + norm
 //
 // Called part by part, a step of one token spends a fifth of its time on calls and on waking threads.
@@ -21,13 +22,14 @@ struct Layer {
 struct Decoder {
     const Layer* layers;
     const void* norm;                       // behind the last layer
+    Weights head;                           // the output matrix, where `logits` may be asked for
     int32_t num_layers, hidden_size;
     float eps;
 };
 
 template <class T>
 int64_t run(const Shape& shape, const Batch& batch, const Decoder& decoder, void* x_, const void* cos_,
-            const void* signed_sin_, void* k_cache, void* v_cache, long layer_size, Workspace workspace) {
+            const void* signed_sin_, void* k_cache, void* v_cache, long layer_size, float* logits, Workspace workspace) {
     T* x = (T*)x_;
     const T *cos = (const T*)cos_, *signed_sin = (const T*)signed_sin_;
     const long tokens = batch.num_tokens, hidden = decoder.hidden_size, intermediate = decoder.layers[0].down.depth;
@@ -69,17 +71,22 @@ int64_t run(const Shape& shape, const Batch& batch, const Decoder& decoder, void
             multiply(layer.down, activated, delta);
         }
         elementwise::add_rms_norm(first, last, hidden, x, delta, (const T*)decoder.norm, eps, x);
+        if (logits) {
+#pragma omp barrier
+            linear::share(decoder.head, x, hidden, logits, (int64_t)decoder.head.columns, tokens, thread, threads);
+        }
     }
     return 0;
 }
 
 }  // namespace
 
-// x [T, hidden] is changed in place; caches [layers, num_slots, H_kv, D], `layer_size` elements a layer.
+// x [T, hidden] is changed in place; caches [layers, num_slots, H_kv, D], `layer_size` elements a layer; logits [T, vocab]
+// or null.
 // Returns 0; or, where the workspace is too small, how many bytes it takes: then nothing was done.
 extern "C" int64_t decoder_layers(const Shape* shape, const Batch* batch, const Decoder* decoder, void* x,
                                   const void* cos, const void* signed_sin, void* k_cache, void* v_cache,
-                                  int64_t layer_size, void* workspace, int64_t workspace_size) {
+                                  int64_t layer_size, float* logits, void* workspace, int64_t workspace_size) {
     return (shape->is_bf16 ? run<bf16> : run<float>)(*shape, *batch, *decoder, x, cos, signed_sin, k_cache, v_cache,
-                                                     layer_size, {(char*)workspace, workspace_size});
+                                                     layer_size, logits, {(char*)workspace, workspace_size});
 }

@@ -1,9 +1,11 @@
-"""The decoder layers and the norm behind them as one call: see decoder.cpp."""
+"""The decoder layers, the norm behind them and, in decode, the output matrix as one call: see decoder.cpp."""
 from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
+from typing import TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from m0_basics.attention import AttentionBackend, AttentionMetadata
@@ -23,30 +25,63 @@ class Layer(Structure):
 class Decoder(Structure):
     """`struct Decoder` of decoder.cpp."""
 
-    _fields_ = [("layers", POINTER(Layer)), ("norm", c_void_p), ("num_layers", c_int32), ("hidden_size", c_int32),
-                ("eps", c_float)]
+    _fields_ = [("layers", POINTER(Layer)), ("norm", c_void_p), ("head", Weights), ("num_layers", c_int32),
+                ("hidden_size", c_int32), ("eps", c_float)]
 
 
 class CpuDecoder(nn.Module):
     """All layers in one call where the C++ attention runs by itself; with anything around it, one by one."""
 
-    def __init__(self, layers: Sequence[FusedDecoderLayer], norm: FusedRMSNorm) -> None:
-        """The layers' linear parts are native `PackedLinear`s. `norm`: the one behind the last layer."""
+    def __init__(self, layers: Sequence[FusedDecoderLayer], norm: FusedRMSNorm,
+                 head: PackedLinear | None = None) -> None:
+        """Layers that `can_stack`, the norm behind the last of them, and an output matrix that it `can_end_with`."""
         super().__init__()
         self.layers, self.norm = nn.ModuleList(layers), norm
         assert all(layer.eps == norm.eps for layer in layers)
         array = (Layer * len(layers))(*(_layer(layer) for layer in layers))
-        self._decoder = Decoder(array, _address(norm.weight, layers[0]), len(layers), norm.weight.numel(), norm.eps)
+        weights = Weights() if head is None or head.weights is None else head.weights
+        self._decoder = Decoder(array, _address(norm.weight, layers[0]), weights, len(layers), norm.weight.numel(),
+                                norm.eps)
+        self._result: tuple[Tensor, Tensor] | None = None       # of the newest call: hidden states and their logits
 
     def forward(self, x: Tensor, rotary: Rotary, backend: AttentionBackend, metadata: AttentionMetadata) -> Tensor:
         """x [T, hidden], which may be overwritten -> [T, hidden], through all layers, normed."""
         if isinstance(backend, CpuAttention) and isinstance(metadata, CpuMetadata):
             kv_cache = backend.cache.kv_cache
-            backend.kernels.decoder_layers(metadata.step, self._decoder, x, rotary, kv_cache.k, kv_cache.v)
+            logits = backend.kernels.decoder_layers(metadata.step, self._decoder, x, rotary, kv_cache.k, kv_cache.v)
+            self._result = (x, logits) if logits is not None else None
             return x
         for layer in self.layers:
             x = layer(x, rotary, backend, metadata)
         return self.norm(x)
+
+
+    def take_logits(self, hidden: Tensor) -> Tensor | None:
+        """The logits of these hidden states, once, where the newest call returned them and went on to the logits."""
+        if self._result is None or self._result[0] is not hidden:
+            return None
+        logits, self._result = self._result[1], None
+        return logits
+
+
+class CpuHead(nn.Module):
+    """The output matrix, unless the decoder has been there: each return to Python in between finds cold caches."""
+
+    def __init__(self, decoder: CpuDecoder, head: PackedLinear) -> None:
+        super().__init__()
+        self.head = head
+        self._take_logits = decoder.take_logits
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [R, hidden] -> logits [R, vocab]."""
+        logits = self._take_logits(hidden)
+        return self.head(hidden) if logits is None else logits
+
+
+def can_end_with(head: nn.Module, layers: Sequence[FusedDecoderLayer]) -> TypeGuard[PackedLinear]:
+    """Whether the decoder's call can end with this output matrix."""
+    return (isinstance(head, PackedLinear) and head.weights is not None and head.out_dtype is torch.float32
+            and head.dtype is layers[0].input_norm.dtype)
 
 
 def can_stack(layers: Sequence[nn.Module]) -> bool:

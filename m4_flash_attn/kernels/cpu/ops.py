@@ -109,12 +109,20 @@ class PagedKernels:
         return out
 
     def decoder_layers(self, step: Step, decoder: Any, x: Tensor, rotary: tuple[Tensor, Tensor], k_cache: Tensor,
-                       v_cache: Tensor) -> None:
-        """x [T, hidden] through a whole `decoder.Decoder`, in place; caches [layers, num_slots, H_kv, D]."""
+                       v_cache: Tensor) -> Tensor | None:
+        """x [T, hidden] through a whole `decoder.Decoder`, in place; caches [layers, num_slots, H_kv, D].
+
+        Where the decoder has an output matrix and each sequence one token: also their logits [T, vocab], float32.
+        """
         assert x.shape == (step.batch.num_tokens, decoder.hidden_size)
         assert k_cache.shape[0] == v_cache.shape[0] == decoder.num_layers
+        logits = None
+        if decoder.head.packed and step.batch.num_tokens == step.batch.num_sequences:
+            logits = torch.empty(step.batch.num_tokens, decoder.head.columns, dtype=torch.float32)
         self._in_workspace("decoder_layers", self._shape_ref, byref(step.batch), byref(decoder), self._whole(x),
-                           *self._rotary(step, rotary), self._whole(k_cache), self._whole(v_cache), k_cache.stride(0))
+                           *self._rotary(step, rotary), self._whole(k_cache), self._whole(v_cache), k_cache.stride(0),
+                           None if logits is None else logits.data_ptr())
+        return logits
 
     def _in_workspace(self, name: str, *arguments: Any) -> None:
         """Call a kernel that works in our memory. Where that is too small, it does nothing and says how much it takes.
@@ -182,7 +190,7 @@ def _functions(kernels: CDLL) -> dict[str, Any]:
         "store_kv": [shape, batch, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p],
         "rotate_store_kv": [shape, batch, *[c_void_p] * 3, c_float, *[c_void_p] * 4],
         "attend_paged": [shape, batch, c_void_p, c_int64, *[c_void_p] * 4, c_int64],
-        "decoder_layers": [shape, batch, *[c_void_p] * 6, c_int64, c_void_p, c_int64],
+        "decoder_layers": [shape, batch, *[c_void_p] * 6, c_int64, c_void_p, c_void_p, c_int64],
         "add_rms_norm": [c_int32, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_float, c_void_p],
         "silu_mul": [c_int32, c_int64, c_int64, c_void_p, c_void_p]}
     functions = {}
