@@ -1,8 +1,8 @@
 """Fixtures shared by the tests of every milestone."""
 import pytest
 
-pytest.register_assert_rewrite("m0_basics.testing")
-pytest_plugins = ["m0_basics.testing.fixtures", "m0_basics.testing.command_line"]
+pytest.register_assert_rewrite("m0_basics.tools.testing")
+pytest_plugins = ["m0_basics.tools.testing.fixtures", "m0_basics.tools.testing.command_line"]
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -2,7 +2,7 @@
 import os
 
 if os.environ.get("LLM_LAB_WORKSPACE"):     # before any other module: a learner's files may take their places
-    from .exercise_overlay import install_overlay_from_environment
+    from .tools.exercise_overlay import install_overlay_from_environment
     install_overlay_from_environment()
 
 from .config import CacheConfig, ConfigError, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig

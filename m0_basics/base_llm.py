@@ -14,11 +14,11 @@ from tqdm import tqdm
 from .config import ConfigError, EngineConfig
 from .engine import Engine
 from .input_processor import InputProcessor, Prompt, as_prompt_list
+from .loading.tokenizer import Message, Tokenizer
 from .model_spec import ModelSpec
 from .outputs import RequestOutput
 from .request import Request
 from .sampling_params import SamplingParams
-from .tokenizer import Message, Tokenizer
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 AddRequest = Callable[[Request], None]         # how a request gets into the engine

@@ -11,11 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .analysis.calculators import prefill_flops
-from .analysis.flop_count import count_flops
-from .analysis.growth import growth
-from .bench import BenchReport, EngineContender, Series, compare, get_workload, line_plot, make_peers, throughput_bars
 from .llm import LLM
+from .tools.analysis.calculators import prefill_flops
+from .tools.analysis.flop_count import count_flops
+from .tools.analysis.growth import growth
+from .tools.bench import (
+    BenchReport,
+    EngineContender,
+    Series,
+    compare,
+    get_workload,
+    line_plot,
+    make_peers,
+    throughput_bars,
+)
 
 GROWTH_LENGTHS = (16, 64, 128, 256, 512, 1024)
 DEFAULT_PEERS = ("transformers-no-cache", "transformers")

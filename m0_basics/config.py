@@ -7,6 +7,7 @@ Command-line flags and the keyword arguments of `LLM` are derived from the field
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, get_type_hints
@@ -52,6 +53,15 @@ def check_int(name: str, value: object, minimum: int, optional: bool = False) ->
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise reject(name, value, f"an integer >= {minimum}" + (" or None" if optional else ""))
+
+
+def require(module: str, why: str, extra: str = "bench") -> Any:
+    """Import an optional library, part of `extra`. Raises ConfigError that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f'{why} needs {module.partition(".")[0]} ({error}); '
+                          f'install it with: pip install "llm-inference-lab[{extra}]"') from error
 
 
 @dataclass(frozen=True)

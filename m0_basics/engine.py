@@ -7,11 +7,11 @@ from collections import deque
 
 from .attention import ScheduledSequence
 from .config import EngineConfig
+from .loading.tokenizer import Tokenizer
 from .model_runner import ModelRunner
 from .outputs import Logprob, RequestOutput
 from .request import Request, Sequence, SequenceStatus
 from .sampler import Sampler
-from .tokenizer import Tokenizer
 
 
 class Engine(ABC):

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from .config import ConfigError, reject
+from .loading.tokenizer import Tokenizer
 from .model_spec import ModelSpec
 from .request import Request
 from .sampling_params import SamplingParams, is_utf8
-from .tokenizer import Tokenizer
 
 Prompt = str | Mapping[str, Any] | Sequence[int]        # text, {"prompt": ...}, {"prompt_token_ids": [...]}, or ids
 

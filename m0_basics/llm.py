@@ -7,7 +7,7 @@ from .attention import FullAttention
 from .base_llm import BaseLLM
 from .config import DEFAULT_MODEL, EngineConfig, reject
 from .engine import NaiveEngine
-from .loader import load_model, load_tokenizer
+from .loading.loader import load_model, load_tokenizer
 from .model_runner import ModelRunner
 from .sampler import GreedySampler
 from .sampling_params import SamplingParams

@@ -77,11 +77,10 @@ class ModelRunner(Runner):
         input_ids: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
-        for sequence, num_tokens in scheduled:
-            start = sequence.num_computed_tokens
-            end = start + num_tokens
-            spans.append(Span(sequence, start, num_tokens, len(input_ids), end == sequence.num_tokens))
-            input_ids += sequence.data.token_slice(start, end)
+        for s in scheduled:
+            start, end = s.sequence.num_computed_tokens, s.end
+            spans.append(Span(s.sequence, start, s.num_tokens, len(input_ids), s.reaches_newest))
+            input_ids += s.sequence.data.token_slice(start, end)
             positions += range(start, end)
         # numpy turns a list into an array in a fraction of the time that torch takes; one copy brings both over.
         both = torch.as_tensor(np.array([input_ids, positions], dtype=np.int64), device=self.model.device)

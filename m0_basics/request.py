@@ -117,7 +117,7 @@ class Sequence:
 
     @property
     def is_finished(self) -> bool:
-        return self.status in _FINISHED
+        return self.status.is_finished
 
     def set_status(self, status: SequenceStatus) -> None:
         """Move to another state. Raises IllegalTransitionError where the state machine has no such arrow."""

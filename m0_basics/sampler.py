@@ -56,7 +56,16 @@ class GreedySampler(Sampler):
         for row, sequence in enumerate(sequences):
             if banned := tokens_too_early(sequence):
                 logits[row, torch.tensor(banned, device=logits.device)] = float("-inf")
-        return SamplerOutput.of_tokens(logits.argmax(dim=-1).tolist())
+        return SamplerOutput.of_tokens(argmax(logits))
+
+
+def argmax(logits: Tensor) -> list[int]:
+    """logits [R, V], float32 -> the id of each row's largest, the first of equals; of a row with NaN the first NaN.
+
+    On a CPU numpy's, which gives the same and takes a fraction of the time: it compares a vector register at a time.
+    """
+    token_ids: list[int] = (logits.numpy() if logits.device.type == "cpu" else logits).argmax(-1).tolist()
+    return token_ids
 
 
 def tokens_too_early(sequence: Sequence) -> list[int]:

@@ -17,10 +17,10 @@ import torch
 
 from m0_basics.attention import ScheduledSequence
 from m0_basics.config import reject
+from m0_basics.loading.tokenizer import Tokenizer
 from m0_basics.model_runner import Runner
 from m0_basics.request import Request, Sequence, SequenceStatus, next_seq_id
 from m0_basics.sampling_params import BeamSearchParams
-from m0_basics.tokenizer import Tokenizer
 
 
 class BeamCache(Protocol):

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 import m0_basics
-from m0_basics.analysis.growth import growth
-from m0_basics.bench import (
+from m0_basics.tools.analysis.growth import growth
+from m0_basics.tools.bench import (
     BenchReport,
     Comparison,
     Contender,
@@ -31,9 +31,9 @@ from m0_basics.bench import (
     throughput_bars,
 )
 
-from . import step_costs
 from .llm import LLM
 from .static_batching import StaticBatchEngine, StaticBatchLLM
+from .tools import step_costs
 
 DEFAULT_PEERS = ("transformers", "transformers-static")
 BATCH_SIZE = 16             # of the static batches, ours and transformers'

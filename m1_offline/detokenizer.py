@@ -6,7 +6,7 @@ wait as well.
 """
 from __future__ import annotations
 
-from m0_basics.tokenizer import Tokenizer
+from m0_basics.loading.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"         # what a decoder writes for bytes that form no character
 

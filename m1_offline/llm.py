@@ -7,7 +7,7 @@ from typing import Any
 from m0_basics.base_llm import BaseLLM
 from m0_basics.config import DEFAULT_MODEL, DTYPES
 from m0_basics.input_processor import Prompt, as_prompt_list
-from m0_basics.loader import load_model, load_tokenizer
+from m0_basics.loading.loader import load_model, load_tokenizer
 from m0_basics.model_runner import ModelRunner
 from m0_basics.sampling_params import BeamSearchParams, SamplingParams
 

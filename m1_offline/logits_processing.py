@@ -10,9 +10,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from m0_basics.loading.tokenizer import Tokenizer
 from m0_basics.request import Sequence
 from m0_basics.sampler import tokens_too_early
-from m0_basics.tokenizer import Tokenizer
 
 _NEVER = float("-inf")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from m0_basics.engine import append_token, check_stop
+from m0_basics.loading.tokenizer import Tokenizer
 from m0_basics.outputs import Logprob, RequestOutput
 from m0_basics.request import Request, Sequence, SequenceStatus
-from m0_basics.tokenizer import Tokenizer
 
 from .detokenizer import IncrementalDetokenizer, StopChecker
 

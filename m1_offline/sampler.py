@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m0_basics.loading.tokenizer import Tokenizer
 from m0_basics.model_runner import top_logprobs
 from m0_basics.outputs import Logprob
 from m0_basics.request import Sequence
-from m0_basics.sampler import Sampler, SamplerOutput
+from m0_basics.sampler import Sampler, SamplerOutput, argmax
 from m0_basics.sampling_params import SamplingParams, SamplingType
-from m0_basics.tokenizer import Tokenizer
 
 from .logits_processing import adjust_logits
 
@@ -66,15 +66,6 @@ class FullSampler(Sampler):
         for i, token_id in zip(random, drawn, strict=True):
             token_ids[i] = token_id
         return token_ids
-
-
-def argmax(logits: Tensor) -> list[int]:
-    """logits [R, V], float32 -> the id of each row's largest, the first of equals; of a row with NaN the first NaN.
-
-    On a CPU numpy's, which gives the same and takes a fraction of the time: it compares a vector register at a time.
-    """
-    token_ids: list[int] = (logits.numpy() if logits.device.type == "cpu" else logits).argmax(-1).tolist()
-    return token_ids
 
 
 def num_logprobs(params: SamplingParams) -> int | None:

@@ -24,7 +24,7 @@ from m0_basics.attention import AttentionBackend, AttentionMetadata, ScheduledSe
 from m0_basics.base_llm import BaseLLM
 from m0_basics.config import DEFAULT_MODEL, DTYPES, reject
 from m0_basics.engine import Engine
-from m0_basics.loader import load_model, load_tokenizer
+from m0_basics.loading.loader import load_model, load_tokenizer
 from m0_basics.model import CausalLM
 from m0_basics.outputs import RequestOutput
 from m0_basics.request import Request, Sequence, SequenceStatus

@@ -4,8 +4,8 @@ from m0_basics.sampling_params import StructuredOutputsParams
 
 from .config import EngineConfig
 from .llm import LLM
-from .metrics import MetricsCollector
 from .plugins import AttentionPlugin, CachePlugin, SchedulerPlugin
+from .plugins.metrics import MetricsCollector
 from .policies import SchedulingParams
 
 __all__ = ["LLM", "AttentionPlugin", "CachePlugin", "CompletionOutput", "ConfigError", "EngineConfig", "Logprob",

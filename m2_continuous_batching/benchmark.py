@@ -17,7 +17,7 @@ from typing import Any
 
 import m1_offline
 from m0_basics.base_llm import BaseLLM
-from m0_basics.bench import (
+from m0_basics.tools.bench import (
     SLO,
     BenchReport,
     Comparison,
@@ -35,10 +35,10 @@ from m0_basics.bench import (
 )
 from m1_offline.static_batching import StaticBatchLLM
 
-from . import latency_scenarios
 from .llm import LLM
-from .step_costs import step_costs
-from .timeline import draw_timelines, record_timeline
+from .tools import latency_scenarios
+from .tools.step_costs import step_costs
+from .tools.timeline import draw_timelines, record_timeline
 
 DEFAULT_PEERS = ("transformers", "transformers-static", "transformers-continuous")
 MAX_NUM_SEQS = 32                   # rows, of m2 and of the static batches alike

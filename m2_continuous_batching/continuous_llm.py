@@ -8,10 +8,10 @@ from functools import partial
 from m0_basics.base_llm import BaseLLM, Params
 from m0_basics.config import ConfigError, reject
 from m0_basics.input_processor import Prompt, as_prompt_list
+from m0_basics.loading.tokenizer import Message
 from m0_basics.outputs import RequestOutput
 from m0_basics.request import Request
 from m0_basics.sampling_params import SamplingParams
-from m0_basics.tokenizer import Message
 
 from .engine import LLMEngine
 from .policies import SchedulingParams

@@ -6,7 +6,7 @@ from typing import Any
 
 from m0_basics.attention import AttentionBackend
 from m0_basics.config import DEFAULT_MODEL, DTYPES
-from m0_basics.loader import load_model, load_tokenizer
+from m0_basics.loading.loader import load_model, load_tokenizer
 from m0_basics.model_runner import ModelRunner
 from m1_offline.kv_cache import check_memory
 from m1_offline.output_processor import OutputProcessor

@@ -20,13 +20,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from m0_basics.config import ConfigError, reject
+from m0_basics.config import ConfigError, reject, require
+from m0_basics.loading.tokenizer import Tokenizer
 from m0_basics.model_spec import ModelSpec
 from m0_basics.outputs import Logprob
 from m0_basics.request import Sequence
 from m0_basics.sampler import Sampler, SamplerOutput
 from m0_basics.sampling_params import SamplingParams, StructuredOutputsParams
-from m0_basics.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -145,7 +145,6 @@ class Grammars:
             return self._compile_alone(kind, text)
 
     def _compile_alone(self, kind: str, text: str) -> LLMatcher:
-        from m0_basics.bench.harness import require
         llguidance = require("llguidance", "structured output", extra="structured")
         if self._ll_tokenizer is None:
             if not self.eos_token_ids:

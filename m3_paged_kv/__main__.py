@@ -1,3 +1,3 @@
-from m0_basics.cli import main
+from m0_basics.tools.cli import main
 
 main("m3_paged_kv")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import m2_continuous_batching as m2
-from m0_basics.bench import (
+from m0_basics.tools.bench import (
     BenchReport,
     Comparison,
     Contender,
@@ -28,13 +28,13 @@ from m0_basics.bench import (
     make_peers,
     throughput_bars,
 )
-from m2_continuous_batching.step_costs import step_costs
-from m2_continuous_batching.timeline import draw_timelines, record_timeline
+from m2_continuous_batching.tools.step_costs import step_costs
+from m2_continuous_batching.tools.timeline import draw_timelines, record_timeline
 
-from .cache_error import cache_errors
-from .crossover import crossover
-from .fragmentation import FragmentationMeter
 from .llm import LLM
+from .tools.cache_error import cache_errors
+from .tools.crossover import crossover
+from .tools.fragmentation import FragmentationMeter
 
 DEFAULT_PEERS = ("transformers-continuous",)
 MEMORY_ROWS = 8                     # rows of 1,024 tokens: the memory that both have in the first table

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from m0_basics.config import DEFAULT_MODEL, DTYPES
-from m0_basics.loader import load_model, load_tokenizer
+from m0_basics.loading.loader import load_model, load_tokenizer
 from m0_basics.model_runner import ModelRunner
 from m1_offline.output_processor import OutputProcessor
 from m1_offline.sampler import FullSampler
@@ -19,9 +19,9 @@ from m2_continuous_batching.structured_output import StructuredSampler
 
 from .attention import PagedAttention
 from .beam_cache import BeamBlocks
+from .cache_size import num_blocks_for
 from .config import EngineConfig
 from .kv_cache_manager import PagedKVCacheManager
-from .paged_cache import num_blocks_for
 from .paged_llm import PagedLLM
 from .swap import make_host_cache
 

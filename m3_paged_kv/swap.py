@@ -1,4 +1,10 @@
-"""Swapping on a GPU: copies in batches, on a stream of their own, while the model computes.
+"""The host's memory behind the blocks: preempted sequences wait there, and a swap is a copy like any other.
+
+    slot   0 ............ num_slots .................... num_slots + num_host_slots
+           [ device: attention reads and writes ][ host: swapped-out sequences wait ]
+
+On a CPU the host's slots are a second region of the same memory: the mechanism is the same, the distance is not.
+On a GPU copies go in batches, on a stream of their own, while the model computes:
 
     compute   ... step n ...|             |... step n + 1 overwrites the freed blocks ...
     side                    '->[gather ]--'[ to host memory        ][ back ]->... before they are read
@@ -22,9 +28,35 @@ from m0_basics.config import ConfigError
 from m2_continuous_batching.kv_cache_manager import SlotCopy
 from m2_continuous_batching.slot_cache import SlotCache
 
-from .paged_cache import HostCache
-
 _STAGED_BYTES = 64 * 2**20          # of a batch on its way: memory of the device that the cache's budget leaves free
+
+
+class HostCache:
+    """Keys and values of swapped-out sequences, where the device is a CPU."""
+
+    def __init__(self, device_cache: SlotCache, num_host_slots: int) -> None:
+        self.device_cache = device_cache
+        k = device_cache.kv_cache.k
+        self.num_slots = k.shape[1]
+        self.k, self.v = (k.new_empty(k.shape[0], num_host_slots, *k.shape[2:]) for _ in range(2))
+
+    def copy_slots(self, copies: list[SlotCopy]) -> None:
+        """Make the copies in order; slots from `num_slots` on are the host's."""
+        for c in copies:                        # one by one: a slice is copied once, a batch by index twice
+            if max(c.source, c.target) < self.num_slots:
+                self.device_cache.copy_slots([c])
+            else:
+                self._copy(c)
+
+    def _copy(self, c: SlotCopy) -> None:
+        pools = ((self.device_cache.kv_cache.k, self.k), (self.device_cache.kv_cache.v, self.v))
+        for device, host in pools:
+            source, target = (self._view(slot, c.num_slots, device, host) for slot in (c.source, c.target))
+            target.copy_(source)
+
+    def _view(self, slot: int, num_slots: int, device: Tensor, host: Tensor) -> Tensor:
+        pool, first = (device, slot) if slot < self.num_slots else (host, slot - self.num_slots)
+        return pool[:, first:first + num_slots]
 
 
 class PinnedHostCache:

@@ -12,60 +12,20 @@ D head size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from m0_basics.attention import AttentionBackend, AttentionMetadata, ScheduledSequence, query_start_loc
+from m0_basics.attention import AttentionBackend, AttentionMetadata, ScheduledSequence
 from m2_continuous_batching.slot_cache import SlotCache
 from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
 from m3_paged_kv.metadata import PagedMetadata, paged_metadata
 
-from .kernels.cpu.ops import PagedKernels, Step, packed_step
-from .layers import FusedAttention, Rotary
-from .metadata import step_numbers
 from .online_softmax import tiled_attention
 from .reference import masked_attention, visible
 
 AttendOne = Callable[[Tensor, Tensor, Tensor], Tensor]      # q [n, H_q, D]; k, v [L, H_kv, D] -> [n, H_q, D]
-
-
-@dataclass(frozen=True)
-class CpuMetadata(AttentionMetadata):
-    """The step as the C++ kernels take it: memory and addresses, no tensors that a plugin could read."""
-
-    step: Step
-
-
-class CpuAttention(FusedAttention):
-    """The C++ kernels. The cache holds the model's dtype, and no plugin stands before it."""
-
-    def __init__(self, cache: SlotCache, manager: PagedKVCacheManager, kernels: PagedKernels) -> None:
-        assert not cache.plugins, "kernels read the cache itself"
-        self.cache, self.manager, self.kernels = cache, manager, kernels
-
-    def build_metadata(self, scheduled: list[ScheduledSequence]) -> CpuMetadata:
-        starts = query_start_loc(scheduled)
-        numbers = step_numbers(starts, scheduled, self.manager)
-        return CpuMetadata(starts, packed_step(starts[-1], len(scheduled), *numbers))
-
-    def forward(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
-        assert isinstance(metadata, CpuMetadata)
-        caches = self._caches(layer_idx)
-        self.kernels.store_kv(metadata.step, k, v, *caches)
-        return self.kernels.attend(metadata.step, q, *caches).view(q.shape)
-
-    def forward_qkv(self, layer_idx: int, qkv: Tensor, norms: tuple[Tensor, Tensor] | None, eps: float,
-                    rotary: Rotary, metadata: AttentionMetadata) -> Tensor:
-        assert isinstance(metadata, CpuMetadata)
-        caches = self._caches(layer_idx)
-        self.kernels.rotate_store_kv(metadata.step, qkv, norms, eps, rotary, *caches)
-        return self.kernels.attend(metadata.step, qkv, *caches)
-
-    def _caches(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        return self.cache.kv_cache.k[layer_idx], self.cache.kv_cache.v[layer_idx]
 
 
 class ReadableAttention(AttentionBackend):

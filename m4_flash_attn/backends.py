@@ -8,7 +8,6 @@ Nothing optional is imported before its backend is asked about.
 """
 from __future__ import annotations
 
-import importlib.util
 import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -22,10 +21,12 @@ from m2_continuous_batching.slot_cache import SlotCache
 from m3_paged_kv.attention import PagedAttention
 from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
 
-from .attention import AttendOne, CpuAttention, ReadableAttention, attend_naive, attend_tiled
-from .kernels.cpu import ops as cpu
+from .attention import AttendOne, ReadableAttention, attend_naive, attend_tiled
+from .kernels.cpu import bindings as cpu
+from .kernels.cpu.attention import CpuAttention
 from .kernels.cpu.build import BuildError, library
 from .kernels.flash_attn import Attend, LibraryError, load_flash_attn, load_torch_varlen
+from .kernels.triton import has_triton
 
 logger = logging.getLogger(__name__)
 _LARGEST_TRITON_HEAD = 128          # tiles of larger heads do not fit into every GPU's shared memory
@@ -113,7 +114,7 @@ class TritonBackend(Backend):
         return None
 
     def make(self, situation: Situation, cache: SlotCache, manager: PagedKVCacheManager) -> AttentionBackend:
-        from .gpu_attention import GpuAttention
+        from .kernels.triton.backend import GpuAttention
         return GpuAttention(cache, manager)
 
 
@@ -140,7 +141,7 @@ class LibraryBackend(Backend):
         return None
 
     def make(self, situation: Situation, cache: SlotCache, manager: PagedKVCacheManager) -> AttentionBackend:
-        from .gpu_attention import GpuAttention
+        from .kernels.triton.backend import GpuAttention
         return GpuAttention(cache, manager, self.load(situation))
 
 
@@ -213,11 +214,6 @@ def _choose_by_device(situation: Situation) -> Backend:
         logger.warning("attention backend sdpa is used, which is slower; %s",
                        "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
     return BACKENDS["sdpa"]
-
-
-def has_triton() -> bool:
-    """Whether Triton can be imported (found, not imported)."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def _not_on_gpu(situation: Situation) -> str | None:

@@ -21,13 +21,14 @@ import torch
 
 import m2_continuous_batching as m2
 import m3_paged_kv as m3
-from m0_basics.analysis import calculators as calc
-from m0_basics.analysis.calculators import Work
-from m0_basics.analysis.cpu_roofline import measure_cpu, read_bandwidth
-from m0_basics.analysis.microbench import QUICK
-from m0_basics.analysis.roofline import Hardware
 from m0_basics.base_llm import BaseLLM
-from m0_basics.bench import (
+from m0_basics.model_spec import ModelSpec
+from m0_basics.tools.analysis import calculators as calc
+from m0_basics.tools.analysis.calculators import Work
+from m0_basics.tools.analysis.cpu_roofline import measure_cpu, read_bandwidth
+from m0_basics.tools.analysis.microbench import QUICK
+from m0_basics.tools.analysis.roofline import Hardware
+from m0_basics.tools.bench import (
     BenchReport,
     Comparison,
     Contender,
@@ -38,16 +39,15 @@ from m0_basics.bench import (
     get_workload,
     make_peers,
 )
-from m0_basics.bench.subprocess_peers import SubprocessPeer
-from m0_basics.model_spec import ModelSpec
+from m0_basics.tools.bench.subprocess_peers import SubprocessPeer
 
-from .attention_bench import attention_times, prefill_memory
-from .bench_views import PLOTTED_BATCH, draw, print_tables
-from .kernels.cpu.linear_bench import Timing
-from .kernels.cpu.linear_bench import measure as measure_linear
 from .llm import LLM
-from .start_up import start_up
-from .step_parts import step_parts
+from .tools.attention_bench import attention_times, prefill_memory
+from .tools.bench_views import PLOTTED_BATCH, draw, print_tables
+from .tools.linear_bench import Timing
+from .tools.linear_bench import measure as measure_linear
+from .tools.start_up import start_up
+from .tools.step_parts import step_parts
 
 logger = logging.getLogger(__name__)
 DEFAULT_PEERS = ("transformers-static",)

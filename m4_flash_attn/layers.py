@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from m0_basics.attention import AttentionBackend, AttentionMetadata
 from m0_basics.model import CausalLM, DecoderLayer, RMSNorm, apply_rotary
 
-from .ops import ElementwiseOps
+from .elementwise import ElementwiseOps
 
 Rotary = tuple[Tensor, Tensor]              # cosines and signed sines, [T, 1, D] each
 
@@ -33,7 +33,7 @@ class Stacked(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Parts:
+class LayerKernels:
     """What layers are made of on some machine."""
 
     ops: ElementwiseOps
@@ -82,7 +82,7 @@ class GatedLinear(nn.Module):
 class FusedDecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); x is changed in place."""
 
-    def __init__(self, layer: DecoderLayer, parts: Parts) -> None:
+    def __init__(self, layer: DecoderLayer, parts: LayerKernels) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self.ops, pack = parts.ops, parts.pack
@@ -115,7 +115,7 @@ class FusedDecoderLayer(nn.Module):
         return out.reshape(-1, self.num_heads * self.head_dim)
 
 
-def fuse(model: CausalLM, parts: Parts) -> CausalLM:
+def fuse(model: CausalLM, parts: LayerKernels) -> CausalLM:
     """Exchange the model's layers, its last norm and its output matrix; returns the same model."""
     layers = []
     for i, layer in enumerate(model.layers):

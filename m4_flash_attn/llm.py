@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from m0_basics.config import DEFAULT_MODEL, DTYPES
-from m0_basics.loader import load_model, load_tokenizer
+from m0_basics.loading.loader import load_model, load_tokenizer
 from m0_basics.model_runner import ModelRunner, Runner
 from m1_offline.output_processor import OutputProcessor
 from m1_offline.sampler import FullSampler
@@ -17,16 +17,16 @@ from m2_continuous_batching.scheduler import PrefillFirstScheduler
 from m2_continuous_batching.slot_cache import SlotCache, slot_cache_bytes
 from m2_continuous_batching.structured_output import StructuredSampler
 from m3_paged_kv.beam_cache import BeamBlocks
+from m3_paged_kv.cache_size import num_blocks_for
 from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
-from m3_paged_kv.paged_cache import num_blocks_for
 from m3_paged_kv.paged_llm import PagedLLM
 from m3_paged_kv.swap import make_host_cache
 
 from .backends import Situation, choose
 from .config import EngineConfig
 from .cuda_graph import GraphRunner
+from .kernels.layer_kernels import layer_kernels_for
 from .layers import fuse
-from .parts import parts_for
 
 
 class LLM(PagedLLM):
@@ -48,7 +48,7 @@ class LLM(PagedLLM):
         situation = Situation(weights.device, weights.dtype, dtype, weights.spec, memory.block_size, bool(hooks.cache))
         backend = choose(attention.attention_backend, situation)
         if attention.fused_layers:
-            weights = fuse(weights, parts_for(weights.device, weights.dtype))
+            weights = fuse(weights, layer_kernels_for(weights.device, weights.dtype))
         block_bytes = slot_cache_bytes(weights.spec, memory.block_size, dtype, hooks.cache)
         num_blocks = num_blocks_for(memory, block_bytes, weights.device, limits.max_model_len, limits.max_num_seqs)
         # What a cache plugin keeps for a slot stays on the device: such sequences are recomputed instead of swapped.

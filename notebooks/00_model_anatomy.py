@@ -28,12 +28,12 @@ from IPython.display import Markdown
 from torch import Tensor
 
 from m0_basics import LLM, SamplingParams, Sequence, SequenceData
-from m0_basics.analysis import calculators as calc
+from m0_basics.tools.analysis import calculators as calc
 from m0_basics.attention import AttentionBackend, AttentionMetadata, FullAttention, ScheduledSequence, query_start_loc
-from m0_basics.analysis.cpu_roofline import best_seconds, measure_cpu
+from m0_basics.tools.analysis.cpu_roofline import best_seconds, measure_cpu
 from m0_basics.model import apply_rotary, inverse_frequencies
 from m0_basics.model_runner import ModelRunner
-from m0_basics.analysis.roofline import HARDWARE, format_table, roofline_table
+from m0_basics.tools.analysis.roofline import HARDWARE, format_table, roofline_table
 
 INK, BLUE, ORANGE, GREEN, RED, GREY, LIGHT = (
     "#22313f", "#2f6f9f", "#e08a3c", "#4c9a6a", "#b5483a", "#9aa5b1", "#e8ecf0")

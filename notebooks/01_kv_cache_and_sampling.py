@@ -33,13 +33,13 @@ from tokenizers import Tokenizer as RustTokenizer
 from torch import Tensor
 
 from m0_basics import Sequence, SequenceData
-from m0_basics.analysis import calculators as calc
+from m0_basics.tools.analysis import calculators as calc
 from m0_basics.attention import AttentionBackend, AttentionMetadata, FullAttention, ScheduledSequence
-from m0_basics.bench.workloads import ragged
+from m0_basics.tools.bench.workloads import ragged
 from m0_basics.config import DEFAULT_MODEL
-from m0_basics.analysis.cpu_roofline import best_seconds
-from m0_basics.analysis.flop_count import count_flops
-from m0_basics.loader import resolve_model
+from m0_basics.tools.analysis.cpu_roofline import best_seconds
+from m0_basics.tools.analysis.flop_count import count_flops
+from m0_basics.loading.loader import resolve_model
 from m0_basics.model_runner import ModelRunner
 from m1_offline import LLM, SamplingParams
 from m1_offline.detokenizer import IncrementalDetokenizer

@@ -34,25 +34,25 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from m0_basics import Sequence, SequenceData
-from m0_basics.analysis.cpu_roofline import best_seconds
+from m0_basics.tools.analysis.cpu_roofline import best_seconds
 from m0_basics.attention import AttentionMetadata, ScheduledSequence
-from m0_basics.bench import EngineContender, get_workload
-from m0_basics.bench.workloads import ragged
+from m0_basics.tools.bench import EngineContender, get_workload
+from m0_basics.tools.bench.workloads import ragged
 from m0_basics.model import CausalLM
 from m0_basics.model_runner import ModelRunner
 from m0_basics.request import Request
-from m1_offline.facts import static_slots
+from m1_offline.tools.facts import static_slots
 from m1_offline.static_batching import StaticBatchLLM
 from m2_continuous_batching import LLM, SamplingParams, SchedulingParams
 from m2_continuous_batching.attention import NaiveRaggedAttention, RaggedAttention
-from m2_continuous_batching.facts import CPU_COST, S0_BATCH, serve, urgency
+from m2_continuous_batching.tools.facts import CPU_COST, S0_BATCH, serve, urgency
 from m2_continuous_batching.kv_cache_manager import RowKVCacheManager
-from m2_continuous_batching.metrics import MetricsCollector
+from m2_continuous_batching.plugins.metrics import MetricsCollector
 from m2_continuous_batching.plugins.base import Attend, AttentionPlugin, SchedulerPlugin, StepStats
 from m2_continuous_batching.scheduler import Scheduler
-from m2_continuous_batching.simulation import Simulator
+from m2_continuous_batching.tools.simulation import Simulator
 from m2_continuous_batching.slot_cache import SlotCache
-from m2_continuous_batching.utilisation import continuous_utilisation
+from m2_continuous_batching.tools.utilisation import continuous_utilisation
 
 INK, BLUE, ORANGE, GREEN, RED, GREY, LIGHT = (
     "#22313f", "#2f6f9f", "#e08a3c", "#4c9a6a", "#b5483a", "#9aa5b1", "#e8ecf0")

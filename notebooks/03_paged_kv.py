@@ -29,10 +29,10 @@ from matplotlib.patches import Patch
 
 import m2_continuous_batching as m2
 from m0_basics import Sequence, SequenceData
-from m0_basics.analysis.cpu_roofline import best_seconds
+from m0_basics.tools.analysis.cpu_roofline import best_seconds
 from m0_basics.attention import ScheduledSequence
-from m0_basics.bench import EngineContender
-from m0_basics.bench.workloads import ragged
+from m0_basics.tools.bench import EngineContender
+from m0_basics.tools.bench.workloads import ragged
 from m0_basics.request import Request
 from m2_continuous_batching.attention import RaggedAttention
 from m2_continuous_batching.kv_cache_manager import RowKVCacheManager, SlotCopy
@@ -41,11 +41,11 @@ from m2_continuous_batching.scheduler import Scheduler
 from m2_continuous_batching.slot_cache import SlotCache
 from m3_paged_kv import LLM, SamplingParams
 from m3_paged_kv.attention import PagedAttention
-from m3_paged_kv.crossover import crossover
-from m3_paged_kv.eviction import AttentionSinks
-from m3_paged_kv.fragmentation import FragmentationMeter, block_utilisation, row_utilisation
+from m3_paged_kv.tools.crossover import crossover
+from m3_paged_kv.plugins.eviction import AttentionSinks
+from m3_paged_kv.tools.fragmentation import FragmentationMeter, block_utilisation, row_utilisation
 from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
-from m3_paged_kv.pool_pictures import SHARED, PoolRecorder, draw_pool, draw_tables
+from m3_paged_kv.tools.pool_pictures import SHARED, PoolRecorder, draw_pool, draw_tables
 
 INK, BLUE, ORANGE, GREEN, RED, GREY, LIGHT = (
     "#22313f", "#2f6f9f", "#e08a3c", "#4c9a6a", "#b5483a", "#9aa5b1", "#e8ecf0")

@@ -31,16 +31,16 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from m0_basics import LLM, Sequence, SequenceData, SamplingParams
-from m0_basics.analysis.cpu_roofline import best_seconds, measure_cpu
-from m0_basics.analysis.roofline import HARDWARE
+from m0_basics.tools.analysis.cpu_roofline import best_seconds, measure_cpu
+from m0_basics.tools.analysis.roofline import HARDWARE
 from m0_basics.attention import AttentionBackend, AttentionMetadata, FullAttention, ScheduledSequence
 from m0_basics.model_runner import ModelRunner
-from m4_flash_attn.intensity import attention_part, linear_part
-from m4_flash_attn.memory_traffic import Heads, counted, formula, tile_sizes
+from m4_flash_attn.tools.intensity import attention_part, linear_part
+from m4_flash_attn.tools.memory_traffic import Heads, counted, formula, tile_sizes
 from m4_flash_attn.online_softmax import (
     State, Trace, empty_state, finish, log_sum_exp, merge, online_softmax, split_kv_attention, tiled_attention, tiles,
     update)
-from m4_flash_attn.pictures import (
+from m4_flash_attn.tools.pictures import (
     BLUE, GREEN, GREY, INK, LIGHT, ORANGE, SKY, draw_growth, draw_roofline, draw_splits, draw_tile, draw_turns,
     tile_stages, turns)
 from m4_flash_attn.reference import masked_attention, visible

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from m0_basics import LLM, SamplingParams, benchmark
-from m0_basics.bench import (
+from m0_basics.config import ConfigError, require
+from m0_basics.tools.bench import (
     BenchError,
     BenchReport,
     BenchRequest,
@@ -22,11 +23,9 @@ from m0_basics.bench import (
     compare,
     comparison_table,
     line_plot,
-    require,
     throughput_bars,
 )
-from m0_basics.bench.report import command_line
-from m0_basics.config import ConfigError
+from m0_basics.tools.bench.report import command_line
 
 WORK = Workload("two", (BenchRequest((5, 6), 4), BenchRequest((7,), 6)), "ten output tokens")
 

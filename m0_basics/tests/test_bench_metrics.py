@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m0_basics.bench.memory import MemoryMeter
-from m0_basics.bench.metrics import SLO, PeakMemory, RequestRecord, RunMetrics, Stats, compute_metrics
 from m0_basics.config import ConfigError
 from m0_basics.request import Request, SequenceData
 from m0_basics.sampling_params import SamplingParams
+from m0_basics.tools.bench.memory import MemoryMeter
+from m0_basics.tools.bench.metrics import SLO, PeakMemory, RequestRecord, RunMetrics, Stats, compute_metrics
 
 # Arrives at 1 s, tokens at 3, 4 and 6.5 s.
 THREE_TOKENS = RequestRecord(1.0, (3.0, 4.0, 6.5), 6.5, 10, (3,))

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m0_basics.bench.workloads import BenchRequest, Workload, get_workload, workload_names
 from m0_basics.config import ConfigError
+from m0_basics.tools.bench.workloads import BenchRequest, Workload, get_workload, workload_names
 
 # sha256 of json.dumps([[prompt token ids, output length], ...]) of the public definition of ragged-64.
 RAGGED_64 = "00c19193d0730d1491d4d6aa0e268c8ef22761319dcd6d481a150fc726e9e496"

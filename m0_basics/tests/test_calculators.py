@@ -5,7 +5,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from m0_basics.analysis.calculators import (
+from m0_basics.attention import FullAttention, ScheduledSequence
+from m0_basics.config import DEFAULT_MODEL, ConfigError
+from m0_basics.loading.loader import load_spec, resolve_model
+from m0_basics.model import CausalLM
+from m0_basics.model_runner import ModelRunner
+from m0_basics.model_spec import ModelSpec
+from m0_basics.request import Sequence, SequenceData
+from m0_basics.sampling_params import SamplingParams
+from m0_basics.tools.analysis.calculators import (
     Flops,
     Work,
     arithmetic_intensity,
@@ -23,16 +31,8 @@ from m0_basics.analysis.calculators import (
     step_flops,
     weight_bytes,
 )
-from m0_basics.analysis.flop_count import count_flops
-from m0_basics.analysis.model_specs import SPECS
-from m0_basics.attention import FullAttention, ScheduledSequence
-from m0_basics.config import DEFAULT_MODEL, ConfigError
-from m0_basics.loader import load_spec, resolve_model
-from m0_basics.model import CausalLM
-from m0_basics.model_runner import ModelRunner
-from m0_basics.model_spec import ModelSpec
-from m0_basics.request import Sequence, SequenceData
-from m0_basics.sampling_params import SamplingParams
+from m0_basics.tools.analysis.flop_count import count_flops
+from m0_basics.tools.analysis.model_specs import SPECS
 
 # No two sizes are equal, and head_dim is not hidden_size / heads: a formula that mixes them up is found out.
 SIZES = {"vocab_size": 97, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 3,

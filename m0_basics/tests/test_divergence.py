@@ -10,7 +10,7 @@ import torch
 
 from m0_basics import LLM, SamplingParams
 from m0_basics.config import ConfigError
-from m0_basics.divergence import (
+from m0_basics.tools.divergence import (
     Divergence,
     compare_with_transformers,
     explain_divergence,
@@ -18,8 +18,8 @@ from m0_basics.divergence import (
     run_transformers,
     ulp,
 )
-from m0_basics.testing.parity import mixed_length_prompts, reference_greedy, reference_logits, reference_model
-from m0_basics.testing.tiny_models import VOCAB_SIZE
+from m0_basics.tools.testing.parity import mixed_length_prompts, reference_greedy, reference_logits, reference_model
+from m0_basics.tools.testing.tiny_models import VOCAB_SIZE
 
 PROMPTS = mixed_length_prompts(VOCAB_SIZE, 4, seed=21)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import m0_basics
-from m0_basics.documents.interview import LABELS, SECTIONS
-from m0_basics.facts import FACTS
-from m0_basics.testing.documents import DocumentConformance, anchor, check_evidence, check_links
+from m0_basics.tools.documents.interview import LABELS, SECTIONS
+from m0_basics.tools.facts import FACTS
+from m0_basics.tools.testing.documents import DocumentConformance, anchor, check_evidence, check_links
 
 
 class TestDocuments(DocumentConformance):

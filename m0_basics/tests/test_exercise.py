@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from m0_basics.config import ConfigError
-from m0_basics.exercise.book import ExerciseBook
-from m0_basics.exercise.commands import exercise_app
+from m0_basics.tools.exercise.book import ExerciseBook
+from m0_basics.tools.exercise.commands import exercise_app
 
 README = """# m9_toy
 ## Exercises

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from m0_basics.exercise.book import ExerciseBook
-from m0_basics.exercise.source import find_function, replace_function
+from m0_basics.tools.exercise.book import ExerciseBook
+from m0_basics.tools.exercise.source import find_function, replace_function
 
 REPO = Path(__file__).parents[2]
 MILESTONES = [folder.name for folder in sorted(REPO.glob("m[0-7]_*")) if (folder / "__init__.py").is_file()]
@@ -78,7 +78,7 @@ def test_no_module_is_imported_before_the_overlay(package: str, workspace: Path)
     done = subprocess.run([sys.executable, "-c", SHOW_FILES, package], cwd=REPO, text=True, stdout=subprocess.PIPE,
                           check=True)
     loaded = dict(line.split(" ", 1) for line in done.stdout.splitlines())
-    loaded.pop("m0_basics.exercise_overlay", None)          # the overlay itself comes first, and stays the real one
+    loaded.pop("m0_basics.tools.exercise_overlay", None)      # the overlay itself comes first, and stays the real one
     assert f"{package}.llm" in loaded
     # An `__init__` holds no exercise, and the overlay replaces modules only.
     elsewhere = {name for name, file in loaded.items()

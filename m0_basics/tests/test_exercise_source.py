@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m0_basics.config import ConfigError
-from m0_basics.exercise.source import blank, find_function, function_text, named_functions, replace_function
+from m0_basics.tools.exercise.source import blank, find_function, function_text, named_functions, replace_function
 
 REPO = Path(__file__).parents[2]
 SOURCES = sorted(file for folder in REPO.glob("m*_*") for file in folder.rglob("*.py"))

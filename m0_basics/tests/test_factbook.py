@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from m0_basics.analysis.microbench import run_all
 from m0_basics.config import ConfigError
-from m0_basics.documents import factbook
-from m0_basics.documents.checks import check_code_references, check_document, fact_names, update_document
-from m0_basics.documents.factbook import Fact, Facts, Result, merge, read_result
-from m0_basics.facts import FACTS
+from m0_basics.tools.analysis.microbench import run_all
+from m0_basics.tools.documents import factbook
+from m0_basics.tools.documents.checks import check_code_references, check_document, fact_names, update_document
+from m0_basics.tools.documents.factbook import Fact, Facts, Result, merge, read_result
+from m0_basics.tools.facts import FACTS
 
 BOOK = {
     "kv.bytes": Fact(23040, "B"), "kv.total": Fact(1_677_721_600, "B"), "speed": Fact(142.51, "tokens/s"),

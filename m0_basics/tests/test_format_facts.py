@@ -5,10 +5,16 @@ import math
 
 import pytest
 
-from m0_basics.analysis.format_facts import bits_per_weight, gguf_blocks, number_formats, rotary_frequencies, tokens_run
-from m0_basics.analysis.model_specs import SPECS
-from m0_basics.gguf import open_gguf
-from m0_basics.loader import default_model_file
+from m0_basics.loading.gguf import open_gguf
+from m0_basics.loading.loader import default_model_file
+from m0_basics.tools.analysis.format_facts import (
+    bits_per_weight,
+    gguf_blocks,
+    number_formats,
+    rotary_frequencies,
+    tokens_run,
+)
+from m0_basics.tools.analysis.model_specs import SPECS
 
 
 def test_number_formats() -> None:

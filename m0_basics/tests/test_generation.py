@@ -7,16 +7,16 @@ import torch
 from m0_basics import LLM, SamplingParams
 from m0_basics.attention import ScheduledSequence
 from m0_basics.request import Sequence, SequenceData
-from m0_basics.testing.bad_input_conformance import BadInputConformance
-from m0_basics.testing.conformance import (
+from m0_basics.tools.testing.bad_input_conformance import BadInputConformance
+from m0_basics.tools.testing.conformance import (
     AbortConformance,
     GreedyConformance,
     StopTokenConformance,
     StreamingConformance,
     greedy,
 )
-from m0_basics.testing.parity import assert_same_tokens
-from m0_basics.testing.real_model import NUM_TOKENS, RealReference
+from m0_basics.tools.testing.parity import assert_same_tokens
+from m0_basics.tools.testing.real_model import NUM_TOKENS, RealReference
 
 
 class TestConformance(GreedyConformance, StopTokenConformance, StreamingConformance, AbortConformance,

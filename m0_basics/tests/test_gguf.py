@@ -13,14 +13,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from m0_basics import LLM, gguf
+from m0_basics import LLM
 from m0_basics.config import ConfigError, ModelConfig
-from m0_basics.gguf import GGUFError, cache_dir, convert_gguf
-from m0_basics.loader import SafetensorsFolder, load_spec, resolve_model
-from m0_basics.testing.conformance import greedy
-from m0_basics.testing.gguf_blocks import BLOCKS
-from m0_basics.testing.gguf_files import write_gguf
-from m0_basics.testing.parity import (
+from m0_basics.loading import gguf
+from m0_basics.loading.gguf import GGUFError, cache_dir, convert_gguf
+from m0_basics.loading.loader import SafetensorsFolder, load_spec, resolve_model
+from m0_basics.tools.testing.conformance import greedy
+from m0_basics.tools.testing.gguf_blocks import BLOCKS
+from m0_basics.tools.testing.gguf_files import write_gguf
+from m0_basics.tools.testing.parity import (
     all_logits,
     assert_same_tokens,
     make_runner,
@@ -28,7 +29,7 @@ from m0_basics.testing.parity import (
     reference_greedy,
     reference_logits,
 )
-from m0_basics.testing.tiny_models import EOS, FAMILIES_UNDER_TEST, VOCAB_SIZE, save_tiny_model
+from m0_basics.tools.testing.tiny_models import EOS, FAMILIES_UNDER_TEST, VOCAB_SIZE, save_tiny_model
 
 PROMPTS = mixed_length_prompts(VOCAB_SIZE, 3, seed=11)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from m0_basics.documents.factbook import Fact
-from m0_basics.documents.interview import (
+from m0_basics.tools.documents.factbook import Fact
+from m0_basics.tools.documents.interview import (
     LABELS,
     SECTIONS,
     check_folder,

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from m0_basics import LLM, loader
+from m0_basics import LLM
 from m0_basics.config import ConfigError, ModelConfig
-from m0_basics.loader import (
+from m0_basics.loading import loader
+from m0_basics.loading.loader import (
     LoadError,
     cpu_has_bfloat16,
     export_hf_folder,
@@ -23,9 +24,9 @@ from m0_basics.loader import (
     resolve_dtype,
     resolve_model,
 )
-from m0_basics.testing.conformance import greedy
-from m0_basics.testing.parity import assert_same_tokens, reference_greedy, reference_logits
-from m0_basics.testing.tiny_models import EOS, VOCAB_SIZE, save_tiny_model
+from m0_basics.tools.testing.conformance import greedy
+from m0_basics.tools.testing.parity import assert_same_tokens, reference_greedy, reference_logits
+from m0_basics.tools.testing.tiny_models import EOS, VOCAB_SIZE, save_tiny_model
 
 PROMPT = [5, 17, 200, 3, 3, 90, 250]
 

@@ -5,10 +5,19 @@ import sys
 
 import pytest
 
-from m0_basics.analysis.microbench import QUICK, Effort, SequencePool, compare, format_facts, id_storage, ratio, run_all
-from m0_basics.documents.factbook import Fact
 from m0_basics.request import Sequence, SequenceData, SequenceStatus
 from m0_basics.sampling_params import SamplingParams
+from m0_basics.tools.analysis.microbench import (
+    QUICK,
+    Effort,
+    SequencePool,
+    compare,
+    format_facts,
+    id_storage,
+    ratio,
+    run_all,
+)
+from m0_basics.tools.documents.factbook import Fact
 
 
 @pytest.fixture(scope="module")

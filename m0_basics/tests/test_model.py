@@ -8,11 +8,11 @@ import torch
 
 from m0_basics.attention import ScheduledSequence
 from m0_basics.config import ConfigError, ModelConfig
-from m0_basics.loader import load_model
+from m0_basics.loading.loader import load_model
 from m0_basics.model import RMSNorm, inverse_frequencies
 from m0_basics.model_runner import top_logprobs
 from m0_basics.model_spec import FAMILIES, ModelSpec
-from m0_basics.testing.parity import (
+from m0_basics.tools.testing.parity import (
     all_logits,
     make_runner,
     mixed_length_prompts,
@@ -20,7 +20,7 @@ from m0_basics.testing.parity import (
     reference_model,
     schedule,
 )
-from m0_basics.testing.tiny_models import FAMILIES_UNDER_TEST, VOCAB_SIZE
+from m0_basics.tools.testing.tiny_models import FAMILIES_UNDER_TEST, VOCAB_SIZE
 
 PROMPTS = mixed_length_prompts(VOCAB_SIZE, 5, seed=3, longest=150)
 

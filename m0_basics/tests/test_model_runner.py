@@ -7,9 +7,9 @@ import torch
 from m0_basics import SamplingParams, Sequence, SequenceData
 from m0_basics.attention import FullAttention, ScheduledSequence
 from m0_basics.config import ModelConfig
-from m0_basics.loader import load_model
+from m0_basics.loading.loader import load_model
 from m0_basics.model_runner import ModelRunner
-from m0_basics.testing.fixtures import TinyModels
+from m0_basics.tools.testing.fixtures import TinyModels
 
 
 @pytest.mark.parametrize("computed, rows", [((3, 5, 2), [0, 1, 2]), ((3, 4, 2), [0, 2]), ((2, 4, 1), [])])

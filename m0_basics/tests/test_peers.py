@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from m0_basics import LLM
-from m0_basics.bench import PEERS, BenchError, BenchRequest, EngineContender, Workload, compare, make_peers
-from m0_basics.bench.subprocess_peers import SubprocessPeer, engines_of, peer_environment
 from m0_basics.config import ConfigError
+from m0_basics.tools.bench import PEERS, BenchError, BenchRequest, EngineContender, Workload, compare, make_peers
+from m0_basics.tools.bench.subprocess_peers import SubprocessPeer, engines_of, peer_environment
 
 WORK = Workload("mixed", tuple(BenchRequest(tuple(range(3 + i, 8 + 4 * i)), 2 + 3 * i) for i in range(4)))
 
@@ -176,9 +176,9 @@ def test_an_interpreter_with_both_gives_both(llm, tiny_model, tmp_path, monkeypa
     python = interpreter(tmp_path, vllm=VLLM, llama_cpp=LLAMA_CPP)
     with pytest.raises(ConfigError, match="GGUF"):              # the tiny model is a folder
         make_peers([], [python], llm, 128)
-    monkeypatch.setattr("m0_basics.bench.peers.default_model_file", lambda: tmp_path / "model.gguf")
-    monkeypatch.setattr("m0_basics.bench.peers.resolve_model", lambda model, dtype: tiny_model("qwen3"))
-    monkeypatch.setattr("m0_basics.bench.peers.DEFAULT_MODEL", llm.config.model_config.model.lower())
+    monkeypatch.setattr("m0_basics.tools.bench.peers.default_model_file", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr("m0_basics.tools.bench.peers.resolve_model", lambda model, dtype: tiny_model("qwen3"))
+    monkeypatch.setattr("m0_basics.tools.bench.peers.DEFAULT_MODEL", llm.config.model_config.model.lower())
     peers = make_peers(["llama.cpp"], [python, python], llm, 128)
     try:
         assert [p.name for p in peers] == ["vllm", "llama.cpp", "vllm-2", "llama.cpp-2"]
@@ -225,7 +225,7 @@ def test_a_peer_that_answers_too_little(tmp_path):
 def test_a_silent_peer_is_not_waited_for_for_ever(tmp_path, monkeypatch):
     worker = tmp_path / "worker.py"
     worker.write_text("import time; time.sleep(60)")
-    monkeypatch.setattr("m0_basics.bench.subprocess_peers._START_TIMEOUT", 0.5)
+    monkeypatch.setattr("m0_basics.tools.bench.subprocess_peers._START_TIMEOUT", 0.5)
     with pytest.raises(ConfigError, match=r"peer silent .*exit status -9, nothing on standard error"):
         SubprocessPeer("silent", sys.executable, {}, worker=worker)
 

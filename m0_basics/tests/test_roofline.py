@@ -11,11 +11,12 @@ from statistics import median
 import pytest
 import torch
 
-from m0_basics.analysis import cpu_roofline
-from m0_basics.analysis.calculators import decode_bytes, decode_flops, kv_bytes, weight_bytes
-from m0_basics.analysis.machine import describe_machine
-from m0_basics.analysis.model_specs import SPECS
-from m0_basics.analysis.roofline import (
+from m0_basics.config import ConfigError
+from m0_basics.tools.analysis import cpu_roofline
+from m0_basics.tools.analysis.calculators import decode_bytes, decode_flops, kv_bytes, weight_bytes
+from m0_basics.tools.analysis.machine import describe_machine
+from m0_basics.tools.analysis.model_specs import SPECS
+from m0_basics.tools.analysis.roofline import (
     HARDWARE,
     Hardware,
     format_table,
@@ -26,7 +27,6 @@ from m0_basics.analysis.roofline import (
     roofline_table,
     roofline_time,
 )
-from m0_basics.config import ConfigError
 
 TOY = Hardware("toy", {"bfloat16": 1000.0, "float32": 500.0}, 10.0, 1e6, "made up")
 PAIRS = [(model, hardware) for model in SPECS for hardware in HARDWARE]

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m0_basics.config import DEFAULT_MODEL, ConfigError
-from m0_basics.gguf_tokenizer import build_tokenizer
-from m0_basics.loader import resolve_model
-from m0_basics.testing.tiny_models import BOS, EOS, byte_level_tokenizer
-from m0_basics.tokenizer import Tokenizer
+from m0_basics.loading.gguf_tokenizer import build_tokenizer
+from m0_basics.loading.loader import resolve_model
+from m0_basics.loading.tokenizer import Tokenizer
+from m0_basics.tools.testing.tiny_models import BOS, EOS, byte_level_tokenizer
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.", "Hello,  world!\n\n  Two  spaces\tand a tab ",

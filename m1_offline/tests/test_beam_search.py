@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from m0_basics.config import ConfigError
-from m0_basics.testing.conformance import PROMPTS, greedy
-from m0_basics.testing.fixtures import PARROT_TEXT, TinyModels
-from m0_basics.testing.parity import mixed_length_prompts, reference_logits, reference_model
-from m0_basics.testing.tiny_models import BOS, save_tiny_model
+from m0_basics.tools.testing.conformance import PROMPTS, greedy
+from m0_basics.tools.testing.fixtures import PARROT_TEXT, TinyModels
+from m0_basics.tools.testing.parity import mixed_length_prompts, reference_logits, reference_model
+from m0_basics.tools.testing.tiny_models import BOS, save_tiny_model
 from m1_offline import LLM, BeamSearchParams
 from m1_offline.beam_search import BeamSearchSequence, score
 from m1_offline.engine import OfflineEngine

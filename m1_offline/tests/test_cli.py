@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from m0_basics.sampling_params import SamplingParams
-from m0_basics.testing.command_line import Command, Result, options, text_of
-from m0_basics.testing.conformance import greedy
-from m0_basics.testing.fixtures import PARROT_TEXT, TinyModels
-from m0_basics.testing.tiny_models import BOS
+from m0_basics.tools.testing.command_line import Command, Result, options, text_of
+from m0_basics.tools.testing.conformance import greedy
+from m0_basics.tools.testing.fixtures import PARROT_TEXT, TinyModels
+from m0_basics.tools.testing.tiny_models import BOS
 
 
 @pytest.fixture

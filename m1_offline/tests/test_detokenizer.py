@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m0_basics.config import DEFAULT_MODEL, ModelConfig
-from m0_basics.loader import load_tokenizer
+from m0_basics.loading.loader import load_tokenizer
+from m0_basics.loading.tokenizer import Tokenizer
 from m0_basics.outputs import Logprob
 from m0_basics.request import Request, Sequence, SequenceData, SequenceStatus, next_seq_id
 from m0_basics.sampling_params import SamplingParams
-from m0_basics.testing.tiny_models import BOS, EOS, byte_level_tokenizer
-from m0_basics.tokenizer import Tokenizer
+from m0_basics.tools.testing.tiny_models import BOS, EOS, byte_level_tokenizer
 from m1_offline.detokenizer import IncrementalDetokenizer, StopChecker
 from m1_offline.output_processor import OutputProcessor
 

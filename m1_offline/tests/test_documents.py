@@ -4,8 +4,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import m1_offline
-from m0_basics.testing.documents import DocumentConformance
-from m1_offline.facts import FACTS
+from m0_basics.tools.testing.documents import DocumentConformance
+from m1_offline.tools.facts import FACTS
 
 
 class TestDocuments(DocumentConformance):

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from m0_basics.cli.run_stats import RunStats
 from m0_basics.config import ConfigError
 from m0_basics.outputs import RequestOutput
 from m0_basics.request import Sequence, SequenceStatus
 from m0_basics.sampler import SamplerOutput
 from m0_basics.sampling_params import SamplingParams
-from m0_basics.testing.conformance import PROMPTS, greedy, ids_of
-from m0_basics.testing.fixtures import PARROT_TEXT, TinyModels
-from m0_basics.testing.parity import assert_same_tokens, reference_greedy, reference_logits
-from m0_basics.testing.tiny_models import BOS
+from m0_basics.tools.cli.run_stats import RunStats
+from m0_basics.tools.testing.conformance import PROMPTS, greedy, ids_of
+from m0_basics.tools.testing.fixtures import PARROT_TEXT, TinyModels
+from m0_basics.tools.testing.parity import assert_same_tokens, reference_greedy, reference_logits
+from m0_basics.tools.testing.tiny_models import BOS
 from m1_offline import LLM, BeamSearchParams
 from m1_offline.engine import OfflineEngine
 

@@ -6,12 +6,13 @@ import json
 import pytest
 import torch
 
-from m0_basics.analysis.microbench import QUICK
-from m0_basics.bench.workloads import BenchRequest, Workload, get_workload
-from m0_basics.testing.fixtures import TinyModels
-from m1_offline import SamplingParams, facts, measurements, output_measurements
+from m0_basics.tools.analysis.microbench import QUICK
+from m0_basics.tools.bench.workloads import BenchRequest, Workload, get_workload
+from m0_basics.tools.testing.fixtures import TinyModels
+from m1_offline import SamplingParams
 from m1_offline.sampler import distribution
 from m1_offline.static_batching import StaticBatchEngine, StaticBatchLLM
+from m1_offline.tools import facts, measurements, output_measurements
 
 
 def workload(*lengths: tuple[int, int]) -> Workload:

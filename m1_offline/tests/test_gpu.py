@@ -4,7 +4,7 @@ import torch
 
 import m0_basics
 from m0_basics import SamplingParams
-from m0_basics.testing.tiny_models import save_tiny_model
+from m0_basics.tools.testing.tiny_models import save_tiny_model
 from m1_offline import LLM
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]

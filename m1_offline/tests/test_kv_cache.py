@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
 import m0_basics
-from m0_basics.analysis import calculators
-from m0_basics.analysis.flop_count import count_flops
 from m0_basics.config import CacheConfig, ConfigError
-from m0_basics.loader import load_spec
+from m0_basics.loading.loader import load_spec
 from m0_basics.model_spec import ModelSpec
 from m0_basics.request import Sequence, SequenceData, next_seq_id
 from m0_basics.sampling_params import SamplingParams
-from m0_basics.testing.conformance import PROMPTS, greedy, ids_of
-from m0_basics.testing.fixtures import TinyModels
-from m0_basics.testing.parity import assert_same_tokens
+from m0_basics.tools.analysis import calculators
+from m0_basics.tools.analysis.flop_count import count_flops
+from m0_basics.tools.testing.conformance import PROMPTS, greedy, ids_of
+from m0_basics.tools.testing.fixtures import TinyModels
+from m0_basics.tools.testing.parity import assert_same_tokens
 from m1_offline import LLM
 from m1_offline.attention import ContiguousAttention
 from m1_offline.engine import OfflineEngine

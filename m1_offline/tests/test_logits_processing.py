@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from m0_basics.loading.tokenizer import Tokenizer
 from m0_basics.request import Sequence, SequenceData, next_seq_id
 from m0_basics.sampling_params import SamplingParams
-from m0_basics.testing.tiny_models import byte_level_tokenizer
-from m0_basics.tokenizer import Tokenizer
+from m0_basics.tools.testing.tiny_models import byte_level_tokenizer
 from m1_offline.logits_processing import adjust_logits, banned_by_words, count_tokens
 from m1_offline.sampler import FullSampler
 

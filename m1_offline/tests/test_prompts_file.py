@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from m0_basics.testing.command_line import Command, options, text_of
-from m0_basics.testing.conformance import greedy
-from m0_basics.testing.fixtures import TinyModels
+from m0_basics.tools.testing.command_line import Command, options, text_of
+from m0_basics.tools.testing.conformance import greedy
+from m0_basics.tools.testing.fixtures import TinyModels
 from m1_offline import LLM
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import pytest
 
 from m0_basics.attention import ScheduledSequence
-from m0_basics.divergence import compare_with_transformers
 from m0_basics.request import Sequence, SequenceData, next_seq_id
 from m0_basics.sampling_params import SamplingParams
-from m0_basics.testing.conformance import greedy, ids_of
-from m0_basics.testing.parity import assert_same_tokens
-from m0_basics.testing.real_model import NUM_TOKENS, RealReference
+from m0_basics.tools.divergence import compare_with_transformers
+from m0_basics.tools.testing.conformance import greedy, ids_of
+from m0_basics.tools.testing.parity import assert_same_tokens
+from m0_basics.tools.testing.real_model import NUM_TOKENS, RealReference
 from m1_offline import LLM, BeamSearchParams
 from m1_offline.engine import OfflineEngine
 from m1_offline.static_batching import StaticBatchLLM

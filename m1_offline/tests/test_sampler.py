@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from m0_basics.request import Sequence, SequenceData, next_seq_id
+from m0_basics.sampler import argmax
 from m0_basics.sampling_params import SamplingParams
 from m1_offline import sampler
-from m1_offline.sampler import FullSampler, argmax, candidates, distribution, uniform
+from m1_offline.sampler import FullSampler, candidates, distribution, uniform
 
 EXAMPLES = settings(max_examples=80, deadline=None)
 

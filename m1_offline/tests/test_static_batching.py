@@ -9,10 +9,10 @@ import torch
 from m0_basics.config import ConfigError
 from m0_basics.outputs import RequestOutput
 from m0_basics.sampling_params import SamplingParams
-from m0_basics.testing.conformance import PROMPTS, greedy, ids_of
-from m0_basics.testing.fixtures import TinyModels
-from m0_basics.testing.parity import assert_same_tokens, mixed_length_prompts, reference_greedy
-from m0_basics.testing.tiny_models import VOCAB_SIZE
+from m0_basics.tools.testing.conformance import PROMPTS, greedy, ids_of
+from m0_basics.tools.testing.fixtures import TinyModels
+from m0_basics.tools.testing.parity import assert_same_tokens, mixed_length_prompts, reference_greedy
+from m0_basics.tools.testing.tiny_models import VOCAB_SIZE
 from m1_offline import LLM
 from m1_offline.static_batching import PaddedAttention, StaticBatchEngine, StaticBatchLLM
 

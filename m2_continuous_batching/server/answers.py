@@ -9,8 +9,8 @@ from typing import Any
 
 from m0_basics.outputs import CompletionOutput, Logprob, RequestOutput
 
-from ..output_stream import OutputStream, merge
 from .errors import check_served
+from .output_stream import OutputStream, merge
 from .protocol import GenerationBody
 
 _LOWEST = -9999.0           # JSON has no -Infinity; vLLM's value

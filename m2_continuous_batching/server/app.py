@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from m0_basics.config import ConfigError, check_int, option, reject
 from m0_basics.sampling_params import is_utf8
 
-from ..async_engine import AsyncLLMEngine
+from .async_engine import AsyncLLMEngine
 from .chat import create_chat_completion
 from .completions import create_completion
 from .errors import ApiError, install_error_handlers

@@ -9,9 +9,9 @@ from starlette.responses import JSONResponse, Response
 
 from m0_basics.outputs import CompletionOutput, Logprob
 
-from ..async_engine import AsyncLLMEngine
-from ..output_stream import OutputStream
 from .answers import Deltas, Envelope, StreamUsage, collect, finite, token_text, usage
+from .async_engine import AsyncLLMEngine
+from .output_stream import OutputStream
 from .parameters import as_messages, chat_params, scheduling_params
 from .protocol import ChatBody
 from .streaming import EventStreamResponse, run_while_connected

@@ -9,13 +9,13 @@ from starlette.responses import JSONResponse, Response
 
 from m0_basics.config import ConfigError
 from m0_basics.input_processor import Prompt, as_prompt_list
+from m0_basics.loading.tokenizer import Tokenizer
 from m0_basics.outputs import CompletionOutput, Logprob, RequestOutput
-from m0_basics.tokenizer import Tokenizer
 from m1_offline.detokenizer import IncrementalDetokenizer
 
-from ..async_engine import AsyncLLMEngine
-from ..output_stream import OutputStream
 from .answers import Deltas, Envelope, StreamUsage, collect, finite, token_text, usage
+from .async_engine import AsyncLLMEngine
+from .output_stream import OutputStream
 from .parameters import completion_params, scheduling_params
 from .protocol import CompletionBody
 from .streaming import EventStreamResponse, run_while_connected

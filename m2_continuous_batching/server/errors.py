@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from m0_basics.config import ConfigError
 from m0_basics.outputs import RequestOutput
 
-from ..async_engine import SHUTDOWN, EngineUnavailableError
+from .async_engine import SHUTDOWN, EngineUnavailableError
 
 logger = logging.getLogger(__name__)
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",

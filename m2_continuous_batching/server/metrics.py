@@ -9,7 +9,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-from m0_basics.bench.harness import require
+from m0_basics.config import require
 from m0_basics.request import Request, RequestMetrics
 
 from ..plugins.base import SchedulerPlugin, StepStats

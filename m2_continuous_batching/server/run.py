@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from m0_basics.config import reject
 
-from ..async_engine import AsyncLLMEngine
+from .async_engine import AsyncLLMEngine
 
 _FAREWELL_S = 5.0           # after the grace period: for the last events to reach their clients
 

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ..output_stream import OutputStream
 from .errors import as_api_error, error_body
+from .output_stream import OutputStream
 
 T = TypeVar("T")
 

@@ -9,9 +9,9 @@ from typing import Any
 from m0_basics.outputs import RequestOutput
 from m0_basics.request import Request
 from m0_basics.sampling_params import SamplingParams
-from m0_basics.testing.conformance import greedy
-from m0_basics.testing.fixtures import TinyModels
-from m0_basics.testing.parity import reference_greedy
+from m0_basics.tools.testing.conformance import greedy
+from m0_basics.tools.testing.fixtures import TinyModels
+from m0_basics.tools.testing.parity import reference_greedy
 from m2_continuous_batching import LLM
 from m2_continuous_batching.plugins import Plugin, SchedulerPlugin, StepStats
 from m2_continuous_batching.policies import FCFSPolicy, QueuedSequence

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from m0_basics.request import Request
-from m0_basics.testing.conformance import PROMPTS, greedy, ids_of
-from m0_basics.testing.fixtures import TinyModels
-from m0_basics.testing.parity import assert_same_tokens
+from m0_basics.tools.testing.conformance import PROMPTS, greedy, ids_of
+from m0_basics.tools.testing.fixtures import TinyModels
+from m0_basics.tools.testing.parity import assert_same_tokens
 from m2_continuous_batching.async_scheduling import AsyncSchedulingEngine
 from m2_continuous_batching.policies import SchedulingParams
 from m2_continuous_batching.tests.engine_lab import Lab

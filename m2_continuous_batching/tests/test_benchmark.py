@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from m0_basics.bench import BenchReport, get_workload
-from m0_basics.testing.fixtures import TinyModels
+from m0_basics.tools.bench import BenchReport, get_workload
+from m0_basics.tools.testing.fixtures import TinyModels
 from m1_offline.static_batching import StaticBatchLLM
 from m2_continuous_batching import LLM, benchmark
-from m2_continuous_batching.step_costs import step_costs
-from m2_continuous_batching.timeline import StepSpan, mean_occupancy, record_timeline
+from m2_continuous_batching.tools.step_costs import step_costs
+from m2_continuous_batching.tools.timeline import StepSpan, mean_occupancy, record_timeline
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from m0_basics.testing.bad_input_conformance import BadInputConformance
-from m0_basics.testing.conformance import (
+from m0_basics.tools.testing.bad_input_conformance import BadInputConformance
+from m0_basics.tools.testing.conformance import (
     AbortConformance,
     GreedyConformance,
     StopConformance,
     StreamingConformance,
 )
-from m0_basics.testing.sampling_conformance import SamplingConformance
+from m0_basics.tools.testing.sampling_conformance import SamplingConformance
 from m2_continuous_batching import LLM
 
 

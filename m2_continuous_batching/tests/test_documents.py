@@ -4,8 +4,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import m2_continuous_batching
-from m0_basics.testing.documents import DocumentConformance
-from m2_continuous_batching.facts import FACTS
+from m0_basics.tools.testing.documents import DocumentConformance
+from m2_continuous_batching.tools.facts import FACTS
 
 
 class TestDocuments(DocumentConformance):

@@ -10,9 +10,9 @@ import torch
 import m1_offline
 from m0_basics.config import ConfigError
 from m0_basics.sampling_params import SamplingParams
-from m0_basics.testing.conformance import PROMPTS, greedy, ids_of
-from m0_basics.testing.fixtures import TinyModels
-from m0_basics.testing.parity import assert_same_tokens, reference_greedy
+from m0_basics.tools.testing.conformance import PROMPTS, greedy, ids_of
+from m0_basics.tools.testing.fixtures import TinyModels
+from m0_basics.tools.testing.parity import assert_same_tokens, reference_greedy
 from m2_continuous_batching import LLM, SchedulingParams
 from m2_continuous_batching.scheduler import SchedulerOutput
 from m2_continuous_batching.tests.engine_lab import NUM_TOKENS, Lab, preempting

@@ -12,9 +12,9 @@ from m0_basics.config import ConfigError
 from m0_basics.model_runner import ModelRunner
 from m0_basics.request import Request, Sequence
 from m0_basics.sampling_params import SamplingParams
-from m0_basics.testing.conformance import PROMPTS, greedy, ids_of
-from m0_basics.testing.fixtures import TinyModels
-from m0_basics.testing.parity import assert_same_tokens
+from m0_basics.tools.testing.conformance import PROMPTS, greedy, ids_of
+from m0_basics.tools.testing.fixtures import TinyModels
+from m0_basics.tools.testing.parity import assert_same_tokens
 from m1_offline.detokenizer import IncrementalDetokenizer
 from m1_offline.output_processor import OutputProcessor
 from m1_offline.sampler import FullSampler

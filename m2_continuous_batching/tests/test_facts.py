@@ -3,13 +3,14 @@ from __future__ import annotations
 
 import pytest
 
-from m0_basics.bench.workloads import BenchRequest, get_workload
-from m0_basics.documents.factbook import Value
-from m0_basics.testing.fixtures import TinyModels
-from m2_continuous_batching import LLM, SamplingParams, SchedulingParams, facts
+from m0_basics.tools.bench.workloads import BenchRequest, get_workload
+from m0_basics.tools.documents.factbook import Value
+from m0_basics.tools.testing.fixtures import TinyModels
+from m2_continuous_batching import LLM, SamplingParams, SchedulingParams
 from m2_continuous_batching.plugins import SchedulerPlugin, StepStats
 from m2_continuous_batching.scheduler import Scheduler
-from m2_continuous_batching.simulation import SimulatedStep, Simulator, StepCost
+from m2_continuous_batching.tools import facts
+from m2_continuous_batching.tools.simulation import SimulatedStep, Simulator, StepCost
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from m0_basics import SamplingParams
-from m0_basics.testing.tiny_models import save_tiny_model
+from m0_basics.tools.testing.tiny_models import save_tiny_model
 from m2_continuous_batching import LLM
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]

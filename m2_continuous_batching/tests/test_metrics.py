@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from m0_basics.bench.metrics import RequestRecord, compute_metrics
-from m0_basics.bench.workloads import BenchRequest
 from m0_basics.model_runner import ModelRunner
-from m0_basics.testing.conformance import greedy
-from m0_basics.testing.fixtures import TinyModels
+from m0_basics.tools.bench.metrics import RequestRecord, compute_metrics
+from m0_basics.tools.bench.workloads import BenchRequest
+from m0_basics.tools.testing.conformance import greedy
+from m0_basics.tools.testing.fixtures import TinyModels
 from m2_continuous_batching import LLM, ConfigError, SamplingParams
-from m2_continuous_batching.metrics import MetricsCollector
-from m2_continuous_batching.simulation import Simulator, StepCost
+from m2_continuous_batching.plugins.metrics import MetricsCollector
+from m2_continuous_batching.tools.simulation import Simulator, StepCost
 
 PROMPTS = [[7, 8, 9], [20, 21], [5] * 9, [100, 3, 50, 60], [33]]
 LENGTHS = [6, 3, 5, 1, 12]

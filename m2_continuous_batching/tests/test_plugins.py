@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from m0_basics.attention import ScheduledSequence
-from m0_basics.bench.workloads import BenchRequest
 from m0_basics.model_spec import ModelSpec
 from m0_basics.request import Request, Sequence, SequenceData, next_seq_id
-from m0_basics.testing.conformance import greedy
-from m0_basics.testing.fixtures import TinyModels
+from m0_basics.tools.bench.workloads import BenchRequest
+from m0_basics.tools.testing.conformance import greedy
+from m0_basics.tools.testing.fixtures import TinyModels
 from m2_continuous_batching import LLM, ConfigError, SamplingParams, SchedulingParams
 from m2_continuous_batching.attention import RaggedAttention
 from m2_continuous_batching.kv_cache_manager import RowKVCacheManager, SlotCopy
@@ -31,8 +31,8 @@ from m2_continuous_batching.plugins import (
     StepStats,
 )
 from m2_continuous_batching.plugins.kv_compression import quantise
-from m2_continuous_batching.simulation import Simulation, Simulator, StepCost
 from m2_continuous_batching.slot_cache import SlotCache, slot_cache_bytes
+from m2_continuous_batching.tools.simulation import Simulation, Simulator, StepCost
 
 PROMPTS = [[7, 8, 9], [20, 21], [5] * 9, [100, 3, 50, 60]]
 LENGTHS = [6, 3, 5, 1]

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m0_basics.testing.conformance import greedy
-from m0_basics.testing.fixtures import TinyModels
+from m0_basics.tools.testing.conformance import greedy
+from m0_basics.tools.testing.fixtures import TinyModels
 from m2_continuous_batching import LLM, ConfigError
 from m2_continuous_batching.plugins import SchedulerPlugin, StepStats
-from m2_continuous_batching.profiling import (
+from m2_continuous_batching.plugins.profiling import (
     DetailedMemoryProfiler,
     MemoryLeakDetector,
     MemoryProfiler,
@@ -179,7 +179,7 @@ def test_growth_that_ends_is_forgiven() -> None:
 
 
 def test_the_first_leak_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="m2_continuous_batching.profiling"):
+    with caplog.at_level(logging.WARNING, logger="m2_continuous_batching.plugins.profiling"):
         feed([100 * i for i in range(60)])
     assert [record.getMessage() for record in caplog.records] == [
         "memory grows by 100 bytes a sample, and does not come back"]

@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import pytest
 
-from m0_basics.divergence import compare_with_transformers
-from m0_basics.testing.conformance import greedy, ids_of
-from m0_basics.testing.parity import assert_same_tokens
-from m0_basics.testing.real_model import NUM_TOKENS, RealReference
+from m0_basics.tools.divergence import compare_with_transformers
+from m0_basics.tools.testing.conformance import greedy, ids_of
+from m0_basics.tools.testing.parity import assert_same_tokens
+from m0_basics.tools.testing.real_model import NUM_TOKENS, RealReference
 from m2_continuous_batching import LLM
 
 pytestmark = pytest.mark.real_model

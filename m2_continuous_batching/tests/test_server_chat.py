@@ -9,13 +9,13 @@ import pytest
 from m0_basics import CompletionOutput, RequestOutput, SamplingParams
 from m0_basics.request import Request
 from m2_continuous_batching import LLM, StructuredOutputsParams
-from m2_continuous_batching.output_stream import OutputStream
 from m2_continuous_batching.server.answers import Envelope
 from m2_continuous_batching.server.chat import _events
+from m2_continuous_batching.server.output_stream import OutputStream
 from m2_continuous_batching.server.parameters import chat_params
 from m2_continuous_batching.server.protocol import ChatBody
-from m2_continuous_batching.testing.fixtures import server_and_offline
-from m2_continuous_batching.testing.server import MODEL
+from m2_continuous_batching.tools.testing.fixtures import server_and_offline
+from m2_continuous_batching.tools.testing.server import MODEL
 
 server, offline = server_and_offline(LLM, max_model_len=96)
 MESSAGES = [{"role": "system", "content": "the one"}, {"role": "user", "content": "on the 中"}]

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from m0_basics import SamplingParams
-from m0_basics.testing.parity import mixed_length_prompts, reference_logits
+from m0_basics.tools.testing.parity import mixed_length_prompts, reference_logits
 from m2_continuous_batching import LLM
 from m2_continuous_batching.server.completions import _Choice
-from m2_continuous_batching.testing.fixtures import server_and_offline
-from m2_continuous_batching.testing.server import MODEL
+from m2_continuous_batching.tools.testing.fixtures import server_and_offline
+from m2_continuous_batching.tools.testing.server import MODEL
 
 server, offline = server_and_offline(LLM, max_model_len=128)
 PROMPTS = ["the one", "on the 中", "Hello", "in an error"]

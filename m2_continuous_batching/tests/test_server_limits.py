@@ -13,10 +13,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from m0_basics import SamplingParams
-from m0_basics.testing.parity import mixed_length_prompts
+from m0_basics.tools.testing.parity import mixed_length_prompts
 from m2_continuous_batching import LLM
 from m2_continuous_batching.plugins import SchedulerPlugin
-from m2_continuous_batching.testing.server import MODEL, RunningServer, wait_until
+from m2_continuous_batching.tools.testing.server import MODEL, RunningServer, wait_until
 
 OPTIONS = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 4}
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
 from m2_continuous_batching import LLM
-from m2_continuous_batching.testing.server import MODEL, RunningServer, wait_until
+from m2_continuous_batching.tools.testing.server import MODEL, RunningServer, wait_until
 
 NUM_EXAMPLES = {GenerationMode.POSITIVE: 300, GenerationMode.NEGATIVE: 150}
 SUBJECTS = ("prompt", "messages", "tokens")         # what a request is about

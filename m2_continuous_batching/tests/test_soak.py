@@ -9,11 +9,13 @@ from functools import partial
 
 import pytest
 
-from m2_continuous_batching import LLM, soak_clients
-from m2_continuous_batching.soak import Soak, offline_answers
-from m2_continuous_batching.soak_clients import ACTIONS, SYNC_ACTIONS, run_client, run_sync_client, send_raw
-from m2_continuous_batching.soak_server import GAUGES, as_flags
-from m2_continuous_batching.testing.server import MODEL, RunningServer
+from m0_basics.tools.cli.options import as_flags
+from m2_continuous_batching import LLM
+from m2_continuous_batching.tools import soak_clients
+from m2_continuous_batching.tools.soak import Soak, offline_answers
+from m2_continuous_batching.tools.soak_clients import ACTIONS, SYNC_ACTIONS, run_client, run_sync_client, send_raw
+from m2_continuous_batching.tools.soak_server import GAUGES
+from m2_continuous_batching.tools.testing.server import MODEL, RunningServer
 
 IDLE = dict.fromkeys(GAUGES, 0.0)
 GOOD = Soak(clients=2, seconds=1.0, counts=dict.fromkeys((*ACTIONS, *SYNC_ACTIONS), 3), different=[], errors=[], lost=0,

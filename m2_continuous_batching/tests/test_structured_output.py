@@ -18,12 +18,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m0_basics.gguf_tokenizer import build_tokenizer
+from m0_basics.loading.gguf_tokenizer import build_tokenizer
+from m0_basics.loading.tokenizer import Tokenizer
 from m0_basics.outputs import RequestOutput
 from m0_basics.request import Sequence, SequenceData, next_seq_id
-from m0_basics.testing.conformance import greedy
-from m0_basics.testing.fixtures import TinyModels
-from m0_basics.tokenizer import Tokenizer
+from m0_basics.tools.testing.conformance import greedy
+from m0_basics.tools.testing.fixtures import TinyModels
 from m1_offline.sampler import FullSampler
 from m2_continuous_batching import LLM, ConfigError, SamplingParams, StructuredOutputsParams
 from m2_continuous_batching.structured_output import Grammars, StructuredSampler, unpack_bits

@@ -5,7 +5,7 @@ import pytest
 
 from m2_continuous_batching.policies import make_policy
 from m2_continuous_batching.tests.fake_loop import FakeLoop, make_request
-from m2_continuous_batching.utilisation import Utilisation, continuous_utilisation, replay, static_utilisation
+from m2_continuous_batching.tools.utilisation import Utilisation, continuous_utilisation, replay, static_utilisation
 
 S0_BATCH = [5, 100, 3, 80]
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from m0_basics.bench import BenchReport
-from m0_basics.documents.factbook import read_result
-from m0_basics.testing.fixtures import TinyModels
+from m0_basics.tools.bench import BenchReport
+from m0_basics.tools.documents.factbook import read_result
+from m0_basics.tools.testing.fixtures import TinyModels
 from m3_paged_kv import LLM, benchmark
-from m3_paged_kv.cache_error import all_variants
-from m3_paged_kv.crossover import crossover
-from m3_paged_kv.facts import bench_results
+from m3_paged_kv.tools.cache_error import all_variants
+from m3_paged_kv.tools.crossover import crossover
+from m3_paged_kv.tools.facts import bench_results
 
 
 def test_every_part_is_there(tmp_path: Path, tiny_model: TinyModels) -> None:

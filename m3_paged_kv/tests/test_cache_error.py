@@ -9,9 +9,9 @@ import torch
 from m0_basics.config import ConfigError
 from m0_basics.request import Sequence, SequenceData
 from m0_basics.sampling_params import SamplingParams
-from m0_basics.testing.fixtures import TinyModels
+from m0_basics.tools.testing.fixtures import TinyModels
 from m3_paged_kv import LLM
-from m3_paged_kv.cache_error import Dictation, Recorder, all_variants, cache_errors, write
+from m3_paged_kv.tools.cache_error import Dictation, Recorder, all_variants, cache_errors, write
 
 
 def test_dictation_by_hand() -> None:

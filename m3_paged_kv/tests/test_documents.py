@@ -4,8 +4,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import m3_paged_kv
-from m0_basics.testing.documents import DocumentConformance
-from m3_paged_kv.facts import FACTS
+from m0_basics.tools.testing.documents import DocumentConformance
+from m3_paged_kv.tools.facts import FACTS
 
 
 class TestDocuments(DocumentConformance):

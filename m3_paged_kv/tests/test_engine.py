@@ -8,19 +8,19 @@ import pytest
 
 import m1_offline
 import m2_continuous_batching
-from m0_basics.bench import get_workload
 from m0_basics.config import ConfigError
 from m0_basics.sampling_params import BeamSearchParams, SamplingParams
-from m0_basics.testing.conformance import greedy, ids_of
-from m0_basics.testing.fixtures import TinyModels
+from m0_basics.tools.bench import get_workload
+from m0_basics.tools.testing.conformance import greedy, ids_of
+from m0_basics.tools.testing.fixtures import TinyModels
 from m2_continuous_batching.plugins import SchedulerPlugin, StepStats
 from m2_continuous_batching.plugins.kv_compression import KVCompressionPlugin
 from m2_continuous_batching.scheduler import Scheduler
-from m2_continuous_batching.timeline import record_timeline
+from m2_continuous_batching.tools.timeline import record_timeline
 from m3_paged_kv import LLM
-from m3_paged_kv.eviction import AttentionSinks
-from m3_paged_kv.fragmentation import FragmentationMeter, block_utilisation, row_utilisation
 from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
+from m3_paged_kv.plugins.eviction import AttentionSinks
+from m3_paged_kv.tools.fragmentation import FragmentationMeter, block_utilisation, row_utilisation
 
 
 def make(tiny_model: TinyModels, **options: Any) -> LLM:

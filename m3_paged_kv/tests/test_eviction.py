@@ -17,17 +17,17 @@ from m0_basics.config import ConfigError
 from m0_basics.model_spec import ModelSpec
 from m0_basics.request import Sequence, SequenceData, next_seq_id
 from m0_basics.sampling_params import SamplingParams
-from m0_basics.testing.conformance import greedy, ids_of
-from m0_basics.testing.fixtures import TinyModels
-from m0_basics.testing.parity import mixed_length_prompts, reference_greedy, reference_model
+from m0_basics.tools.testing.conformance import greedy, ids_of
+from m0_basics.tools.testing.fixtures import TinyModels
+from m0_basics.tools.testing.parity import mixed_length_prompts, reference_greedy, reference_model
 from m2_continuous_batching.kv_cache_manager import SlotCopy
 from m2_continuous_batching.plugins import KVCompressionPlugin, SchedulerPlugin, StepStats
 from m2_continuous_batching.scheduler import Scheduler
 from m2_continuous_batching.slot_cache import SlotCache
 from m3_paged_kv import LLM
 from m3_paged_kv.attention import PagedAttention
-from m3_paged_kv.eviction import AttentionSinks, HeavyHitters, attention_mass
 from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
+from m3_paged_kv.plugins.eviction import AttentionSinks, HeavyHitters, attention_mass
 
 BLOCK = 4
 LONG = list(range(20, 50))

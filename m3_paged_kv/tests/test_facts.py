@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from m3_paged_kv.facts import FACTS
+from m3_paged_kv.tools.facts import FACTS
 
 
 def values() -> dict[str, int | float | str]:

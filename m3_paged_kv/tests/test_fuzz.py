@@ -21,8 +21,8 @@ from m0_basics.attention import FullAttention
 from m0_basics.model_runner import ModelRunner
 from m0_basics.request import Request, Sequence, SequenceData, SequenceStatus, next_seq_id
 from m0_basics.sampling_params import SamplingParams, SamplingType
-from m0_basics.testing.fixtures import TinyModels
-from m0_basics.testing.parity import all_logits
+from m0_basics.tools.testing.fixtures import TinyModels
+from m0_basics.tools.testing.parity import all_logits
 from m1_offline.sampler import distribution, uniform
 from m2_continuous_batching.plugins import SchedulerPlugin, StepStats
 from m2_continuous_batching.policies import SchedulingParams

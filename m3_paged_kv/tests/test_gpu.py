@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from m0_basics import SamplingParams
-from m0_basics.testing.tiny_models import save_tiny_model
+from m0_basics.tools.testing.tiny_models import save_tiny_model
 from m3_paged_kv import LLM
 from m3_paged_kv.swap import PinnedHostCache
 

@@ -12,15 +12,15 @@ from m0_basics.config import ConfigError
 from m0_basics.model_spec import ModelSpec
 from m0_basics.request import Sequence, SequenceData, next_seq_id
 from m0_basics.sampling_params import SamplingParams
-from m0_basics.testing.conformance import greedy, ids_of
-from m0_basics.testing.fixtures import TinyModels
+from m0_basics.tools.testing.conformance import greedy, ids_of
+from m0_basics.tools.testing.fixtures import TinyModels
 from m2_continuous_batching.kv_cache_manager import SlotCopy
 from m2_continuous_batching.plugins import CachePlugin, KVCompressionPlugin
 from m2_continuous_batching.slot_cache import SlotCache, slot_cache_bytes
 from m3_paged_kv import LLM
 from m3_paged_kv.attention import PagedAttention
 from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
-from m3_paged_kv.kv_quant import BlockQuantisation, pack, unpack
+from m3_paged_kv.plugins.kv_quant import BlockQuantisation, pack, unpack
 
 CPU = torch.device("cpu")
 HEADS, HEAD_DIM, BLOCK = 2, 8, 4

@@ -8,11 +8,11 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from m0_basics.sampling_params import SamplingParams
-from m0_basics.testing.conformance import greedy
-from m0_basics.testing.fixtures import TinyModels
+from m0_basics.tools.testing.conformance import greedy
+from m0_basics.tools.testing.fixtures import TinyModels
 from m3_paged_kv import LLM
-from m3_paged_kv.eviction import AttentionSinks
-from m3_paged_kv.pool_pictures import SHARED, PoolRecorder, PoolState, draw_pool, draw_tables, slot_colours
+from m3_paged_kv.plugins.eviction import AttentionSinks
+from m3_paged_kv.tools.pool_pictures import SHARED, PoolRecorder, PoolState, draw_pool, draw_tables, slot_colours
 
 RED, BLUE = (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)
 COLOURS = {1: "red", 2: "blue"}

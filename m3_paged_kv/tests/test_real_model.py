@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import pytest
 
-from m0_basics.testing.conformance import greedy, ids_of
-from m0_basics.testing.parity import assert_same_tokens
-from m0_basics.testing.real_model import NUM_TOKENS, RealReference
+from m0_basics.tools.testing.conformance import greedy, ids_of
+from m0_basics.tools.testing.parity import assert_same_tokens
+from m0_basics.tools.testing.real_model import NUM_TOKENS, RealReference
 from m3_paged_kv import LLM
 
 pytestmark = pytest.mark.real_model

@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from m0_basics.model_spec import ModelSpec
-from m0_basics.testing.conformance import greedy, ids_of
-from m0_basics.testing.fixtures import TinyModels
+from m0_basics.tools.testing.conformance import greedy, ids_of
+from m0_basics.tools.testing.fixtures import TinyModels
 from m2_continuous_batching.kv_cache_manager import SlotCopy
 from m2_continuous_batching.plugins.kv_compression import KVCompressionPlugin
 from m2_continuous_batching.slot_cache import SlotCache
 from m3_paged_kv import LLM
-from m3_paged_kv.paged_cache import HostCache
-from m3_paged_kv.swap import PinnedHostCache, consecutive, independent
+from m3_paged_kv.swap import HostCache, PinnedHostCache, consecutive, independent
 
 SPEC = ModelSpec("LlamaForCausalLM", 8, 8, 8, 3, 2, 2, 4, 64, rms_norm_eps=1e-5, rope_theta=1e4,
                  tie_word_embeddings=False)

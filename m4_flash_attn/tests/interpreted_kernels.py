@@ -15,16 +15,16 @@ from m0_basics.model import RMSNorm, apply_rotary
 from m0_basics.model_runner import ModelRunner
 from m3_paged_kv import LLM
 from m4_flash_attn.cuda_graph import GraphRunner
-from m4_flash_attn.gpu_attention import GpuAttention
+from m4_flash_attn.elementwise import TorchOps
+from m4_flash_attn.kernels.layer_kernels import plain_layer_kernels
 from m4_flash_attn.kernels.triton import launch
 from m4_flash_attn.kernels.triton.attention import attend
+from m4_flash_attn.kernels.triton.backend import GpuAttention
 from m4_flash_attn.kernels.triton.decode import choose_num_splits, merge_kernel, paged_decode
 from m4_flash_attn.kernels.triton.elementwise import TritonOps
 from m4_flash_attn.kernels.triton.prefill import paged_prefill
 from m4_flash_attn.kernels.triton.rotary import rotary_and_store, store_kv
 from m4_flash_attn.layers import fuse
-from m4_flash_attn.ops import TorchOps
-from m4_flash_attn.parts import plain_parts
 from m4_flash_attn.reference import MIXED, PagedBatch, random_paged_batch
 from m4_flash_attn.tests.batches import metadata_of
 
@@ -219,7 +219,7 @@ def test_tokens_of_the_engine(family, tiny_model) -> None:
         return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
 
     llm = LLM(str(tiny_model(family)), **options)
-    model = fuse(llm.engine.runner.model, plain_parts(TritonOps()))
+    model = fuse(llm.engine.runner.model, plain_layer_kernels(TritonOps()))
     runner = ModelRunner(model, GpuAttention(llm.cache, llm.manager))
     llm.engine.runner = GraphRunner(runner, llm.manager.block_size, 4, 64, capture=lambda run: run)
     assert tokens(llm) == tokens(LLM(str(tiny_model(family)), **options))

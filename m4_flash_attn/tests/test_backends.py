@@ -16,10 +16,10 @@ import torch
 import m3_paged_kv
 from m0_basics.config import ConfigError
 from m0_basics.model_spec import ModelSpec
-from m0_basics.testing.command_line import Command, options
-from m0_basics.testing.conformance import PROMPTS, greedy, ids_of
-from m0_basics.testing.fixtures import TinyModels
-from m0_basics.testing.parity import assert_same_tokens, reference_greedy
+from m0_basics.tools.testing.command_line import Command, options
+from m0_basics.tools.testing.conformance import PROMPTS, greedy, ids_of
+from m0_basics.tools.testing.fixtures import TinyModels
+from m0_basics.tools.testing.parity import assert_same_tokens, reference_greedy
 from m2_continuous_batching.plugins.kv_compression import KVCompressionPlugin
 from m4_flash_attn import LLM, backends, config
 from m4_flash_attn.backends import BACKENDS, Situation, choose

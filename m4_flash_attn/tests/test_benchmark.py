@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from m0_basics import SamplingParams
-from m0_basics.bench import BenchError, BenchReport
-from m0_basics.bench.harness import Comparison, ContenderResult
-from m0_basics.bench.metrics import RunMetrics
-from m0_basics.documents.factbook import read_json_file, read_result
-from m0_basics.loader import load_spec
-from m0_basics.testing.fixtures import TinyModels
+from m0_basics.loading.loader import load_spec
+from m0_basics.tools.bench import BenchError, BenchReport
+from m0_basics.tools.bench.harness import Comparison, ContenderResult
+from m0_basics.tools.bench.metrics import RunMetrics
+from m0_basics.tools.cli.options import as_flags
+from m0_basics.tools.documents.factbook import read_json_file, read_result
+from m0_basics.tools.testing.fixtures import TinyModels
 from m4_flash_attn import LLM, benchmark
-from m4_flash_attn.attention_bench import AttentionCase, peak_bytes, prefill_memory
-from m4_flash_attn.facts import bench_results
-from m4_flash_attn.start_up import first_token_s, flags
-from m4_flash_attn.step_parts import Stopwatch, step_parts, timed_engine
+from m4_flash_attn.tools.attention_bench import AttentionCase, peak_bytes, prefill_memory
+from m4_flash_attn.tools.facts import bench_results
+from m4_flash_attn.tools.start_up import first_token_s
+from m4_flash_attn.tools.step_parts import Stopwatch, step_parts, timed_engine
 
 
 def test_every_part_is_there(tmp_path: Path, tiny_model: TinyModels) -> None:
@@ -118,7 +119,7 @@ def test_speedups_are_medians_of_ratios() -> None:
 
 
 def test_flags_of_a_command() -> None:
-    assert flags({"max_model_len": 64, "fused_layers": False, "enforce_eager": True, "num_blocks": None}) == [
+    assert as_flags({"max_model_len": 64, "fused_layers": False, "enforce_eager": True, "num_blocks": None}) == [
         "--max-model-len", "64", "--no-fused-layers", "--enforce-eager"]
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from m0_basics.testing.command_line import Command, options
-from m0_basics.testing.conformance import PROMPTS, greedy, ids_of
-from m0_basics.testing.fixtures import TinyModels
-from m0_basics.testing.parity import assert_same_tokens, reference_greedy
+from m0_basics.tools.testing.command_line import Command, options
+from m0_basics.tools.testing.conformance import PROMPTS, greedy, ids_of
+from m0_basics.tools.testing.fixtures import TinyModels
+from m0_basics.tools.testing.parity import assert_same_tokens, reference_greedy
 from m4_flash_attn import LLM
 from m4_flash_attn.kernels.cpu import build
 from m4_flash_attn.kernels.cpu.build import BuildError, describe, find_compiler, library

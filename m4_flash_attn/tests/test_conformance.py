@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from m0_basics.testing.bad_input_conformance import BadInputConformance
-from m0_basics.testing.conformance import (
+from m0_basics.tools.testing.bad_input_conformance import BadInputConformance
+from m0_basics.tools.testing.conformance import (
     PROMPTS,
     AbortConformance,
     GreedyConformance,
@@ -16,10 +16,10 @@ from m0_basics.testing.conformance import (
     StreamingConformance,
     ids_of,
 )
-from m0_basics.testing.parity import assert_same_tokens
-from m0_basics.testing.sampling_conformance import SamplingConformance
+from m0_basics.tools.testing.parity import assert_same_tokens
+from m0_basics.tools.testing.sampling_conformance import SamplingConformance
 from m2_continuous_batching.engine import LLMEngine
-from m2_continuous_batching.metrics import MetricsCollector
+from m2_continuous_batching.plugins.metrics import MetricsCollector
 from m4_flash_attn import LLM
 from m4_flash_attn.kernels.cpu.build import library
 

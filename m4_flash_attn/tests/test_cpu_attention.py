@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from m4_flash_attn.kernels.cpu import ops
-from m4_flash_attn.kernels.cpu.ops import PagedKernels, Step, make_step
+from m4_flash_attn.kernels.cpu import bindings
+from m4_flash_attn.kernels.cpu.bindings import PagedKernels, Step, make_step
 from m4_flash_attn.reference import MIXED, PagedBatch, paged_attention_reference, random_paged_batch
 from m4_flash_attn.tests.cpu_variants import VARIANTS, variant_library
 
@@ -24,7 +24,7 @@ ROUNDING = {torch.float32: 2.0 ** -24, torch.bfloat16: 2.0 ** -8}
 def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     """Everything below runs on the kernels as they are compiled for each of these processors."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "library", lambda: variant_library(request.param))
+        patch.setattr(bindings, "library", lambda: variant_library(request.param))
         yield
 
 
@@ -225,7 +225,7 @@ def test_no_memory_is_an_exception_for_one_step(monkeypatch: pytest.MonkeyPatch)
             raise RuntimeError(f"cannot allocate {shape[0]} bytes")
         return empty(*shape, **kind)
 
-    monkeypatch.setattr(ops.torch, "empty", limited)
+    monkeypatch.setattr(bindings.torch, "empty", limited)
     with pytest.raises(RuntimeError, match="cannot allocate"):
         replace(large, kernels=kernels).run()
     assert_right(small)

@@ -11,8 +11,8 @@ from torch import nn
 from m4_flash_attn.kernels.cpu import linear as module
 from m4_flash_attn.kernels.cpu.build import BuildError
 from m4_flash_attn.kernels.cpu.linear import PackedLinear, choose, multiply_packed, pack
-from m4_flash_attn.kernels.cpu.linear_bench import Timing, measure, table
 from m4_flash_attn.tests.cpu_variants import VARIANTS, variant_library
+from m4_flash_attn.tools.linear_bench import Timing, measure, table
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROUNDING = {torch.float32: 2.0 ** -24, torch.bfloat16: 2.0 ** -8}     # half a unit in the last of 24 and of 8 bits

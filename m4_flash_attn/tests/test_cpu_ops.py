@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from m0_basics.model import RMSNorm, apply_rotary
-from m4_flash_attn.kernels.cpu import ops
-from m4_flash_attn.kernels.cpu.ops import CpuOps, PagedKernels, Step, make_step
-from m4_flash_attn.ops import TorchOps
+from m4_flash_attn.elementwise import TorchOps
+from m4_flash_attn.kernels.cpu import bindings
+from m4_flash_attn.kernels.cpu.bindings import CpuOps, PagedKernels, Step, make_step
 from m4_flash_attn.tests.cpu_variants import VARIANTS, variant_library
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -25,7 +25,7 @@ EPS = 1e-5
 def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     """Everything below runs on the kernels as they are compiled for each of these processors."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "library", lambda: variant_library(request.param))
+        patch.setattr(bindings, "library", lambda: variant_library(request.param))
         yield
 
 

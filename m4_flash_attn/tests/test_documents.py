@@ -4,8 +4,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import m4_flash_attn
-from m0_basics.testing.documents import DocumentConformance
-from m4_flash_attn.facts import FACTS
+from m0_basics.tools.testing.documents import DocumentConformance
+from m4_flash_attn.tools.facts import FACTS
 
 
 class TestDocuments(DocumentConformance):

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from m4_flash_attn.facts import FACTS
+from m4_flash_attn.tools.facts import FACTS
 
 
 def values() -> dict[str, int | float | str]:

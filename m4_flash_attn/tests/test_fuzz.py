@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from m0_basics.testing.fixtures import TinyModels
+from m0_basics.tools.testing.fixtures import TinyModels
 from m3_paged_kv.tests import test_fuzz as m3
 from m4_flash_attn import LLM
 

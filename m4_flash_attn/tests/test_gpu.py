@@ -13,12 +13,12 @@ import torch
 from m0_basics import SamplingParams
 from m0_basics.model import apply_rotary
 from m0_basics.model_spec import ModelSpec
-from m0_basics.testing.tiny_models import save_tiny_model
+from m0_basics.tools.testing.tiny_models import save_tiny_model
 from m4_flash_attn import LLM
 from m4_flash_attn.backends import BACKENDS, Situation
 from m4_flash_attn.cuda_graph import GraphRunner
+from m4_flash_attn.elementwise import TorchOps
 from m4_flash_attn.kernels.flash_attn import load_flash_attn, load_torch_varlen
-from m4_flash_attn.ops import TorchOps
 from m4_flash_attn.reference import MIXED, PagedBatch, random_paged_batch
 from m4_flash_attn.tests.batches import metadata_of
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import pytest
 
-from m4_flash_attn.intensity import attainable, attention_part, linear_part
-from m4_flash_attn.memory_traffic import Heads
+from m4_flash_attn.tools.intensity import attainable, attention_part, linear_part
+from m4_flash_attn.tools.memory_traffic import Heads
 
 SRAM = 1 << 16
 

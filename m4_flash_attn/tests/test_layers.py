@@ -12,20 +12,21 @@ from torch import Tensor, nn
 
 from m0_basics.attention import AttentionMetadata, FullAttention, ScheduledSequence
 from m0_basics.config import ModelConfig
-from m0_basics.loader import load_model
+from m0_basics.loading.loader import load_model
 from m0_basics.model_runner import ModelRunner
-from m0_basics.testing.conformance import PROMPTS, greedy, ids_of
-from m0_basics.testing.fixtures import TinyModels
-from m0_basics.testing.parity import assert_same_tokens, reference_greedy, schedule
-from m0_basics.testing.tiny_models import FAMILIES_UNDER_TEST
+from m0_basics.tools.testing.conformance import PROMPTS, greedy, ids_of
+from m0_basics.tools.testing.fixtures import TinyModels
+from m0_basics.tools.testing.parity import assert_same_tokens, reference_greedy, schedule
+from m0_basics.tools.testing.tiny_models import FAMILIES_UNDER_TEST
 from m2_continuous_batching.plugins import AttentionPlugin
 from m2_continuous_batching.plugins.base import Attend
-from m4_flash_attn import LLM, parts
-from m4_flash_attn.kernels.cpu import linear, ops
+from m4_flash_attn import LLM
+from m4_flash_attn.elementwise import TorchOps
+from m4_flash_attn.kernels import layer_kernels
+from m4_flash_attn.kernels.cpu import bindings, linear
 from m4_flash_attn.kernels.cpu.decoder import CpuDecoder, CpuHead
+from m4_flash_attn.kernels.layer_kernels import layer_kernels_for, plain_layer_kernels
 from m4_flash_attn.layers import FusedDecoderLayer, fuse
-from m4_flash_attn.ops import TorchOps
-from m4_flash_attn.parts import parts_for, plain_parts
 from m4_flash_attn.tests.cpu_variants import VARIANTS, variant_library
 
 CPU = torch.device("cpu")
@@ -35,7 +36,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 @pytest.fixture(params=VARIANTS)
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The kernels as they are compiled for several processors."""
-    for module in (ops, linear):
+    for module in (bindings, linear):
         monkeypatch.setattr(module, "library", lambda: variant_library(request.param))
     linear.choose.cache_clear()
     yield request.param
@@ -143,7 +144,7 @@ def test_one_call_gives_the_same_bits_as_layer_by_layer(tiny_model: TinyModels, 
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     """F4.7: the same kernels in the same order, the last norm included."""
     whole = make(tiny_model, name, dtype=dtype)
-    monkeypatch.setattr(parts, "stack", parts.one_by_one)
+    monkeypatch.setattr(layer_kernels, "stack", layer_kernels.one_by_one)
     apart = make(tiny_model, name, dtype=dtype)
     assert [type(layer) for layer in apart.engine.runner.model.layers] == [FusedDecoderLayer] * 3
     for cuts in ((), (1, 20, 21, 22)):
@@ -177,7 +178,7 @@ def test_logits_come_with_the_decode_step(tiny_model: TinyModels, dtype: str, th
 def test_without_kernels_the_layers_are_fused_in_torch(tiny_model: TinyModels) -> None:
     """Any device's layers: TorchOps, linear layers as they are."""
     expected = torch.cat(expected_states(m0_model(tiny_model, "qwen3"), PROMPTS))
-    model = fuse(m0_model(tiny_model, "qwen3"), plain_parts(TorchOps()))
+    model = fuse(m0_model(tiny_model, "qwen3"), plain_layer_kernels(TorchOps()))
     assert [type(layer) for layer in model.layers] == [FusedDecoderLayer] * 3
     torch.testing.assert_close(torch.cat(expected_states(model, PROMPTS)), expected, rtol=1e-6, atol=1e-6)
 
@@ -185,7 +186,7 @@ def test_without_kernels_the_layers_are_fused_in_torch(tiny_model: TinyModels) -
 def test_layers_of_other_kinds_run_one_after_the_other(tiny_model: TinyModels,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the products are not ours (matrix tiles), there is nothing that runs all layers at once."""
-    monkeypatch.setattr(parts, "choose", lambda *_: "torch")
+    monkeypatch.setattr(layer_kernels, "choose", lambda *_: "torch")
     monkeypatch.setattr(linear, "choose", lambda *_: "torch")
     llm = make(tiny_model)
     assert [type(layer) for layer in llm.engine.runner.model.layers] == [FusedDecoderLayer] * 3
@@ -248,12 +249,12 @@ def test_packed_weights_take_the_place_of_the_originals(tiny_model: TinyModels, 
     weights = {path: weakref.ref(module.weight) for path, module in model.named_modules()
                if isinstance(module, nn.Linear)}
     assert len(weights) == 3 * 4 + 1
-    fuse(model, parts_for(CPU, DTYPES[dtype]))
+    fuse(model, layer_kernels_for(CPU, DTYPES[dtype]))
     gc.collect()
     assert {path for path, weight in weights.items() if weight() is not None} == ({"lm_head"} if tied else set())
 
 
 def test_a_model_is_fused_once(tiny_model: TinyModels) -> None:
-    model = fuse(m0_model(tiny_model, "llama"), plain_parts(TorchOps()))
+    model = fuse(m0_model(tiny_model, "llama"), plain_layer_kernels(TorchOps()))
     with pytest.raises(AssertionError, match="a model is fused once"):
-        fuse(model, plain_parts(TorchOps()))
+        fuse(model, plain_layer_kernels(TorchOps()))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m0_basics.config import ConfigError
-from m4_flash_attn.memory_traffic import (
+from m4_flash_attn.tools.memory_traffic import (
     ALGORITHMS,
     CountingMemory,
     Heads,

@@ -9,9 +9,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from m4_flash_attn.intensity import linear_part
 from m4_flash_attn.online_softmax import Trace, online_softmax, tiled_attention
-from m4_flash_attn.pictures import (
+from m4_flash_attn.tools.intensity import linear_part
+from m4_flash_attn.tools.pictures import (
     AHEAD,
     DONE,
     HIDDEN,

@@ -2,7 +2,6 @@
 //
 //     for each layer:   norm | qkv | rotate + store | attend | o | add + norm | gate, up, silu x up | down
 //     then:             add + norm, and the output matrix where every token is its sequence's newest
-//     in the end:       add + norm
 //
 // Called part by part, a step of one token spends a fifth of its time on calls and on waking threads.
 #include "attention.hpp"

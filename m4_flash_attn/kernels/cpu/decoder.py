@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from m0_basics.attention import AttentionBackend, AttentionMetadata
+from m4_flash_attn.layers import FusedDecoderLayer, FusedRMSNorm, Rotary
 
-from ...attention import CpuAttention, CpuMetadata
-from ...layers import FusedDecoderLayer, FusedRMSNorm, Rotary
+from .attention import CpuAttention, CpuMetadata
 from .linear import PackedGatedLinear, PackedLinear, Weights
 
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...metadata import FlashMetadata
+from m4_flash_attn.metadata import FlashMetadata
+
 from .decode import paged_decode
 from .prefill import paged_prefill
 

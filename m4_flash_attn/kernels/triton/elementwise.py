@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops import ElementwiseOps
+from m4_flash_attn.elementwise import ElementwiseOps
+
 from .launch import check_rows
 
 _BLOCK = 1024

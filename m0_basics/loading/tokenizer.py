@@ -1,0 +1,145 @@
+"""The tokenizer and the chat template, read from a Hugging Face folder without importing transformers.
+
+Importing transformers takes seconds; `tokenizers` (the Rust library under it) and Jinja take milliseconds.
+A test holds both equal.
+"""
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import ConfigError
+
+Message = Mapping[str, Any]
+
+
+class Tokenizer:
+    """Text to token ids and back. Generation pads on the left, so that every row ends in its newest token."""
+
+    padding_side = "left"
+
+    def __init__(self, backend: Any, settings: Mapping[str, Any]) -> None:
+        """`backend` is a `tokenizers.Tokenizer`; `settings` is the content of `tokenizer_config.json`."""
+        self._backend = backend
+        self._settings = settings
+        self._texts: dict[tuple[int, bool], str] = {}       # of single tokens
+        template = settings.get("chat_template")
+        if isinstance(template, list):      # several named templates: chat is the one called "default"
+            template = {t["name"]: t["template"] for t in template}.get("default")
+        self.chat_template: str | None = template
+        self.bos_token_id = self._special_id("bos_token")
+        self.eos_token_id = self._special_id("eos_token")
+        # A model without a padding token borrows the end-of-sequence token: padding is masked, so any will do.
+        pad = self._special_id("pad_token")
+        self.pad_token_id: int | None = self.eos_token_id if pad is None else pad
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """Read `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`."""
+        from tokenizers import Tokenizer as Backend
+        settings_file, template_file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+        try:
+            settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
+        except ValueError as error:
+            raise ConfigError(f"{settings_file} cannot be read: {error}") from error
+        if template_file.is_file():
+            settings["chat_template"] = template_file.read_text(encoding="utf-8")
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            return cls(_convert_slow_tokenizer(folder), settings)
+        try:
+            return cls(Backend.from_file(str(file)), settings)
+        except Exception as error:          # the library raises bare Exception for a damaged file
+            raise ConfigError(f"{file} is not a tokenizer: {error}") from error
+
+    def _special_id(self, name: str) -> int | None:
+        token = self._settings.get(name)
+        if isinstance(token, Mapping):      # an AddedToken written out
+            token = token.get("content")
+        token_id: int | None = self._backend.token_to_id(token) if token else None
+        return token_id
+
+    def __len__(self) -> int:
+        """Number of tokens, added ones included. The model's matrix may be larger: it is padded."""
+        size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        return size
+
+    def to_json(self) -> str:
+        """The tokenizer in the format of `tokenizer.json`."""
+        text: str = self._backend.to_str()
+        return text
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Text -> token ids, with the tokens that the model wants around a plain text (such as BOS) or without."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Token ids -> text. Bytes that form no character become U+FFFD."""
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def decode_one(self, token_id: int, skip_special_tokens: bool = True) -> str:
+        """The text of one token. It is kept: a stream asks for the same tokens again and again."""
+        text = self._texts.get((token_id, skip_special_tokens))
+        if text is None:
+            text = self._texts[token_id, skip_special_tokens] = self.decode([token_id], skip_special_tokens)
+        return text
+
+    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """Messages -> the text that the model was trained to see. Encode it without adding special tokens."""
+        if not self.chat_template:
+            raise ConfigError("this model has no chat template; use generate instead of chat")
+        import jinja2
+        if not isinstance(messages, (list, tuple)):
+            raise ConfigError(f"messages={messages!r} is not valid; allowed: a list of dicts with role and content")
+        if not messages:
+            raise ConfigError("messages is empty; allowed: at least one message")
+        for i, message in enumerate(messages):
+            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+                raise ConfigError(f"messages[{i}]={message!r} is not valid; allowed: a dict with role and content")
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        specials = {n: t["content"] if isinstance(t := self._settings[n], Mapping) else t
+                    for n in names if self._settings.get(n)}
+        try:
+            return str(_template(self.chat_template).render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **specials))
+        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
+            # A template joins and indexes what it is given; content of a wrong type fails inside it.
+            raise ConfigError(f"the chat template refuses these messages: {error}") from error
+
+
+def _template(source: str) -> Any:
+    """The Jinja dialect of Hugging Face chat templates: sandboxed, block lines trimmed, three extra names."""
+    import jinja2.ext
+    import jinja2.sandbox
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+def _convert_slow_tokenizer(folder: Path) -> Any:
+    """A folder with a SentencePiece model only: transformers converts it."""
+    # Asked for before transformers is: it makes an empty tokenizer of a folder that has none.
+    if not (folder / "tokenizer.model").is_file():
+        raise ConfigError(f"{folder} has neither tokenizer.json nor tokenizer.model; "
+                          "use skip_tokenizer_init=True to work with token ids only")
+    try:
+        from transformers import AutoTokenizer
+        return AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
+    except Exception as error:
+        raise ConfigError(f"{folder} has no tokenizer.json, and transformers could not make one: {error}; "
+                          "use skip_tokenizer_init=True to work with token ids only") from error

@@ -1,0 +1,1 @@
+"""What measures, draws, documents and teaches the lab from outside. No file of an engine imports it."""

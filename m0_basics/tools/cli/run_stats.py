@@ -1,0 +1,48 @@
+"""One line about a finished request: time to first token, speed, memory."""
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+
+from m0_basics.request import RequestMetrics
+
+
+@dataclass(frozen=True)
+class RunStats:
+    """Times in seconds, memory in bytes. TTFT counts from the request's arrival, start-up from the process's."""
+
+    ttft: float
+    output_tokens: int
+    tokens_per_second: float | None         # after the first token; None where there was only one
+    peak_memory: int
+    start_to_first_token: float
+
+    @classmethod
+    def of(cls, metrics: RequestMetrics, num_outputs: int = 1) -> RunStats:
+        """From a request that has at least one token; its outputs run side by side, one token each in a step."""
+        first, last, steps = metrics.token_times[0], metrics.token_times[-1], len(metrics.token_times)
+        return cls(ttft=first - metrics.arrival_time, output_tokens=steps * num_outputs,
+                   tokens_per_second=(steps - 1) * num_outputs / (last - first) if last > first else None,
+                   peak_memory=peak_memory_bytes(), start_to_first_token=first - process_start())
+
+    def line(self) -> str:
+        speed = f"{self.tokens_per_second:.1f} tokens/s" if self.tokens_per_second else "one token"
+        return (f"TTFT {self.ttft * 1000:.0f} ms | {self.output_tokens} tokens, {speed} | peak memory "
+                f"{self.peak_memory / 1e6:.0f} MB | command to first token {self.start_to_first_token:.1f} s")
+
+
+def process_start() -> float:
+    """When this process started, on the clock of `time.perf_counter`."""
+    import psutil
+    return time.perf_counter() - (time.time() - psutil.Process().create_time())
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this process has held: on the GPU where it used one, else resident memory."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024      # Linux counts in kilobytes, macOS in bytes

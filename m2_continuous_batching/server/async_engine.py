@@ -1,0 +1,275 @@
+"""The engine for a server: it steps in a thread of its own, and coroutines wait for what comes out.
+
+    coroutines   add, abort  -->  queue of commands  -->  engine thread:  commands, step, commands, step, ...
+    coroutines   <--  newest state of each request   <--  (a mailbox that holds one output, never a list)
+
+Nothing but the engine thread changes the engine, so the engine needs no lock. An output holds everything that its
+request has produced so far: a consumer that is slow misses intermediate states and nothing else.
+"""
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from m0_basics.config import ConfigError, check_int
+from m0_basics.input_processor import Prompt
+from m0_basics.loading.tokenizer import Message
+from m0_basics.outputs import RequestOutput
+from m0_basics.request import Request
+from m0_basics.sampling_params import SamplingParams
+
+from ..continuous_llm import ContinuousLLM
+from ..policies import SchedulingParams
+from .output_stream import OutputStream
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+SHUTDOWN = "shutdown"               # the stop_reason of a request that the end of the engine cut off
+
+
+class EngineUnavailableError(RuntimeError):
+    """The engine takes no request now."""
+
+
+class EngineDeadError(EngineUnavailableError):
+    """The engine's thread has ended with an error; only a new engine helps."""
+
+
+class EngineStoppedError(EngineUnavailableError):
+    """The engine is shutting down, has shut down, or was never started."""
+
+
+class QueueFullError(EngineUnavailableError):
+    """Too many requests wait already; later there may be room."""
+
+
+class AsyncLLMEngine:
+    """`async for output in engine.generate(prompt, params)` over the engine of any `ContinuousLLM`."""
+
+    def __init__(self, llm: ContinuousLLM, max_queued_requests: int | None = None) -> None:
+        """From `start` on the LLM belongs to this object. `max_queued_requests`: how many may wait for a place."""
+        check_int("max_queued_requests", max_queued_requests, 0, optional=True)
+        self.llm = llm
+        self.max_queued_requests = max_queued_requests
+        self._streams: dict[str, OutputStream] = {}         # owned by the engine thread
+        self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._gate = threading.Lock()                       # no command gets into the queue once the thread has ended
+        # One thread: an InputProcessor counts requests and draws seeds, which two threads must not do at once.
+        self._inputs = ThreadPoolExecutor(1, "inputs")
+        self._thread: threading.Thread | None = None
+        self._accepting = False
+        self._stopping = False
+        self._ended: EngineUnavailableError | None = EngineStoppedError("the engine was not started")
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether requests are served: started, and neither dead nor stopped."""
+        return self._ended is None
+
+    @property
+    def num_open_requests(self) -> int:
+        """Requests whose last output has not come yet."""
+        return len(self._streams)
+
+    def start(self) -> None:
+        """Start the engine's thread. An engine is started once."""
+        assert self._thread is None, "an engine is started once"
+        self._ended, self._accepting = None, True
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def shutdown(self, drain_s: float = 0.0) -> None:
+        """Take no more requests, let the open ones run for `drain_s` seconds, abort the rest, end the thread."""
+        self._accepting = False
+        deadline = time.monotonic() + drain_s
+        while self._streams and self.is_healthy and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        if self.is_healthy:
+            self._post(self._stop)
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+        self._inputs.shutdown(wait=False)
+
+    async def generate(self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None,
+                       scheduling_params: SchedulingParams | None = None, *, add_special_tokens: bool = True,
+                       request_id: str | None = None) -> AsyncIterator[RequestOutput]:
+        """Yield the request's state as it grows; the last one is finished. A list of messages is a chat.
+
+        Raises ConfigError for a request that cannot be run, EngineUnavailableError where the engine takes or runs
+        none. Closing the iterator, or cancelling the task that iterates, aborts the request.
+        """
+        params = sampling_params or self.llm.default_sampling_params
+        [stream] = await self.add_requests([prompt], params, scheduling_params, stream=params.best_of == params.n,
+                                           add_special_tokens=add_special_tokens, request_id=request_id)
+        try:
+            while not stream.finished:
+                yield await stream.next()
+        finally:
+            stream.close()
+
+    async def add_requests(self, prompts: Sequence[Prompt | Sequence[Message]], params: SamplingParams,
+                           scheduling_params: SchedulingParams | None = None, *, stream: bool,
+                           add_special_tokens: bool = True, request_id: str | None = None) -> list[OutputStream]:
+        """Queue all of the prompts or, where one of them is refused, none; close every stream that is returned.
+
+        `stream`: whether a request reports after each step, or at its end only. `request_id` is for a single prompt.
+        """
+        assert request_id is None or len(prompts) == 1
+        self._check_accepting()
+
+        def process() -> list[Request]:
+            return [self._process(prompt, params, stream, add_special_tokens) for prompt in prompts]
+
+        requests = await self.run_on_inputs(process)
+        if params.structured_outputs is not None:
+            # A grammar may take long to compile, and is kept: so neither the engine nor other prompts wait for it.
+            await asyncio.to_thread(self.llm.engine.sampler.check, params)
+        if request_id is not None:
+            requests[0].request_id = request_id
+        streams = [OutputStream(request, self.abort) for request in requests]
+        try:
+            await asyncio.wrap_future(self._post(lambda: self._add(streams, scheduling_params)))
+        except asyncio.CancelledError:
+            for output_stream in streams:
+                output_stream.close()       # in the queue behind the command that adds them
+            raise
+        return streams
+
+    def abort(self, request_id: str) -> None:
+        """Free what a request holds; its stream gets a last output. An unknown id is ignored. Never blocks."""
+        if self.is_healthy:
+            try:
+                self._post(lambda: self._abort(request_id))
+            except EngineUnavailableError:
+                return                      # it has just ended, and nothing runs any more
+
+    async def run_on_inputs(self, work: Callable[[], T]) -> T:
+        """Run what tokenises in the thread that is kept for it: a long text must not stop the event loop.
+
+        Raises EngineStoppedError after the end.
+        """
+        try:
+            future = asyncio.get_running_loop().run_in_executor(self._inputs, work)
+        except RuntimeError as error:
+            raise EngineStoppedError("the engine has shut down") from error
+        return await future
+
+    def _process(self, prompt: Any, params: SamplingParams, stream: bool, add_special_tokens: bool) -> Request:
+        if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
+            prompt, add_special_tokens = self.llm.get_tokenizer().apply_chat_template(prompt), False
+        return self.llm.input_processor.process(prompt, params, stream, add_special_tokens)
+
+    def _check_accepting(self) -> None:
+        if self._ended is not None:
+            raise self._ended
+        if not self._accepting:
+            raise EngineStoppedError("the engine is shutting down")
+
+    def _post(self, command: Callable[[], T]) -> Future[T]:
+        """Let the engine thread run `command` before its next step."""
+        future: Future[T] = Future()
+        with self._gate:
+            if self._ended is not None:
+                raise self._ended
+            self._commands.put((command, future))
+        return future
+
+    # From here on: the engine thread.
+
+    def _run(self) -> None:
+        engine = self.llm.engine
+        try:
+            while not self._stopping:
+                self._run_commands(wait=not engine.has_unfinished_requests())
+                if not self._stopping:
+                    for output in engine.step():
+                        self._deliver(output)
+        except BaseException as error:
+            logger.critical("the engine has failed", exc_info=error)
+            self._end(EngineDeadError(f"the engine has failed: {type(error).__name__}: {error}"))
+        else:
+            self._end(EngineStoppedError("the engine has shut down"))
+
+    def _run_commands(self, wait: bool) -> None:
+        """Run everything in the queue; `wait` for a first command where there is nothing else to do."""
+        while not self._stopping:
+            try:
+                command, future = self._commands.get(block=wait)
+            except queue.Empty:
+                return
+            wait = False
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(command())
+                except Exception as error:
+                    if not isinstance(error, (ConfigError, EngineUnavailableError)):
+                        logger.error("a command has failed", exc_info=error)
+                    future.set_exception(error)
+
+    def _add(self, streams: list[OutputStream], params: SchedulingParams | None) -> None:
+        engine = self.llm.engine
+        self._check_accepting()
+        self._check_queue(len(streams))
+        for stream in streams:
+            engine.check_request(stream.request, params)
+        for stream in streams:
+            engine.add_request(stream.request, params)
+            self._streams[stream.request.request_id] = stream
+
+    def _check_queue(self, num_new: int) -> None:
+        scheduler = self.llm.engine.scheduler
+        if self.max_queued_requests is not None:
+            present = len(scheduler.running) + len(scheduler.waiting)
+            room = scheduler.max_num_seqs + self.max_queued_requests
+            if num_new > room:
+                raise ConfigError(f"{num_new} prompts in one request; allowed: at most {room}, which this server holds")
+            if present + num_new > room:
+                raise QueueFullError(f"{present} requests run or wait; allowed: {scheduler.max_num_seqs} that run and "
+                                     f"max_queued_requests={self.max_queued_requests} that wait; try again later")
+
+    def _abort(self, request_id: str, reason: str | None = None) -> None:
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            for sequence in stream.request.sequences:
+                if not sequence.is_finished:
+                    sequence.stop_reason = reason
+            self.llm.engine.abort_request(request_id)
+            self._deliver(self.llm.engine.output_processor.make_output(stream.request))
+
+    def _deliver(self, output: RequestOutput) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is None:
+            return
+        if output.finished:
+            del self._streams[output.request_id]
+        try:
+            stream.put(output)
+        except RuntimeError:                # the consumer's event loop is closed: nobody will ever read this
+            if self._streams.pop(output.request_id, None) is not None:
+                self.llm.engine.abort_request(output.request_id)
+
+    def _stop(self) -> None:
+        for request_id in list(self._streams):
+            self._abort(request_id, SHUTDOWN)
+        self._stopping = True
+
+    def _end(self, error: EngineUnavailableError) -> None:
+        """Nothing runs any more: tell everybody who waits."""
+        with self._gate:
+            self._ended = error
+        while not self._commands.empty():
+            _, future = self._commands.get()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+        for stream in self._streams.values():
+            try:
+                stream.put(error)
+            except RuntimeError:
+                logger.info("request %s has no consumer any more", stream.request.request_id)
+        self._streams.clear()

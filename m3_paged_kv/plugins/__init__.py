@@ -1,0 +1,1 @@
+"""Plugins over blocks: a cache in fewer bits, and sequences that forget."""
