@@ -7,8 +7,8 @@ if os.environ.get("LLM_LAB_WORKSPACE"):     # before any other module: a learner
 
 from .config import CacheConfig, ConfigError, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from .llm import LLM
-from .outputs import CompletionOutput, Logprob, RequestOutput
-from .request import Request, Sequence, SequenceData, SequenceStatus
+from .outputs import CompletionOutput, RequestOutput
+from .request import Logprob, Request, Sequence, SequenceData, SequenceStatus
 from .sampling_params import SamplingParams
 
 __all__ = ["LLM", "CacheConfig", "CompletionOutput", "ConfigError", "EngineConfig", "Logprob", "ModelConfig",

@@ -21,23 +21,35 @@ from .request import Sequence
 
 
 class ScheduledSequence(NamedTuple):
-    """Run tokens [num_computed_tokens, num_computed_tokens + num_tokens) of `sequence` in this step.
+    """Run tokens [start, start + num_tokens) of `sequence` in this step, the drafted ones last.
 
+    [ computed (0 .. start) | tokens of the sequence | draft_token_ids ]
+                            |<------- num_tokens of this step -------->|
+
+    `start` stays what it was when the step was scheduled: the sequence may move on while the step runs. Drafted tokens
+    are guesses at what follows the sequence's newest token: they run behind it, and the step tells which were right.
     A tuple, because every step makes one for every sequence, and a frozen dataclass takes twice as long.
     """
 
     sequence: Sequence
-    num_tokens: int
+    start: int                              # position of the first token that runs
+    num_tokens: int                         # drafted ones included
+    draft_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def rest(cls, sequence: Sequence) -> ScheduledSequence:
+        """Everything of `sequence` that is not computed yet."""
+        return cls(sequence, sequence.num_computed_tokens, sequence.num_tokens - sequence.num_computed_tokens)
 
     @property
     def end(self) -> int:
-        """Length of the sequence once the step is done."""
-        return self.sequence.num_computed_tokens + self.num_tokens
+        """Tokens computed once the step is done, drafted ones included."""
+        return self.start + self.num_tokens
 
     @property
     def reaches_newest(self) -> bool:
-        """Whether the step computes the newest token, so that the next one can be sampled."""
-        return self.end == self.sequence.num_tokens
+        """Whether the step computes the sequence's newest token, so that the next one can be sampled."""
+        return self.end - len(self.draft_token_ids) == self.sequence.num_tokens
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,7 @@ class FullAttention(AttentionBackend):
     """Causal attention of each sequence over itself; nothing is kept between steps."""
 
     def build_metadata(self, scheduled: list[ScheduledSequence]) -> AttentionMetadata:
-        assert all(s.sequence.num_computed_tokens == 0 for s in scheduled), "nothing is kept, so nothing is computed"
+        assert all(s.start == 0 for s in scheduled), "nothing is kept, so nothing is computed"
         return AttentionMetadata(query_start_loc(scheduled))
 
     def forward(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:

@@ -5,13 +5,13 @@ Names and shapes of the results are vLLM's, so that what is written here runs th
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
 
-from .config import ConfigError, EngineConfig
+from .config import ConfigError, EngineConfig, reject
 from .engine import Engine
 from .input_processor import InputProcessor, Prompt, as_prompt_list
 from .loading.tokenizer import Message, Tokenizer
@@ -21,7 +21,7 @@ from .request import Request
 from .sampling_params import SamplingParams
 
 Params = SamplingParams | Sequence[SamplingParams] | None
-AddRequest = Callable[[Request], None]         # how a request gets into the engine
+Options = dict[str, Any]                       # what goes to the engine with a request, by name
 
 
 class BaseLLM(ABC):
@@ -46,30 +46,39 @@ class BaseLLM(ABC):
             raise ConfigError("no tokenizer was loaded: skip_tokenizer_init is set")
         return self.tokenizer
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None,
-                 use_tqdm: bool = True) -> list[RequestOutput]:
+    def generate(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, use_tqdm: bool = True,
+                 **options: Any) -> list[RequestOutput]:
         """Complete each prompt: text, {"prompt": ...}, {"prompt_token_ids": [...]}, token ids, or a list of them.
 
-        One SamplingParams serves all prompts, a list gives one to each. Every prompt is checked before the
-        first is run; the error names the bad one. Outputs come in the order of the prompts.
+        One SamplingParams serves all prompts, a list gives one to each. So do `options`, which are handed to the engine
+        with each request: those of its `request_options`. Every prompt is checked before the first is run; the error
+        names the bad one. Outputs come in the order of the prompts.
         """
-        requests = self._requests(as_prompt_list(prompts), sampling_params, True)
-        return self._run_requests(requests, use_tqdm, self.engine.add_request)
+        return self._run(self._requests(as_prompt_list(prompts), sampling_params, True, options), use_tqdm)
 
     def chat(self, messages: Sequence[Message] | Sequence[Sequence[Message]], sampling_params: Params = None,
-             use_tqdm: bool = True, add_generation_prompt: bool = True) -> list[RequestOutput]:
+             use_tqdm: bool = True, add_generation_prompt: bool = True, **options: Any) -> list[RequestOutput]:
         """Answer one conversation, or each of a list of them, through the model's chat template."""
-        requests = self._requests(self._chat_prompts(messages, add_generation_prompt), sampling_params, False)
-        return self._run_requests(requests, use_tqdm, self.engine.add_request)
+        prompts = self._chat_prompts(messages, add_generation_prompt)
+        return self._run(self._requests(prompts, sampling_params, False, options), use_tqdm)
 
     def stream(self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None,
-               ) -> Iterator[RequestOutput]:
+               **options: Any) -> Iterator[RequestOutput]:
         """Yield what each step adds: `outputs[i].text` and `.token_ids` hold only the new part.
 
         A list of messages is a chat. With best_of above n everything comes at the end: which outputs are returned
         is not known before. Closing the iterator early, or dropping it, aborts the request.
         """
-        return self._start_stream(self._stream_request(prompt, sampling_params), self.engine.add_request)
+        params = sampling_params or self.default_sampling_params
+        is_chat = isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], dict)
+        messages: Any = prompt
+        checked: Any = self.get_tokenizer().apply_chat_template(messages) if is_chat else prompt
+        [request_options] = self._one_each(options, 1)
+        request = self.input_processor.process(checked, params, stream=params.best_of == params.n,
+                                               add_special_tokens=not is_chat)
+        deltas = self._deltas(request, request_options)
+        next(deltas)        # into the `try`: a generator that was never started would not abort when it is dropped
+        return deltas
 
     def _chat_prompts(self, messages: Sequence[Message] | Sequence[Sequence[Message]],
                       add_generation_prompt: bool) -> list[str]:
@@ -79,25 +88,11 @@ class BaseLLM(ABC):
         tokenizer = self.get_tokenizer()
         return [tokenizer.apply_chat_template(c, add_generation_prompt) for c in conversations]
 
-    def _stream_request(self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None) -> Request:
-        params = sampling_params or self.default_sampling_params
-        special = True
-        if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], dict):
-            prompt, special = self.get_tokenizer().apply_chat_template(prompt), False
-        checked: Any = prompt
-        return self.input_processor.process(checked, params, stream=params.best_of == params.n,
-                                            add_special_tokens=special)
-
-    def _start_stream(self, request: Request, add: AddRequest) -> Iterator[RequestOutput]:
-        deltas = self._deltas(request, add)
-        next(deltas)        # into the `try`: a generator that was never started would not abort when it is dropped
-        return deltas
-
-    def _deltas(self, request: Request, add: AddRequest) -> Iterator[RequestOutput]:
+    def _deltas(self, request: Request, options: Options) -> Iterator[RequestOutput]:
         seen: dict[int, tuple[int, int]] = {}
         try:
-            self._add(request, add)
-            yield RequestOutput.from_request(request)       # taken by `_start_stream`
+            self._add(request, options)
+            yield RequestOutput.from_request(request)       # taken by `stream`
             finished = False
             while not finished:
                 for output in self._next_outputs(request.request_id):
@@ -113,24 +108,26 @@ class BaseLLM(ABC):
             self.engine.abort_request(request.request_id)
             self._mailboxes.pop(request.request_id, None)
 
-    def _run_requests(self, requests: list[Request], use_tqdm: bool, add: AddRequest) -> list[RequestOutput]:
+    def _run(self, requests: list[tuple[Request, Options]], use_tqdm: bool) -> list[RequestOutput]:
         outputs: dict[str, RequestOutput] = {}
         try:
-            for request in requests:
-                self._add(request, add)
+            for request, options in requests:
+                self._add(request, options)
             with tqdm(total=len(requests), desc="prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
-                for request in requests:
+                for request, _ in requests:
                     while request.request_id not in outputs:
                         for output in self._next_outputs(request.request_id):
                             outputs[output.request_id] = output
                     bar.update()
         finally:
-            for request in requests:
+            for request, _ in requests:
                 self.engine.abort_request(request.request_id)
                 self._mailboxes.pop(request.request_id, None)
-        return [outputs[request.request_id] for request in requests]
+        return [outputs[request.request_id] for request, _ in requests]
 
-    def _requests(self, prompts: Sequence[Prompt], sampling_params: Params, special: bool) -> list[Request]:
+    def _requests(self, prompts: Sequence[Prompt], sampling_params: Params, special: bool,
+                  options: Options) -> list[tuple[Request, Options]]:
+        """A checked request for each prompt, and the options that go to the engine with it."""
         if isinstance(sampling_params, Sequence):
             if len(sampling_params) != len(prompts):
                 raise ConfigError(f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; "
@@ -139,17 +136,38 @@ class BaseLLM(ABC):
         else:
             params = [sampling_params or self.default_sampling_params] * len(prompts)
         requests = []
-        for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+        for i, (prompt, p, o) in enumerate(zip(prompts, params, self._one_each(options, len(prompts)), strict=True)):
             try:
                 request = self.input_processor.process(prompt, p, add_special_tokens=special)
-                self.engine.check_request(request)
-                requests.append(request)
+                self.engine.check_request(request, **o)
+                requests.append((request, o))
             except ConfigError as error:
                 raise type(error)(f"prompts[{i}]: {error}") from error
         return requests
 
-    def _add(self, request: Request, add: AddRequest) -> None:
-        add(request)
+    def _one_each(self, options: Options, num_prompts: int) -> list[Options]:
+        """Options for each of `num_prompts` prompts. Raises ConfigError for those that the engine does not take."""
+        known = self.engine.request_options
+        if unknown := sorted(set(options) - set(known)):
+            raise ConfigError(f"unknown option {', '.join(unknown)}; with a request this engine takes: "
+                              f"{', '.join(sorted(known)) or 'none'}")
+        each: list[Options] = [{} for _ in range(num_prompts)]
+        for name, value in options.items():
+            kind = known[name]
+            if value is not None and not isinstance(value, (kind, list, tuple)):
+                raise reject(name, value, f"None, {kind.__name__}, or a list of them")
+            values = value if isinstance(value, (list, tuple)) else [value] * num_prompts
+            if len(values) != num_prompts:
+                raise ConfigError(f"{len(values)} {name} for {num_prompts} prompts; allowed: one, or one for each "
+                                  "prompt")
+            for i, one in enumerate(values):
+                if isinstance(value, (list, tuple)) and not isinstance(one, kind):
+                    raise reject(f"{name}[{i}]", one, kind.__name__)
+                each[i][name] = one
+        return each
+
+    def _add(self, request: Request, options: Options) -> None:
+        self.engine.add_request(request, **options)
         self._mailboxes[request.request_id] = []
 
     def _next_outputs(self, request_id: str) -> list[RequestOutput]:

@@ -104,6 +104,12 @@ class SchedulerConfig:
     max_num_seqs: int = option(1, "Sequences that run side by side.")
     max_model_len: int | None = option(None, "Same value as the model's; set it there.", internal=True)
 
+    @property
+    def longest(self) -> int:
+        """`max_model_len`, once the model's own limit has settled it."""
+        assert self.max_model_len is not None, "with_max_model_len settles it"
+        return self.max_model_len
+
     def __post_init__(self) -> None:
         check_int("max_num_seqs", self.max_num_seqs, 1)
         check_int("max_model_len", self.max_model_len, 1, optional=True)

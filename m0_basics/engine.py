@@ -4,18 +4,21 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Mapping
 
 from .attention import ScheduledSequence
 from .config import EngineConfig
 from .loading.tokenizer import Tokenizer
 from .model_runner import ModelRunner
-from .outputs import Logprob, RequestOutput
-from .request import Request, Sequence, SequenceStatus
+from .outputs import RequestOutput
+from .request import Logprob, Request, Sequence, SequenceStatus
 from .sampler import Sampler
 
 
 class Engine(ABC):
     """Requests in, outputs out, one step at a time."""
+
+    request_options: Mapping[str, type] = {}        # what else `check_request` and `add_request` take, by name
 
     @abstractmethod
     def check_request(self, request: Request) -> None:
@@ -70,7 +73,7 @@ class NaiveEngine(Engine):
         if not self.waiting:
             return []
         request, sequence = self._schedule()
-        logits = self.runner.execute_model([ScheduledSequence(sequence, sequence.num_tokens)])
+        logits = self.runner.execute_model([ScheduledSequence.rest(sequence)])
         sampled = self.sampler(logits, [sequence])
         return self._update(request, sequence, sampled.token_ids[0])
 

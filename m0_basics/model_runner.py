@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,20 +10,9 @@ from torch import Tensor
 
 from .attention import AttentionBackend, AttentionMetadata, ScheduledSequence
 from .model import CausalLM
-from .outputs import Logprob
-from .request import Sequence
+from .request import Logprob, Sequence
 
 _PROMPT_ROWS = 256        # rows of prompt logits held at once: [256, vocab] in float32 is 50 MB for 49,152 tokens
-
-
-class Span(NamedTuple):
-    """A scheduled sequence as it stood when the step began: its rows of the packed batch, and where they start."""
-
-    sequence: Sequence
-    start: int                      # position of the first token that runs
-    num_tokens: int
-    first_row: int                  # the tokens are rows [first_row, first_row + num_tokens)
-    reaches_newest: bool
 
 
 @dataclass(frozen=True)
@@ -34,12 +22,9 @@ class ModelInputs:
     input_ids: Tensor               # T
     positions: Tensor               # T
     metadata: AttentionMetadata
-    spans: list[Span]               # B
-
-    @property
-    def sampled(self) -> list[Sequence]:
-        """The R sequences whose newest token is reached, in the order of the logits' rows."""
-        return [span.sequence for span in self.spans if span.reaches_newest]
+    scheduled: list[ScheduledSequence]      # B: sequence b's tokens are rows query_start_loc[b] to [b + 1] of the batch
+    logit_rows: Tensor              # R: rows of the batch whose logits are needed, in order
+    sampled: list[Sequence]         # R: whom each of them samples for; behind a drafted token, who it would be by then
 
 
 class Runner(ABC):
@@ -69,55 +54,59 @@ class ModelRunner(Runner):
         self.backend = backend
 
     def execute_model(self, scheduled: list[ScheduledSequence]) -> Tensor:
-        """Run the scheduled tokens; return logits [R, vocab], one row per sequence whose newest token was reached."""
+        """Run the scheduled tokens; return logits [R, vocab]: of each newest token, and of drafted ones."""
         return self.execute(self.prepare_inputs(scheduled))
 
     def prepare_inputs(self, scheduled: list[ScheduledSequence]) -> ModelInputs:
         """Pack the scheduled tokens in order, and build the backend's metadata."""
-        input_ids: list[int] = []
-        positions: list[int] = []
-        spans: list[Span] = []
+        input_ids, positions, logit_rows = list[int](), list[int](), list[int]()
+        sampled: list[Sequence] = []
         for s in scheduled:
-            start, end = s.sequence.num_computed_tokens, s.end
-            spans.append(Span(s.sequence, start, s.num_tokens, len(input_ids), s.reaches_newest))
-            input_ids += s.sequence.data.token_slice(start, end)
-            positions += range(start, end)
-        # numpy turns a list into an array in a fraction of the time that torch takes; one copy brings both over.
-        both = torch.as_tensor(np.array([input_ids, positions], dtype=np.int64), device=self.model.device)
-        ids, places = both.unbind(0)
-        return ModelInputs(ids, places, self.backend.build_metadata(scheduled), spans)
+            drafts = s.draft_token_ids
+            input_ids += s.sequence.data.token_slice(s.start, s.end - len(drafts))
+            if s.reaches_newest:
+                logit_rows += range(len(input_ids) - 1, len(input_ids) + len(drafts))
+                sampled.append(s.sequence)
+                sampled += [s.sequence.with_drafts(drafts[:n]) for n in range(1, len(drafts) + 1)]
+            input_ids += drafts
+            positions += range(s.start, s.end)
+        # numpy turns a list into an array in a fraction of the time that torch takes; one copy brings all over.
+        numbers = np.array(input_ids + positions + logit_rows, dtype=np.int64)
+        sizes = [len(input_ids), len(positions), len(logit_rows)]
+        ids, places, rows = torch.as_tensor(numbers, device=self.model.device).split(sizes)
+        return ModelInputs(ids, places, self.backend.build_metadata(scheduled), scheduled, rows, sampled)
 
     @torch.inference_mode()
     def execute(self, inputs: ModelInputs) -> Tensor:
         """Run prepared inputs; return logits [R, vocab]."""
         hidden = self.forward(inputs)
-        for span in inputs.spans:
-            if span.sequence.sampling_params.prompt_logprobs is not None:
-                self._record_prompt_logprobs(span, hidden[span.first_row:span.first_row + span.num_tokens])
-        rows = [span.first_row + span.num_tokens - 1 for span in inputs.spans if span.reaches_newest]
-        if len(rows) < hidden.shape[0]:
-            hidden = hidden[torch.tensor(rows, dtype=torch.long, device=hidden.device)]
+        starts = inputs.metadata.query_start_loc
+        for s, first_row in zip(inputs.scheduled, starts, strict=False):        # starts has one entry more
+            if s.sequence.sampling_params.prompt_logprobs is not None:
+                self._record_prompt_logprobs(s, hidden[first_row:first_row + s.num_tokens])
+        if len(inputs.sampled) < hidden.shape[0]:
+            hidden = hidden[inputs.logit_rows]
         return self.model.compute_logits(hidden)
 
     def forward(self, inputs: ModelInputs) -> Tensor:
         """Hidden states [T, hidden] of the inputs' tokens, packed in order."""
         return self.model(inputs.input_ids, inputs.positions, self.backend, inputs.metadata)
 
-    def _record_prompt_logprobs(self, span: Span, hidden: Tensor) -> None:
+    def _record_prompt_logprobs(self, scheduled: ScheduledSequence, hidden: Tensor) -> None:
         """Append to `sequence.prompt_logprobs` for prompt tokens that this step's rows [n, hidden] predict.
 
-        Row i of the span sits at position `start + i` and predicts the token after it. The first token of a prompt
+        Row i sits at position `start + i` and predicts the token after it. The first token of a prompt
         is predicted by nothing, so its entry is None. Rows already recorded (a recomputed sequence) are left alone.
         """
-        sequence, k = span.sequence, span.sequence.sampling_params.prompt_logprobs
+        sequence, k = scheduled.sequence, scheduled.sequence.sampling_params.prompt_logprobs
         assert k is not None
         if not sequence.prompt_logprobs:
             sequence.prompt_logprobs.append(None)
         prompt = sequence.data.prompt_token_ids
-        first, stop = len(sequence.prompt_logprobs), span.start + span.num_tokens + 1
+        first, stop = len(sequence.prompt_logprobs), scheduled.end + 1
         for begin in range(first, min(stop, len(prompt)), _PROMPT_ROWS):
             end = min(begin + _PROMPT_ROWS, stop, len(prompt))
-            offset = 1 + span.start                         # the token at `begin` is predicted by row begin - offset
+            offset = 1 + scheduled.start                    # the token at `begin` is predicted by row begin - offset
             assert begin >= offset, "the rows that predict these tokens were skipped"
             logits = self.model.compute_logits(hidden[begin - offset:end - offset])
             sequence.prompt_logprobs += top_logprobs(logits, prompt[begin:end], [k] * (end - begin))

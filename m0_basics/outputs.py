@@ -2,19 +2,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .request import Request, RequestMetrics, Sequence
-
-
-@dataclass(frozen=True)
-class Logprob:
-    """Natural-log probability of one token, its rank (1 is the most probable), and its text."""
-
-    logprob: float
-    rank: int | None = None
-    decoded_token: str | None = None
+from .request import Logprob, Request, RequestMetrics, Sequence
 
 
 @dataclass

@@ -14,11 +14,22 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import reduce
+from operator import add
 
-from .outputs import Logprob
 from .sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Natural-log probability of one token, its rank (1 is the most probable), and its text."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
 
 
 class SequenceStatus(Enum):
@@ -96,6 +107,7 @@ class Sequence:
     eos_token_ids: tuple[int, ...] = ()             # the model's
     index: int = 0                                  # which of the request's outputs this is
     status: SequenceStatus = SequenceStatus.WAITING
+    ends_as: SequenceStatus | None = None           # set with its last token: its state from when that is concluded
     num_computed_tokens: int = 0                    # advanced by the engine, after each step
     cumulative_logprob: float | None = None         # this and the next two are filled from the sampler's output
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
@@ -133,8 +145,22 @@ class Sequence:
     def fork(self, seq_id: int, index: int) -> Sequence:
         """A copy that grows on its own: changing it leaves this sequence as it was."""
         return Sequence(seq_id, self.data.copy(), self.sampling_params, self.seed, self.eos_token_ids, index,
-                        self.status, self.num_computed_tokens, self.cumulative_logprob, self.logprobs.copy(),
-                        self.prompt_logprobs.copy(), self.output_text, self.stop_reason)
+                        self.status, self.ends_as, self.num_computed_tokens, self.cumulative_logprob,
+                        self.logprobs.copy(), self.prompt_logprobs.copy(), self.output_text, self.stop_reason)
+
+    def with_drafts(self, token_ids: Iterable[int]) -> Sequence:
+        """A copy for the sampler: this sequence as it would be with `token_ids` behind its newest token."""
+        ahead = self.fork(self.seq_id, self.index)
+        ahead.data.output_token_ids += token_ids
+        return ahead
+
+    def truncate(self, num_output_tokens: int) -> None:
+        """Forget the output tokens behind the first `num_output_tokens`, and their log-probabilities."""
+        del self.output_token_ids[num_output_tokens:], self.logprobs[num_output_tokens:]
+        self.num_computed_tokens = min(self.num_computed_tokens, self.num_tokens)
+        if self.logprobs:           # summed anew, in order: what the sum was before those tokens came, to the last bit
+            chosen = zip(self.logprobs, self.output_token_ids, strict=True)
+            self.cumulative_logprob = reduce(add, (entry[token_id].logprob for entry, token_id in chosen), 0.0)
 
 
 @dataclass
@@ -143,7 +169,7 @@ class RequestMetrics:
 
     arrival_time: float = field(default_factory=time.perf_counter)
     first_scheduled_time: float | None = None
-    token_times: list[float] = field(default_factory=list)      # when each step gave this request a token
+    token_times: list[float] = field(default_factory=list)      # one entry for each token of each output: when it came
     finished_time: float | None = None
 
     @property

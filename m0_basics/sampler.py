@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import reject
-from .outputs import Logprob
-from .request import Sequence
+from .request import Logprob, Sequence
 from .sampling_params import SamplingParams
 
 

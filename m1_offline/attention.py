@@ -35,7 +35,7 @@ class ContiguousAttention(AttentionBackend):
         first_slots = [self.rows.first_slot(s.sequence) for s in scheduled]
         slots: list[int] = []
         for s, first in zip(scheduled, first_slots, strict=True):
-            slots += range(first + s.sequence.num_computed_tokens, first + s.end)
+            slots += range(first + s.start, first + s.end)
         return ContiguousMetadata(query_start_loc(scheduled), [s.end for s in scheduled], first_slots,
                                   torch.tensor(slots, device=self.kv_cache.k.device))
 

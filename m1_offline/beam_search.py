@@ -89,7 +89,7 @@ def _extend(runner: Runner, cache: BeamCache, beams: list[Sequence],
     More than `width` of them: each beam has an extension for each end-of-sequence token that ends it, and `width`
     must still survive.
     """
-    scheduled = [ScheduledSequence(s, s.num_tokens - s.num_computed_tokens) for s in beams]
+    scheduled = [ScheduledSequence.rest(s) for s in beams]
     for step in scheduled:
         cache.reserve(step.sequence, step.num_tokens)
     logits = runner.execute_model(scheduled)

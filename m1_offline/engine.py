@@ -73,8 +73,7 @@ class OfflineEngine(Engine):
             self.rows.allocate(sequence)
             sequence.set_status(SequenceStatus.RUNNING)
             request.metrics.first_scheduled_time = time.perf_counter()
-        return [ScheduledSequence(s, s.num_tokens - s.num_computed_tokens)
-                for s in request.get_seqs(SequenceStatus.RUNNING)]
+        return [ScheduledSequence.rest(s) for s in request.get_seqs(SequenceStatus.RUNNING)]
 
     def _fork(self, request: Request, logits: Tensor) -> tuple[list[Sequence], Tensor]:
         """After the prefill, let the outputs part ways: the prompt was run once, its cache row is copied."""
@@ -94,7 +93,7 @@ class OfflineEngine(Engine):
             self.output_processor.process(sequence, token_id, logprobs)
             if sequence.is_finished:
                 self._release(sequence)
-        request.metrics.token_times.append(time.perf_counter())
+        request.metrics.token_times += [time.perf_counter()] * len(sequences)
         if request.is_finished:
             self.waiting.popleft()
             request.metrics.finished_time = request.metrics.token_times[-1]

@@ -47,6 +47,6 @@ class LLM(BaseLLM):
     def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
         """The `beam_width` most probable outputs found for each prompt, best first."""
         prompts = as_prompt_list(prompts)
-        requests = self._requests(prompts, SamplingParams(temperature=0, max_tokens=params.max_tokens), special=True)
+        requests = self._requests(prompts, SamplingParams(temperature=0, max_tokens=params.max_tokens), True, {})
         return [beam_search(self._runner, self._rows, r, params, self.tokenizer, self._rows.row_size)
-                for r in requests]
+                for r, _ in requests]

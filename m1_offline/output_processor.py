@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from m0_basics.engine import append_token, check_stop
 from m0_basics.loading.tokenizer import Tokenizer
-from m0_basics.outputs import Logprob, RequestOutput
-from m0_basics.request import Request, Sequence, SequenceStatus
+from m0_basics.outputs import RequestOutput
+from m0_basics.request import Logprob, Request, Sequence, SequenceStatus
 
 from .detokenizer import IncrementalDetokenizer, StopChecker
 
@@ -37,27 +37,33 @@ class OutputProcessor:
         self.conclude(sequence)
 
     def record(self, sequence: Sequence, token_id: int, logprobs: dict[int, Logprob] | None) -> None:
-        """The first half of `process`: append the token, which is all that the next step needs."""
+        """The first half of `process`: append the token, and note in `ends_as` whether it is the last one.
+
+        That is all the next step needs. Several tokens may be recorded before they are concluded, up to one that ends
+        the sequence.
+        """
+        assert sequence.ends_as is None, "the sequence has its last token"
         append_token(sequence, token_id, self._with_text(logprobs, sequence))
+        sequence.ends_as = check_stop(sequence, self.max_model_len)
 
     def conclude(self, sequence: Sequence, text_is_read: bool = True) -> None:
-        """The second half: what the newest token adds to the text, and whether it ends the sequence.
+        """The second half: what the newest tokens add to the text. A sequence that ends takes on its final state.
 
-        Where nobody reads the text before the sequence ends, and no stop string may end it, it is written then.
+        A stop string may end it before its newest token: the tokens behind it are forgotten. Where nobody reads the
+        text before the sequence ends, and no stop string may end it, it is written then.
         """
-        status = check_stop(sequence, self.max_model_len)
-        if status is not None or text_is_read or sequence.sampling_params.stop:
-            status = self._update_text(sequence, status)
-        if status is not None:
-            sequence.set_status(status)
+        if sequence.ends_as is not None or text_is_read or sequence.sampling_params.stop:
+            self._update_text(sequence)
+        if sequence.ends_as is not None:
+            sequence.set_status(sequence.ends_as)
             self._states.pop(sequence.seq_id, None)
 
     def close(self, sequence: Sequence) -> None:
         """Nothing comes after. Of a sequence that was aborted the text is written, as far as it got."""
         try:
             if sequence.status is SequenceStatus.FINISHED_ABORTED and sequence.output_token_ids:
-                reason = sequence.stop_reason
-                self._update_text(sequence, None)
+                reason, sequence.ends_as = sequence.stop_reason, None
+                self._update_text(sequence)
                 sequence.stop_reason = reason           # a stop string in its last token did not end it
         finally:
             self._states.pop(sequence.seq_id, None)
@@ -68,32 +74,40 @@ class OutputProcessor:
             _decode_newest(request.sequences[0].prompt_logprobs, self.tokenizer)
         return RequestOutput.from_request(request)
 
-    def _update_text(self, sequence: Sequence, status: SequenceStatus | None) -> SequenceStatus | None:
-        """Bring the text up to the newest token, which ends the sequence with `status`; a stop string may end it."""
+    def _update_text(self, sequence: Sequence) -> None:
+        """Bring the text up to the newest token, or to the end of a stop string, which then ends the sequence."""
         params = sequence.sampling_params
         if self.tokenizer is None or not params.detokenize:
-            return status
+            return
         state = self._states.get(sequence.seq_id)
         if state is None:
             state = self._states[sequence.seq_id] = _TextState(sequence, self.tokenizer)
-        tokens = sequence.output_token_ids[state.num_read:]
-        state.num_read += len(tokens)
-        if status is SequenceStatus.FINISHED_STOPPED and not params.include_stop_str_in_output:
-            tokens.pop()                        # the token that ended it
-        for token_id in tokens:
-            state.text += state.detokenizer.push(token_id)
-        if status is not None:
-            state.text += state.detokenizer.flush()
-        if params.stop:
-            if len(sequence.output_token_ids) <= params.min_tokens:
-                # As with stop tokens: none of the first `min_tokens` tokens ends the output.
-                state.stop.skip(state.text)
-            elif found := state.stop.find(state.text):
-                sequence.stop_reason, length = found
-                sequence.output_text = state.text[:length]
-                return SequenceStatus.FINISHED_STOPPED
-        sequence.output_text = state.text if status else state.text[:state.stop.safe_length(state.text)]
-        return status
+        for token_id in sequence.output_token_ids[state.num_read:]:
+            state.num_read += 1
+            ends_as = sequence.ends_as if state.num_read == len(sequence.output_token_ids) else None
+            if ends_as is not SequenceStatus.FINISHED_STOPPED or params.include_stop_str_in_output:
+                state.text += state.detokenizer.push(token_id)      # else a stop token, which is no part of the text
+            if ends_as is not None:
+                state.text += state.detokenizer.flush()
+            if params.stop and self._stops(sequence, state):
+                return
+        sequence.output_text = (state.text if sequence.ends_as is not None
+                                else state.text[:state.stop.safe_length(state.text)])
+
+    @staticmethod
+    def _stops(sequence: Sequence, state: _TextState) -> bool:
+        """Whether the token that was read last completes a stop string. The sequence then ends there, cut to it."""
+        if state.num_read <= sequence.sampling_params.min_tokens:
+            # As with stop tokens: none of the first `min_tokens` tokens ends the output.
+            state.stop.skip(state.text)
+            return False
+        if (found := state.stop.find(state.text)) is None:
+            return False
+        sequence.truncate(state.num_read)
+        sequence.stop_reason, length = found
+        sequence.output_text = state.text[:length]
+        sequence.ends_as = SequenceStatus.FINISHED_STOPPED
+        return True
 
     def _with_text(self, logprobs: dict[int, Logprob] | None, sequence: Sequence) -> dict[int, Logprob] | None:
         if logprobs is None or self.tokenizer is None or sequence.sampling_params.logprobs is None:

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from m0_basics.loading.tokenizer import Tokenizer
 from m0_basics.model_runner import top_logprobs
-from m0_basics.outputs import Logprob
-from m0_basics.request import Sequence
+from m0_basics.request import Logprob, Sequence
 from m0_basics.sampler import Sampler, SamplerOutput, argmax
 from m0_basics.sampling_params import SamplingParams, SamplingType
 

@@ -3,8 +3,8 @@
     model thread   [ run n-1              ][ run n                ][ run n+1
     main thread    [ conclude n-2 pick n  ][ conclude n-1 pick n+1][ conclude n
 
-Only what a token *means* is found out late: its text, and whether it ends the output. So a sequence that ends is
-run once more before anyone notices, and that token is thrown away: a little work wasted to keep the model busy.
+Only what a token *means* as text is found out late. So a sequence that a stop string ends is run once more before
+anyone notices, and that token is thrown away: a little work wasted to keep the model busy.
 """
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dataclasses import replace
 from m0_basics.attention import ScheduledSequence
 from m0_basics.model_runner import Runner
 from m0_basics.outputs import RequestOutput
-from m0_basics.request import Sequence, SequenceStatus
+from m0_basics.request import SequenceStatus
 from m0_basics.sampler import Sampler
 from m1_offline.output_processor import OutputProcessor
 
-from .engine import Failure, LLMEngine, Sampled, is_decode
+from .engine import Failure, LLMEngine, Recorded, num_prefill_tokens
 from .kv_cache_manager import SlotCopy
 from .plugins.base import SchedulerPlugin
-from .scheduler import Scheduler, SchedulerOutput
+from .scheduler import Sampled, Scheduler, SchedulerOutput
 
 
 class AsyncSchedulingEngine(LLMEngine):
@@ -40,7 +40,7 @@ class AsyncSchedulingEngine(LLMEngine):
         super().__init__(scheduler, runner, sampler, output_processor, copy_slots, plugins)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._chosen: tuple[SchedulerOutput, int] | None = None     # ahead, for the next step; and its token budget
-        self._recorded: list[Sequence] = []                         # sequences whose newest token is not concluded yet
+        self._recorded = Recorded([], 0)                            # by the previous step; not concluded yet
 
     def step(self) -> list[RequestOutput]:
         """Start what was chosen; meanwhile conclude the previous step and choose the next; then record the tokens."""
@@ -48,39 +48,30 @@ class AsyncSchedulingEngine(LLMEngine):
         self._aborted = []
         output, budget = self._take_chosen()
         ended = output.expired.copy()
-        num_prompt_tokens = sum(s.num_tokens for s in output.scheduled if not is_decode(s))
+        num_prompt_tokens = sum(map(num_prefill_tokens, output.scheduled))
         self.copy_slots(output.copies)
         running = self._start(output.scheduled) if output.scheduled else None
         updated = self._conclude(self._recorded, ended)
-        self._recorded = []
+        self._recorded = Recorded([], 0)
         if running is not None:
-            starts = [s.sequence.num_computed_tokens for s in output.scheduled]
             self.scheduler.update_from_output(output)
             self._chosen = self._choose()
             ended += self._chosen[0].expired                # now: if nobody else is left, no other step will say so
-            sampled, failures = self._await(running, output.scheduled, starts)
+            sampled, failures = self._await(running, output.scheduled)
             for sequence, error in failures:
                 self._fail(sequence, error, ended)
-            self._recorded = self._record(sampled, ended)
-            self._report(start, output, num_prompt_tokens, len(self._recorded), budget)
+            self._recorded = self._record(output, sampled, ended)
+            self._report(start, output, num_prompt_tokens, self._recorded.num_tokens, budget)
         return self._hand_out(updated, ended)
 
     def _take_chosen(self) -> tuple[SchedulerOutput, int]:
-        """What was chosen ahead, less the sequences that have ended since; chosen now if nothing was.
-
-        That a sequence has reached its length is known without its text: it is not run once more.
-        """
+        """What was chosen ahead, less the sequences that have ended since; chosen now if nothing was."""
         chosen, self._chosen = self._chosen, None
         if chosen is None or not (chosen[0].scheduled or chosen[0].copies):
             return self._choose()
         output, budget = chosen
-        going_on = [s for s in output.scheduled if not s.sequence.is_finished and not self._is_complete(s.sequence)]
+        going_on = [s for s in output.scheduled if not s.sequence.is_finished and s.sequence.ends_as is None]
         return replace(output, scheduled=going_on, expired=[]), budget
-
-    def _is_complete(self, sequence: Sequence) -> bool:
-        most = sequence.sampling_params.max_tokens
-        return (sequence.num_tokens >= self.output_processor.max_model_len
-                or (most is not None and len(sequence.output_token_ids) >= most))
 
     def _start(self, scheduled: list[ScheduledSequence]) -> Future[list[Sampled]]:
         """Hand the step to the model thread. What fails while it is prepared fails as if it had failed there."""
@@ -91,19 +82,23 @@ class AsyncSchedulingEngine(LLMEngine):
             failed.set_exception(error)
             return failed
 
-    def _await(self, running: Future[list[Sampled]], scheduled: list[ScheduledSequence],
-               starts: list[int]) -> tuple[list[Sampled], list[Failure]]:
-        """What the model thread has sampled. A failed step is run again here, less what has moved on meanwhile."""
+    def _await(self, running: Future[list[Sampled]],
+               scheduled: list[ScheduledSequence]) -> tuple[list[Sampled], list[Failure]]:
+        """What the model thread has sampled. A failed step is run again here, less what has moved on meanwhile.
+
+        Whoever fails alone as well is left at `start`: nothing behind it was computed.
+        """
         try:
             return running.result(), []
         except Exception as error:
-            again = [(s, start) for s, start in zip(scheduled, starts, strict=True)
-                     if s.sequence.status is SequenceStatus.RUNNING]
+            again = [s for s in scheduled if s.sequence.status is SequenceStatus.RUNNING]
+            for s in again:
+                s.sequence.num_computed_tokens = s.start
             if len(scheduled) == 1:             # it was by itself: there is nobody else to blame
-                return [], [(s.sequence, error) for s, _ in again]
-            for s, start in again:
-                s.sequence.num_computed_tokens = start
-            found = self._run_each([s for s, _ in again])
-            for s, _ in again:
-                s.sequence.num_computed_tokens = s.end
-            return found
+                return [], [(s.sequence, error) for s in again]
+            sampled, failures = self._run_each(again)
+            failed = {sequence.seq_id for sequence, _ in failures}
+            for s in again:
+                if s.sequence.seq_id not in failed:
+                    s.sequence.num_computed_tokens = s.end
+            return sampled, failures

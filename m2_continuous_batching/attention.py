@@ -130,7 +130,7 @@ class NaiveRaggedAttention(AttentionBackend):
         base = contiguous_metadata(scheduled, self.manager, self.cache.device)
         slots = [first + i for first, length in zip(base.first_slots, base.seq_lens, strict=True)
                  for i in range(length)]
-        queries = [(b, s.sequence.num_computed_tokens + i) for b, s in enumerate(scheduled)
+        queries = [(b, s.start + i) for b, s in enumerate(scheduled)
                    for i in range(s.num_tokens)]
         keys = [(b, i) for b, length in enumerate(base.seq_lens) for i in range(length)]
         return NaiveMetadata(**vars(base), slots=torch.tensor(slots, device=self.cache.device),
@@ -161,6 +161,11 @@ def contiguous_metadata(scheduled: list[ScheduledSequence], manager: RowKVCacheM
     first_slots = [manager.first_slot(s.sequence) for s in scheduled]
     slots: list[int] = []
     for s, first in zip(scheduled, first_slots, strict=True):
-        slots += range(first + s.sequence.num_computed_tokens, first + s.end)
+        slots += range(first + s.start, first + s.end)
     return ContiguousMetadata(query_start_loc(scheduled), [s.end for s in scheduled], first_slots,
                               torch.tensor(slots, device=device))
+
+
+def make_backend(name: str, cache: SlotCache, manager: RowKVCacheManager, dtype: torch.dtype) -> AttentionBackend:
+    """The backend that `attention_backend` names, for a model in `dtype`."""
+    return NaiveRaggedAttention(cache, manager) if name == "naive" else RaggedAttention(cache, manager, dtype)

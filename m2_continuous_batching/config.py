@@ -1,8 +1,7 @@
 """Configuration of this milestone: how much runs side by side, and who goes first."""
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Self
+from dataclasses import dataclass, field
 
 import m0_basics.config as m0
 from m0_basics.config import check_int, option, reject
@@ -18,7 +17,7 @@ class SchedulerConfig(m0.SchedulerConfig):
 
     max_num_seqs: int = option(32, "Sequences that run side by side: the rows of the KV cache.")
     max_num_batched_tokens: int | None = option(
-        None, "Most tokens in one step (default: 2048, or max_model_len where that is more).")
+        None, "Most tokens in one step, at least max_model_len: prompts run whole (default: that, or 2048 if more).")
     async_scheduling: bool = option(False, "Choose the next step while the model runs this one.")
     policy: str = option("fcfs", "Who goes first: " + ", ".join(POLICIES) + "; with parameters as in ageing:5.")
 
@@ -33,17 +32,6 @@ class BatchingConfig(m0.EngineConfig):
     """The layers of m0, with this milestone's scheduler: the base of every configuration from here on."""
 
     scheduler_config: SchedulerConfig = field(default_factory=SchedulerConfig)
-
-    def with_max_model_len(self, model_limit: int) -> Self:
-        """As in m0; also settles `max_num_batched_tokens`. A prompt runs whole, so a step must hold the longest."""
-        config = super().with_max_model_len(model_limit)
-        longest, wanted = config.scheduler_config.max_model_len, config.scheduler_config.max_num_batched_tokens
-        assert longest is not None
-        if wanted is not None and wanted < longest:
-            raise reject("max_num_batched_tokens", wanted, f"at least max_model_len={longest} (prompts run whole); "
-                                                           "or lower max_model_len")
-        return replace(config, scheduler_config=replace(config.scheduler_config,
-                                                        max_num_batched_tokens=wanted or max(2048, longest)))
 
 
 @dataclass(frozen=True)

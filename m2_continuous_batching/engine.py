@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import torch
 
 from m0_basics.attention import ScheduledSequence
+from m0_basics.base_llm import BaseLLM
 from m0_basics.engine import Engine
 from m0_basics.model_runner import ModelInputs, Runner
-from m0_basics.outputs import Logprob, RequestOutput
+from m0_basics.outputs import RequestOutput
 from m0_basics.request import Request, Sequence, SequenceStatus, next_seq_id
 from m0_basics.sampler import Sampler
 from m1_offline.output_processor import OutputProcessor
@@ -24,10 +25,9 @@ from m1_offline.output_processor import OutputProcessor
 from .kv_cache_manager import SlotCopy
 from .plugins.base import SchedulerPlugin, StepStats
 from .policies import SchedulingParams
-from .scheduler import Scheduler, SchedulerOutput
+from .scheduler import Sampled, Scheduler, SchedulerOutput
 
 logger = logging.getLogger(__name__)
-Sampled = tuple[Sequence, int, dict[int, Logprob] | None]
 Failure = tuple[Sequence, Exception]
 
 
@@ -36,17 +36,28 @@ class Batch:
     """A step, ready to run. Nothing in it changes while it runs, whatever becomes of the queues meanwhile."""
 
     inputs: ModelInputs
-    sequences: list[Sequence]       # those that sample
+    sequences: list[Sequence]       # those that sample: the inputs', and outputs that part from them in this step
     rows: list[int]                 # which row of the logits each of them samples from
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a step has added, to be concluded."""
+
+    sequences: list[Sequence]       # each once, however many tokens it got
+    num_tokens: int                 # in all
 
 
 class LLMEngine(Engine):
     """Requests join and leave after every step."""
 
+    request_options: Mapping[str, type] = {"scheduling_params": SchedulingParams}
+
     def __init__(self, scheduler: Scheduler, runner: Runner, sampler: Sampler, output_processor: OutputProcessor,
                  copy_slots: Callable[[list[SlotCopy]], None], plugins: Items[SchedulerPlugin] = ()) -> None:
         """`copy_slots` makes the copies in the KV cache that the scheduler's bookkeeping asks for."""
         self.scheduler = scheduler
+        self.queues = scheduler.queues
         self.runner = runner
         self.sampler = sampler
         self.output_processor = output_processor
@@ -61,15 +72,15 @@ class LLMEngine(Engine):
 
     def add_request(self, request: Request, scheduling_params: SchedulingParams | None = None) -> None:
         self.check_request(request, scheduling_params)
-        self.scheduler.add_request(request, scheduling_params or SchedulingParams())
+        self.queues.add(request, scheduling_params or SchedulingParams())
 
     def abort_request(self, request_id: str) -> None:
-        if (request := self.scheduler.abort_request(request_id)) is not None:
+        if (request := self.queues.abort(request_id)) is not None:
             self._aborted.append(request)
             self._complete(request)
 
     def has_unfinished_requests(self) -> bool:
-        return self.scheduler.has_unfinished_requests()
+        return self.queues.has_unfinished_requests()
 
     def step(self) -> list[RequestOutput]:
         """Schedule, execute, sample, update."""
@@ -77,16 +88,16 @@ class LLMEngine(Engine):
         self._aborted = []
         output, budget = self._choose()
         ended = output.expired.copy()                       # requests that end in this step without a token
-        num_prompt_tokens = sum(s.num_tokens for s in output.scheduled if not is_decode(s))
+        num_prompt_tokens = sum(map(num_prefill_tokens, output.scheduled))
         self.copy_slots(output.copies)
         sampled, failures = self._run_isolated(output.scheduled) if output.scheduled else ([], [])
         for sequence, error in failures:
             self._fail(sequence, error, ended)
         self.scheduler.update_from_output(output)
-        recorded = self._record(sampled, ended)
+        recorded = self._record(output, sampled, ended)
         updated = self._conclude(recorded, ended)
         if output.scheduled:
-            self._report(start, output, num_prompt_tokens, len(recorded), budget)
+            self._report(start, output, num_prompt_tokens, recorded.num_tokens, budget)
         return self._hand_out(updated, ended)
 
     def _choose(self) -> tuple[SchedulerOutput, int]:
@@ -130,87 +141,93 @@ class LLMEngine(Engine):
     def _fan_out(self, sequences: list[Sequence]) -> tuple[list[Sequence], list[int]]:
         """With a prompt's first run its outputs part ways: all of them sample, from the same row of the logits.
 
-        Takes the sequences that the logits' rows belong to. Returns those that sample, and the row of each.
+        Takes the sequences that the logits' rows belong to. Returns those that sample, and the row of each. Outputs
+        made here belong to the request once their first token is recorded.
         """
-        families = [self._make_outputs(sequence) if _is_first_token(sequence) else [sequence] for sequence in sequences]
-        rows = [row for row, family in enumerate(families) for _ in family]
-        return [s for family in families for s in family], rows
+        sampling, rows = list[Sequence](), list[int]()
+        for row, sequence in enumerate(sequences):
+            num_outputs = (sequence.sampling_params.best_of or 1) if _is_first_token(sequence) else 1
+            sampling.append(sequence)
+            sampling += [sequence.fork(next_seq_id(), index) for index in range(1, num_outputs)]
+            rows += [row] * num_outputs
+        return sampling, rows
 
-    def _make_outputs(self, sequence: Sequence) -> list[Sequence]:
-        """All the outputs of the request whose prompt `sequence` runs."""
-        request = self.scheduler.get_request(sequence)
-        for index in range(len(request.sequences), sequence.sampling_params.best_of or 1):
-            request.sequences.append(sequence.fork(next_seq_id(), index))
-        return request.sequences.copy()
-
-    def _record(self, sampled: list[Sampled], ended: list[Request]) -> list[Sequence]:
-        """Append the tokens to their sequences: all that the next step needs. Returns the sequences that got one.
+    def _record(self, output: SchedulerOutput, sampled: list[Sampled], ended: list[Request]) -> Recorded:
+        """Append the tokens to their sequences: all that the next step needs.
 
         A sequence that was sent back to the queue meanwhile, or found no room as a fork, loses its token. Nothing
-        depends on when a token is drawn, so it will draw the same one when its turn comes.
+        depends on when a token is drawn, so it will draw the same one when its turn comes. Behind a token that ends its
+        sequence nothing is appended.
         """
-        for parent, _, _ in sampled:
-            if _is_first_token(parent) and not parent.is_finished:
-                self._fork_outputs(self.scheduler.get_request(parent))
-        recorded = []
-        for sequence, token_id, logprobs in sampled:
-            if sequence.status is SequenceStatus.RUNNING:
+        accepted = self.scheduler.accept(output, sampled)
+        self._add_forks([sequence for sequence, _, _ in accepted])
+        recorded, num_tokens = dict[int, Sequence](), 0
+        for sequence, token_id, logprobs in accepted:
+            if sequence.status is SequenceStatus.RUNNING and sequence.ends_as is None:
                 try:
                     self.output_processor.record(sequence, token_id, logprobs)
-                    recorded.append(sequence)
+                    recorded[sequence.seq_id] = sequence
+                    num_tokens += 1
                 except Exception as error:
                     self._fail(sequence, error, ended)
-        return recorded
+        return Recorded(list(recorded.values()), num_tokens)
 
-    def _fork_outputs(self, request: Request) -> None:
-        """Let the scheduler know of the outputs that part from the first one with their first token."""
-        parent, *children = request.sequences
-        if parent.status is SequenceStatus.RUNNING:
+    def _add_forks(self, sequences: list[Sequence]) -> None:
+        """Let the request and the scheduler know of the outputs that part from the first one with this token.
+
+        Where the first one was sent back to the queue meanwhile, or has ended, they are dropped: they part when it
+        runs again.
+        """
+        for parent, children in _families(sequences):
+            if parent.status is not SequenceStatus.RUNNING:
+                for child in children:
+                    child.status = SequenceStatus.WAITING       # nobody knows of it: its token is lost
+                continue
+            request = self.queues.get_request(parent)
             for child in children:
                 child.prompt_logprobs = parent.prompt_logprobs.copy()       # which this step has recorded
-                self.scheduler.fork(parent, child)
-        else:                               # sent back to the queue meanwhile: they part when it runs again
-            for child in children:
-                child.status = parent.status        # nobody knows of it: its token is lost, and it is made anew
-            del request.sequences[1:]
+                self.queues.fork(parent, child)
+                request.sequences.append(child)
 
-    def _conclude(self, sequences: list[Sequence], ended: list[Request]) -> list[Request]:
-        """What the newest tokens mean: text, and who is finished. Returns the requests that got a token."""
+    def _conclude(self, recorded: Recorded, ended: list[Request]) -> list[tuple[Request, int]]:
+        """What the newest tokens mean: text, and who is finished. Returns requests with how many tokens each got."""
         updated: dict[str, Request] = {}
-        for sequence in sequences:
+        for sequence in recorded.sequences:
             if sequence.is_finished:
                 continue
-            request = self.scheduler.get_request(sequence)
+            request = self.queues.get_request(sequence)
             try:
                 self.output_processor.conclude(sequence, text_is_read=request.stream)
                 updated[request.request_id] = request
                 if sequence.is_finished:
-                    self.scheduler.finish(sequence)
+                    self.queues.finish(sequence)
             except Exception as error:
                 self._fail(sequence, error, ended)
-        return list(updated.values())
+        return [(request, sum(len(s.output_token_ids) for s in request.sequences) - len(request.metrics.token_times))
+                for request in updated.values()]
 
     def _fail(self, sequence: Sequence, error: Exception, ended: list[Request]) -> None:
         """End the sequence's request with an error; what it held goes back."""
         if sequence.is_finished:
             return                              # another output of the request failed before it
-        request = self.scheduler.get_request(sequence)
+        request = self.queues.get_request(sequence)
         logger.error("request %s failed", request.request_id, exc_info=error)
         for other in request.sequences:
             if not other.is_finished:
                 other.stop_reason = f"error: {type(error).__name__}: {error}"
-        self.scheduler.abort_request(request.request_id)
+        self.queues.abort(request.request_id)
         ended.append(request)
 
-    def _hand_out(self, updated: list[Request], ended: list[Request]) -> list[RequestOutput]:
+    def _hand_out(self, updated: list[tuple[Request, int]], ended: list[Request]) -> list[RequestOutput]:
         """Outputs of the requests that finished, and of those that stream. A token counts as there from now on."""
         now = time.perf_counter()
-        for request in updated:
-            request.metrics.token_times.append(now)
-        for request in {id(request): request for request in (*updated, *ended)}.values():
+        for request, num_tokens in updated:
+            request.metrics.token_times += [now] * num_tokens
+        concerned = [*(request for request, _ in updated), *ended]
+        for request in {id(request): request for request in concerned}.values():
             if request.is_finished and request not in self._aborted:
                 self._complete(request)
-        news = {id(request): request for request in (*updated, *ended, *self._aborted)}.values()
+        news = {id(request): request for request in (*concerned, *self._aborted)}.values()
         return [self.output_processor.make_output(request) for request in news if request.stream or request.is_finished]
 
     def _complete(self, request: Request) -> None:
@@ -242,5 +259,26 @@ def _is_first_token(sequence: Sequence) -> bool:
     return sequence.index == 0 and not sequence.output_token_ids
 
 
+def _families(sequences: list[Sequence]) -> Iterator[tuple[Sequence, list[Sequence]]]:
+    """First outputs that get their first token, each with the outputs that part from it, which follow it."""
+    firsts = [i for i, sequence in enumerate(sequences) if _is_first_token(sequence)]
+    for i in firsts:
+        num_outputs = sequences[i].sampling_params.best_of or 1
+        yield sequences[i], sequences[i + 1:i + num_outputs]
+
+
+def num_prefill_tokens(scheduled: ScheduledSequence) -> int:
+    """Scheduled tokens that are no decode: of a prompt, or of a sequence that is computed once more."""
+    return 0 if is_decode(scheduled) else scheduled.num_tokens
+
+
 def is_decode(scheduled: ScheduledSequence) -> bool:
-    return scheduled.num_tokens == 1 and bool(scheduled.sequence.output_token_ids)
+    """Whether the first token that runs is the newest one that was sampled."""
+    sequence = scheduled.sequence
+    return bool(sequence.output_token_ids) and scheduled.start == sequence.num_tokens - 1
+
+
+def engine_of(llm: BaseLLM) -> LLMEngine:
+    """The engine of an `LLM`, where it is one of this milestone or of a later one."""
+    assert isinstance(llm.engine, LLMEngine)
+    return llm.engine

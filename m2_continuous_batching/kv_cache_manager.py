@@ -33,11 +33,16 @@ class KVCacheManager(ABC):
         """Tokens of a sequence that is about to start whose keys and values are in the cache already."""
 
     @abstractmethod
-    def allocate_slots(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Make room for the next `num_tokens` tokens of `sequence`. False: there is none, and nothing has changed."""
+    def allocate_slots(self, sequence: Sequence, num_computed_tokens: int, num_tokens: int) -> bool:
+        """Make room for tokens [num_computed_tokens, num_computed_tokens + num_tokens) of `sequence`.
+
+        Those before them are in the cache; for a sequence that starts, as many as `get_num_computed_tokens` has said.
+        False: there is no room, and nothing has changed.
+        """
 
     @abstractmethod
-    def fits_without(self, sequence: Sequence, num_tokens: int, victims: list[Sequence]) -> bool:
+    def fits_without(self, sequence: Sequence, num_computed_tokens: int, num_tokens: int,
+                     victims: list[Sequence]) -> bool:
         """Whether `allocate_slots` would find room for a sequence that is not running, once `victims` are preempted.
 
         The scheduler asks before it acts: nobody is thrown out for a newcomer who does not fit even so.
@@ -85,8 +90,8 @@ class RowKVCacheManager(KVCacheManager):
     def get_num_computed_tokens(self, sequence: Sequence) -> int:
         return 0                                    # a row that was given back keeps nothing
 
-    def allocate_slots(self, sequence: Sequence, num_tokens: int) -> bool:
-        assert sequence.num_computed_tokens + num_tokens <= self.row_size
+    def allocate_slots(self, sequence: Sequence, num_computed_tokens: int, num_tokens: int) -> bool:
+        assert num_computed_tokens + num_tokens <= self.row_size
         if sequence.seq_id in self._row_of:
             return True                             # the row is long enough for all its tokens
         if not self._free:
@@ -94,11 +99,12 @@ class RowKVCacheManager(KVCacheManager):
         self._row_of[sequence.seq_id] = heapq.heappop(self._free)
         return True
 
-    def fits_without(self, sequence: Sequence, num_tokens: int, victims: list[Sequence]) -> bool:
+    def fits_without(self, sequence: Sequence, num_computed_tokens: int, num_tokens: int,
+                     victims: list[Sequence]) -> bool:
         return bool(self._free or victims)          # a row is long enough for anybody
 
     def fork(self, parent: Sequence, child: Sequence) -> bool:
-        if not self.allocate_slots(child, parent.num_computed_tokens):
+        if not self.allocate_slots(child, 0, parent.num_computed_tokens):
             return False
         self._copies.append(SlotCopy(self.first_slot(parent), self.first_slot(child), parent.num_computed_tokens))
         return True

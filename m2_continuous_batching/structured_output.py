@@ -23,8 +23,7 @@ from torch import Tensor
 from m0_basics.config import ConfigError, reject, require
 from m0_basics.loading.tokenizer import Tokenizer
 from m0_basics.model_spec import ModelSpec
-from m0_basics.outputs import Logprob
-from m0_basics.request import Sequence
+from m0_basics.request import Logprob, Sequence
 from m0_basics.sampler import Sampler, SamplerOutput
 from m0_basics.sampling_params import SamplingParams, StructuredOutputsParams
 

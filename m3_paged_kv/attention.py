@@ -20,7 +20,7 @@ from m1_offline.attention import attend
 from m2_continuous_batching.attention import DecodeGroup, attend_padded, group_decodes, padding_mask
 from m2_continuous_batching.slot_cache import SlotCache
 
-from .kv_cache_manager import PagedKVCacheManager
+from .block_tables import BlockTables
 from .metadata import PagedMetadata, paged_metadata
 
 
@@ -44,16 +44,16 @@ class GatherMetadata(PagedMetadata):
 class PagedAttention(AttentionBackend):
     """Store, then gather and attend."""
 
-    def __init__(self, cache: SlotCache, manager: PagedKVCacheManager, dtype: torch.dtype) -> None:
+    def __init__(self, cache: SlotCache, tables: BlockTables, dtype: torch.dtype) -> None:
         """`dtype` is the model's; the cache may store another one."""
         self.cache = cache
-        self.manager = manager
+        self.tables = tables
         self.dtype = dtype
 
     def build_metadata(self, scheduled: list[ScheduledSequence]) -> GatherMetadata:
-        paged = paged_metadata(scheduled, self.manager, self.cache.device)
+        paged = paged_metadata(scheduled, self.tables, self.cache.device)
         starts = paged.query_start_loc
-        lengths = [self.manager.num_kept(s.sequence) + s.num_tokens for s in scheduled]
+        lengths = [self.tables.place(s.sequence, s.end) for s in scheduled]
         prefills = [Prefill(slice(starts[i], starts[i + 1]), self._gather_slots(paged, [i], lengths[i])[0])
                     for i, s in enumerate(scheduled) if s.num_tokens > 1]
         groups = [self._group(paged, members, max(lengths[i] for i in members)) for members in group_decodes(scheduled)]
@@ -67,9 +67,9 @@ class PagedAttention(AttentionBackend):
 
     def _gather_slots(self, paged: PagedMetadata, members: list[int], longest: int) -> tuple[Tensor, Tensor]:
         """Slots [b * longest] of the members' keys, and [b, longest] which of them are padding."""
-        size = self.manager.block_size
+        size = self.tables.block_size
         chosen = torch.tensor(members, device=self.cache.device)
-        blocks = paged.block_table[chosen, :self.manager.num_blocks_of(longest)]
+        blocks = paged.block_table[chosen, :self.tables.num_blocks_of(longest)]
         offsets = torch.arange(size, device=self.cache.device, dtype=torch.int32)
         slots = (blocks.unsqueeze(-1) * size + offsets).flatten(1)[:, :longest]
         padding = torch.arange(longest, device=self.cache.device) >= paged.seq_lens[chosen].unsqueeze(1)

@@ -27,7 +27,7 @@ class BeamBlocks:
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> None:
         """Make room for the next tokens; copy what is shared and about to be written. ConfigError: out of blocks."""
-        if not self.manager.allocate_slots(sequence, num_tokens):
+        if not self.manager.allocate_slots(sequence, sequence.num_computed_tokens, num_tokens):
             raise ConfigError(f"the beams need more than the {self.manager.pool.num_blocks} blocks of the cache; "
                               "allowed: a smaller beam_width or max_tokens, or a larger num_blocks")
         self.copy_slots(self.manager.take_copies())

@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from m0_basics.config import DEFAULT_MODEL, DTYPES
+from m0_basics.config import DEFAULT_MODEL
 from m0_basics.loading.loader import load_model, load_tokenizer
 from m0_basics.model_runner import ModelRunner
 from m1_offline.output_processor import OutputProcessor
@@ -13,17 +13,16 @@ from m2_continuous_batching.async_scheduling import AsyncSchedulingEngine
 from m2_continuous_batching.engine import LLMEngine
 from m2_continuous_batching.plugins import Plugin, split_plugins
 from m2_continuous_batching.policies import make_policy
+from m2_continuous_batching.queues import Queues
 from m2_continuous_batching.scheduler import PrefillFirstScheduler
-from m2_continuous_batching.slot_cache import SlotCache, slot_cache_bytes
 from m2_continuous_batching.structured_output import StructuredSampler
 
 from .attention import PagedAttention
 from .beam_cache import BeamBlocks
-from .cache_size import num_blocks_for
 from .config import EngineConfig
-from .kv_cache_manager import PagedKVCacheManager
+from .kv_cache_manager import paged_manager
 from .paged_llm import PagedLLM
-from .swap import make_host_cache
+from .paged_memory import allocate_memory
 
 
 class LLM(PagedLLM):
@@ -37,26 +36,17 @@ class LLM(PagedLLM):
         weights = load_model(config.model_config)
         tokenizer = load_tokenizer(config.model_config)
         config = config.with_max_model_len(weights.spec.max_position_embeddings)
-        limits, memory = config.scheduler_config, config.cache_config
-        assert limits.max_model_len is not None and limits.max_num_batched_tokens is not None
+        limits, hooks = config.scheduler_config, split_plugins(plugins)
 
-        dtype = DTYPES.get(memory.kv_cache_dtype, weights.dtype)
-        hooks = split_plugins(plugins)
-        block_bytes = slot_cache_bytes(weights.spec, memory.block_size, dtype, hooks.cache)
-        num_blocks = num_blocks_for(memory, block_bytes, weights.device, limits.max_model_len, limits.max_num_seqs)
-        num_host_blocks = int(memory.swap_space * 2**30) // block_bytes
-        if hooks.cache:
-            num_host_blocks = 0             # what a plugin keeps for a slot stays on the device: recompute instead
-        cache = SlotCache(weights.spec, num_blocks * memory.block_size, dtype, weights.device, hooks.cache,
-                          memory.block_size)
-        host_cache = make_host_cache(cache, memory.block_size, num_host_blocks)
-        manager = PagedKVCacheManager(num_blocks, memory.block_size, num_host_blocks)
-        runner = ModelRunner(weights, hooks.around(PagedAttention(cache, manager, weights.dtype)))
-        scheduler = PrefillFirstScheduler(make_policy(limits.policy), manager, limits.max_num_seqs,
-                                          limits.max_num_batched_tokens, limits.max_model_len)
+        memory = allocate_memory(config, weights, hooks.cache)
+        manager = paged_manager(memory.num_blocks, config.cache_config.block_size, memory.num_host_blocks)
+        backend = PagedAttention(memory.cache, manager.tables, weights.dtype)
+        queues = Queues(make_policy(limits.policy), manager, limits.max_num_seqs, limits.longest)
         engine_class = AsyncSchedulingEngine if limits.async_scheduling else LLMEngine
-        engine = engine_class(scheduler, runner, StructuredSampler(FullSampler(tokenizer), tokenizer, weights.spec),
-                              OutputProcessor(tokenizer, limits.max_model_len), host_cache.copy_slots, hooks.scheduler)
+        engine = engine_class(PrefillFirstScheduler(queues, limits.max_num_batched_tokens),
+                              ModelRunner(weights, hooks.around(backend)),
+                              StructuredSampler(FullSampler(tokenizer), tokenizer, weights.spec),
+                              OutputProcessor(tokenizer, limits.longest), memory.host_cache.copy_slots, hooks.scheduler)
         super().__init__(config, engine, weights.spec, tokenizer)
-        self.cache, self.manager = cache, manager
-        self._beams = BeamBlocks(manager, host_cache.copy_slots)
+        self.cache, self.manager = memory.cache, manager
+        self._beams = BeamBlocks(manager, memory.host_cache.copy_slots)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from m0_basics.attention import AttentionMetadata, ScheduledSequence, query_start_loc
 
-from .kv_cache_manager import PagedKVCacheManager
+from .block_tables import BlockTables
 
 
 @dataclass(frozen=True)
@@ -25,21 +25,21 @@ class PagedMetadata(AttentionMetadata):
     max_query_len: int
 
 
-def paged_metadata(scheduled: list[ScheduledSequence], manager: PagedKVCacheManager,
+def paged_metadata(scheduled: list[ScheduledSequence], block_tables: BlockTables,
                    device: torch.device) -> PagedMetadata:
     """The step's metadata; the sequences' slots are allocated already."""
-    tables = [manager.block_table(s.sequence) for s in scheduled]
+    tables = [block_tables[s.sequence] for s in scheduled]
     widths = np.array([len(table) for table in tables])
     block_table = np.full((len(tables), widths.max()), -1, dtype=np.int32)
     # One assignment fills all rows: the mask picks the first `width` places of each, in order.
     block_table[np.arange(widths.max()) < widths[:, None]] = np.concatenate(tables)
     starts = query_start_loc(scheduled)
     counts = np.diff(starts)
-    kept = np.array([manager.num_kept(s.sequence) for s in scheduled])
+    first = np.array([block_tables.place(s.sequence, s.start) for s in scheduled])      # B: of the first new token
     sequence = np.repeat(np.arange(len(tables)), counts)                            # T: whose token it is
-    place = np.arange(starts[-1]) - np.repeat(np.array(starts[:-1]) - kept, counts)     # T: among what is kept
-    size = manager.block_size
+    place = np.arange(starts[-1]) - np.repeat(np.array(starts[:-1]) - first, counts)    # T: in its table
+    size = block_tables.block_size
     slots = block_table[sequence, place // size] * size + place % size
-    return PagedMetadata(starts, torch.from_numpy((kept + counts).astype(np.int32)).to(device),
+    return PagedMetadata(starts, torch.from_numpy((first + counts).astype(np.int32)).to(device),
                          torch.from_numpy(block_table).to(device),
                          torch.from_numpy(slots.astype(np.int32)).to(device), int(counts.max()))

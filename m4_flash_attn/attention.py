@@ -19,7 +19,7 @@ from torch import Tensor
 
 from m0_basics.attention import AttentionBackend, AttentionMetadata, ScheduledSequence
 from m2_continuous_batching.slot_cache import SlotCache
-from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
+from m3_paged_kv.block_tables import BlockTables
 from m3_paged_kv.metadata import PagedMetadata, paged_metadata
 
 from .online_softmax import tiled_attention
@@ -31,16 +31,16 @@ AttendOne = Callable[[Tensor, Tensor, Tensor], Tensor]      # q [n, H_q, D]; k, 
 class ReadableAttention(AttentionBackend):
     """For reading: each sequence by itself, its keys and values gathered, then any function that attends."""
 
-    def __init__(self, cache: SlotCache, manager: PagedKVCacheManager, attend: AttendOne) -> None:
-        self.cache, self.manager, self.attend = cache, manager, attend
+    def __init__(self, cache: SlotCache, tables: BlockTables, attend: AttendOne) -> None:
+        self.cache, self.tables, self.attend = cache, tables, attend
 
     def build_metadata(self, scheduled: list[ScheduledSequence]) -> PagedMetadata:
-        return paged_metadata(scheduled, self.manager, self.cache.device)
+        return paged_metadata(scheduled, self.tables, self.cache.device)
 
     def forward(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
         assert isinstance(metadata, PagedMetadata)
         self.cache.store(layer_idx, k, v, metadata.slot_mapping.long())
-        size = self.manager.block_size
+        size = self.tables.block_size
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for i, (start, stop) in enumerate(pairwise(metadata.query_start_loc)):
             tokens = torch.arange(int(metadata.seq_lens[i]), device=q.device)

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from m0_basics.attention import AttentionBackend
-from m0_basics.config import ConfigError
+from m0_basics.config import DTYPES, ConfigError
+from m0_basics.model import CausalLM
 from m0_basics.model_spec import ModelSpec
+from m2_continuous_batching.plugins import CachePlugin
 from m2_continuous_batching.slot_cache import SlotCache
 from m3_paged_kv.attention import PagedAttention
-from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
+from m3_paged_kv.block_tables import BlockTables
 
 from .attention import AttendOne, ReadableAttention, attend_naive, attend_tiled
+from .config import EngineConfig
 from .kernels.cpu import bindings as cpu
 from .kernels.cpu.attention import CpuAttention
 from .kernels.cpu.build import BuildError, library
@@ -48,6 +52,13 @@ class Situation:
     has_cache_plugins: bool = False
 
 
+def situation_of(config: EngineConfig, model: CausalLM, cache_plugins: Sequence[CachePlugin]) -> Situation:
+    """What decides over the backend of an engine."""
+    cache_dtype = DTYPES.get(config.cache_config.kv_cache_dtype, model.dtype)
+    return Situation(model.device, model.dtype, cache_dtype, model.spec, config.cache_config.block_size,
+                     bool(cache_plugins))
+
+
 class Backend(ABC):
     """A way to compute attention: whether it can, and how it is made."""
 
@@ -60,7 +71,7 @@ class Backend(ABC):
         """None where it can run; else what is missing and what to do, in one line."""
 
     @abstractmethod
-    def make(self, situation: Situation, cache: SlotCache, manager: PagedKVCacheManager) -> AttentionBackend:
+    def make(self, situation: Situation, cache: SlotCache, tables: BlockTables) -> AttentionBackend:
         """The backend over an engine's cache. `why_not` has said None."""
 
 
@@ -84,11 +95,11 @@ class CpuBackend(Backend):
             return str(error)
         return None
 
-    def make(self, situation: Situation, cache: SlotCache, manager: PagedKVCacheManager) -> AttentionBackend:
+    def make(self, situation: Situation, cache: SlotCache, tables: BlockTables) -> AttentionBackend:
         spec = situation.spec
         kernels = cpu.PagedKernels(spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim,
-                                   manager.block_size, situation.dtype, spec.head_dim ** -0.5)
-        return CpuAttention(cache, manager, kernels)
+                                   tables.block_size, situation.dtype, spec.head_dim ** -0.5)
+        return CpuAttention(cache, tables, kernels)
 
 
 class TritonBackend(Backend):
@@ -113,9 +124,9 @@ class TritonBackend(Backend):
             return f"{group} query heads share a key-value head, and it takes at most {_LARGEST_TRITON_GROUP}"
         return None
 
-    def make(self, situation: Situation, cache: SlotCache, manager: PagedKVCacheManager) -> AttentionBackend:
+    def make(self, situation: Situation, cache: SlotCache, tables: BlockTables) -> AttentionBackend:
         from .kernels.triton.backend import GpuAttention
-        return GpuAttention(cache, manager)
+        return GpuAttention(cache, tables)
 
 
 class LibraryBackend(Backend):
@@ -140,9 +151,9 @@ class LibraryBackend(Backend):
             return str(error)
         return None
 
-    def make(self, situation: Situation, cache: SlotCache, manager: PagedKVCacheManager) -> AttentionBackend:
+    def make(self, situation: Situation, cache: SlotCache, tables: BlockTables) -> AttentionBackend:
         from .kernels.triton.backend import GpuAttention
-        return GpuAttention(cache, manager, self.load(situation))
+        return GpuAttention(cache, tables, self.load(situation))
 
 
 class FlashAttnBackend(LibraryBackend):
@@ -168,8 +179,8 @@ class SdpaBackend(Backend):
     def why_not(self, situation: Situation) -> str | None:
         return None
 
-    def make(self, situation: Situation, cache: SlotCache, manager: PagedKVCacheManager) -> AttentionBackend:
-        return PagedAttention(cache, manager, situation.dtype)
+    def make(self, situation: Situation, cache: SlotCache, tables: BlockTables) -> AttentionBackend:
+        return PagedAttention(cache, tables, situation.dtype)
 
 
 class ReadableBackend(Backend):
@@ -181,8 +192,8 @@ class ReadableBackend(Backend):
     def why_not(self, situation: Situation) -> str | None:
         return None
 
-    def make(self, situation: Situation, cache: SlotCache, manager: PagedKVCacheManager) -> AttentionBackend:
-        return ReadableAttention(cache, manager, self.attend)
+    def make(self, situation: Situation, cache: SlotCache, tables: BlockTables) -> AttentionBackend:
+        return ReadableAttention(cache, tables, self.attend)
 
 
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (

@@ -21,6 +21,7 @@ from torch import Tensor
 from m0_basics.attention import ScheduledSequence
 from m0_basics.model_runner import ModelInputs, ModelRunner, Runner
 
+from .config import EngineConfig
 from .metadata import FlashMetadata
 
 Run = Callable[[], None]
@@ -63,7 +64,7 @@ class DecodeBuffers:
 
         Ids and positions of padding are what an earlier step left there: valid numbers, whatever they are.
         """
-        metadata, count = inputs.metadata, len(inputs.spans)
+        metadata, count = inputs.metadata, len(inputs.scheduled)
         assert isinstance(metadata, FlashMetadata)
         self.input_ids[:count] = inputs.input_ids
         self.positions[:count] = inputs.positions
@@ -123,18 +124,17 @@ class GraphRunner(Runner):
         """Logits [R, vocab] of prepared inputs; of a replayed step, the first rows of the buffer."""
         if not self.fits(inputs):
             return self.runner.execute(inputs)
-        size = self.sizes[bisect_left(self.sizes, len(inputs.spans))]
+        size = self.sizes[bisect_left(self.sizes, len(inputs.scheduled))]
         self.buffers.fill(inputs, size)
         self._replays[size]()
-        return self.buffers.logits[:len(inputs.spans)]
+        return self.buffers.logits[:len(inputs.scheduled)]
 
     def fits(self, inputs: ModelInputs) -> bool:
         """Whether the step is one new token per sequence, each the newest, and nothing but logits is asked for."""
-        metadata = inputs.metadata
+        metadata, num_sequences = inputs.metadata, len(inputs.scheduled)
         return (isinstance(metadata, FlashMetadata) and metadata.max_query_len == 1
-                and len(inputs.spans) <= self.sizes[-1]
-                and all(span.reaches_newest and span.sequence.sampling_params.prompt_logprobs is None
-                        for span in inputs.spans))
+                and num_sequences <= self.sizes[-1] and len(inputs.sampled) == num_sequences
+                and all(s.sequence.sampling_params.prompt_logprobs is None for s in inputs.scheduled))
 
     @torch.inference_mode()
     def _record(self, size: int, capture: Callable[[Run], Run]) -> Run:
@@ -146,3 +146,11 @@ class GraphRunner(Runner):
             buffers.logits[:size] = self.model.compute_logits(hidden)
 
         return capture(run)
+
+
+def with_graphs(runner: ModelRunner, config: EngineConfig) -> Runner:
+    """The runner with recordings of its decode steps, where the model is on a GPU."""
+    if runner.model.device.type != "cuda":
+        return runner
+    limits = config.scheduler_config
+    return GraphRunner(runner, config.cache_config.block_size, limits.max_num_seqs, limits.longest)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from m0_basics.attention import ScheduledSequence, query_start_loc
-from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
+from m3_paged_kv.block_tables import BlockTables
 from m3_paged_kv.metadata import PagedMetadata
 
 IntArray = NDArray[np.int32]
@@ -42,31 +42,31 @@ class StepNumbers(NamedTuple):
     num_blocks: int                 # in a row of the block table
 
 
-def flash_metadata(scheduled: list[ScheduledSequence], manager: PagedKVCacheManager,
+def flash_metadata(scheduled: list[ScheduledSequence], block_tables: BlockTables,
                    device: torch.device) -> FlashMetadata:
     """The step's metadata; the sequences' slots are allocated already."""
     starts, num_sequences = query_start_loc(scheduled), len(scheduled)
-    step = step_numbers(starts, scheduled, manager)
+    step = step_numbers(starts, scheduled, block_tables)
     flat = torch.from_numpy(step.numbers).to(device)
     return FlashMetadata(starts, flat[step.seq_lens:step.seq_lens + num_sequences],
                          flat[step.block_table:].view(-1, step.num_blocks), flat[step.slots:step.slots + starts[-1]],
-                         max(s.num_tokens for s in scheduled), flat[:num_sequences + 1], manager.block_size,
+                         max(s.num_tokens for s in scheduled), flat[:num_sequences + 1], block_tables.block_size,
                          max(s.end for s in scheduled))
 
 
-def step_numbers(starts: list[int], scheduled: list[ScheduledSequence], manager: PagedKVCacheManager) -> StepNumbers:
+def step_numbers(starts: list[int], scheduled: list[ScheduledSequence], block_tables: BlockTables) -> StepNumbers:
     """The step's metadata in one array; `starts` is its query_start_loc.
 
     Loops go over sequences and blocks, never over tokens. Each part begins at a multiple of 16 bytes: Triton compiles
     a kernel once for pointers that do, and once more for each combination of those that do not.
     """
-    tables = [manager.block_table(s.sequence) for s in scheduled]
+    tables = [block_tables[s.sequence] for s in scheduled]
     num_blocks = max(map(len, tables))
     seq_lens, slots, rows = list[int](), list[int](), list[int]()
-    for (sequence, num_tokens), table in zip(scheduled, tables, strict=True):
-        kept = manager.num_kept(sequence)
-        seq_lens.append(kept + num_tokens)
-        _add_slots(slots, table, kept, kept + num_tokens, manager.block_size)
+    for s, table in zip(scheduled, tables, strict=True):
+        first = block_tables.place(s.sequence, s.start)
+        seq_lens.append(first + s.num_tokens)
+        _add_slots(slots, table, first, first + s.num_tokens, block_tables.block_size)
         rows += table
         rows += [-1] * (num_blocks - len(table))
     numbers = starts.copy()

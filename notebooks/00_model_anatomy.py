@@ -151,7 +151,7 @@ class WatchingAttention(AttentionBackend):
 
 def schedule(token_ids: list[int]) -> ScheduledSequence:
     """All tokens of one new sequence, to be run in one step."""
-    return ScheduledSequence(Sequence(0, SequenceData(token_ids), SamplingParams(temperature=0), 0), len(token_ids))
+    return ScheduledSequence.rest(Sequence(0, SequenceData(token_ids), SamplingParams(temperature=0), 0))
 
 
 STORY = "Alice met Bob at the station. Later that day, Alice met Bob"

@@ -215,7 +215,7 @@ class RecordingAttention(AttentionBackend):
 
 def schedule(token_ids: list[int]) -> ScheduledSequence:
     """All tokens of one new sequence, to be run in one step."""
-    return ScheduledSequence(Sequence(-1, SequenceData(token_ids), SamplingParams(temperature=0), 0), len(token_ids))
+    return ScheduledSequence.rest(Sequence(-1, SequenceData(token_ids), SamplingParams(temperature=0), 0))
 
 
 request = llm.input_processor.process("The best way to learn how something works is to",
@@ -270,9 +270,9 @@ for length in CONTEXTS:
     whole_step = [schedule(list(range(1000, 1000 + length)))]
     sequence = Sequence(-2, SequenceData(list(range(1000, 1000 + length))), SamplingParams(temperature=0), 0)
     rows.allocate(sequence)
-    engine.runner.execute_model([ScheduledSequence(sequence, length - 1)])
+    engine.runner.execute_model([ScheduledSequence(sequence, sequence.num_computed_tokens, length - 1)])
     sequence.num_computed_tokens = length - 1
-    newest = [ScheduledSequence(sequence, 1)]
+    newest = [ScheduledSequence(sequence, sequence.num_computed_tokens, 1)]
     for way, run in (("recompute", lambda step=whole_step: recompute.execute_model(step)),
                      ("cache", lambda step=newest: engine.runner.execute_model(step))):
         seconds[way].append(best_seconds(run, rounds=4))

@@ -110,7 +110,7 @@ def add(llm: LLM, prompt: str | list[int], params: SamplingParams, scheduling: S
 watch = Recorder()
 llm = LLM(**COMMON, max_num_seqs=4, plugins=[watch])
 spec = llm.spec
-print(f"{llm.engine.scheduler.max_num_seqs} rows of {llm.engine.scheduler.max_model_len} slots, "
+print(f"{llm.engine.scheduler.queues.max_num_seqs} rows of {llm.engine.scheduler.queues.max_model_len} slots, "
       f"at most {llm.engine.scheduler.max_num_batched_tokens} tokens in a step")
 
 # %% [markdown]
@@ -224,7 +224,7 @@ latency, totals = metrics.request_metrics(), metrics.totals
 print(f"{totals.num_finished} requests, {totals.num_prompt_tokens} prompt tokens and {totals.num_generation_tokens} "
       f"generated ones in {timeline[-1]['end_s']:.1f} s")
 print(f"{totals.num_steps} steps; {np.mean([len(row['tokens']) for row in timeline]):.1f} sequences in a step on average, "
-      f"of {llm.engine.scheduler.max_num_seqs} rows")
+      f"of {llm.engine.scheduler.queues.max_num_seqs} rows")
 print(f"time to first token {latency.ttft_ms.mean:.0f} ms on average, time per further token {latency.tpot_ms.mean:.0f} ms")
 
 # %%
@@ -290,7 +290,7 @@ print(f"decode:  {decode.shape[0]} queries, {decode.shape[1]} keys, {decode.floa
 def started(cached: int, new: int, seq_id: int) -> ScheduledSequence:
     """A sequence with `cached` tokens computed and `new` ones to run."""
     ids = list(range(1000 + 50 * seq_id, 1000 + 50 * seq_id + cached + new))
-    return ScheduledSequence(Sequence(seq_id, SequenceData(ids), GREEDY, 0, num_computed_tokens=cached), new)
+    return ScheduledSequence(Sequence(seq_id, SequenceData(ids), GREEDY, 0, num_computed_tokens=cached), cached, new)
 
 
 def run_mixed(backend_class: type, model: CausalLM) -> tuple[Tensor, AttentionMetadata]:
@@ -302,11 +302,9 @@ def run_mixed(backend_class: type, model: CausalLM) -> tuple[Tensor, AttentionMe
     runner = ModelRunner(model, backend)
     step = [started(9, 1, 1), started(5, 4, 2), started(0, 6, 3)]
     for s in step:
-        manager.allocate_slots(s.sequence, s.end)
-        if cached := s.sequence.num_computed_tokens:
-            s.sequence.num_computed_tokens = 0
-            runner.execute_model([ScheduledSequence(s.sequence, cached)])
-            s.sequence.num_computed_tokens = cached
+        manager.allocate_slots(s.sequence, 0, s.end)
+        if s.start:
+            runner.execute_model([ScheduledSequence(s.sequence, 0, s.start)])
     return runner.execute_model(step), backend.build_metadata(step)
 
 
@@ -357,7 +355,7 @@ for count in COUNTS:
     cache = SlotCache(spec, count * PROMPT_LEN, torch.float32, torch.device("cpu"))
     step = [started(0, PROMPT_LEN, i) for i in range(count)]
     for s in step:
-        manager.allocate_slots(s.sequence, s.end)
+        manager.allocate_slots(s.sequence, 0, s.end)
     T = count * PROMPT_LEN
     q, k, v = torch.randn(T, heads, head_dim), *torch.randn(2, T, kv_heads, head_dim)
     times = []
@@ -411,12 +409,12 @@ rng = random.Random(0)
 sequences = [Sequence(-1 - i, SequenceData([rng.randrange(100, 49_000) for _ in range(CONTEXT + 1)]), GREEDY, 0)
              for i in range(max(BATCHES))]
 for s in sequences:
-    manager.allocate_slots(s, CONTEXT)
+    manager.allocate_slots(s, 0, CONTEXT)
 for start in range(0, len(sequences), 8):
-    runner.execute_model([ScheduledSequence(s, CONTEXT) for s in sequences[start:start + 8]])
+    runner.execute_model([ScheduledSequence(s, 0, CONTEXT) for s in sequences[start:start + 8]])
 for s in sequences:
     s.num_computed_tokens = CONTEXT
-steps = [partial(runner.execute_model, [ScheduledSequence(s, 1) for s in sequences[:b]]) for b in BATCHES]
+steps = [partial(runner.execute_model, [ScheduledSequence(s, CONTEXT, 1) for s in sequences[:b]]) for b in BATCHES]
 # In turns, so that a busy moment of the machine does not fall on one batch size alone.
 step_s = np.min([[best_seconds(step, rounds=3) for step in steps] for _ in range(4)], axis=0)
 for s in sequences:

@@ -44,7 +44,7 @@ from m3_paged_kv.attention import PagedAttention
 from m3_paged_kv.tools.crossover import crossover
 from m3_paged_kv.plugins.eviction import AttentionSinks
 from m3_paged_kv.tools.fragmentation import FragmentationMeter, block_utilisation, row_utilisation
-from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
+from m3_paged_kv.kv_cache_manager import PagedKVCacheManager, paged_manager
 from m3_paged_kv.tools.pool_pictures import SHARED, PoolRecorder, draw_pool, draw_tables
 
 INK, BLUE, ORANGE, GREEN, RED, GREY, LIGHT = (
@@ -108,7 +108,7 @@ for name, request in requests.items():
     [sequence] = request.sequences
     stored = sequence.num_tokens - 1            # the last token is returned, and never stored
     print(f"{name}: {sequence.num_prompt_tokens:2} prompt tokens, {len(sequence.output_token_ids):2} of output, "
-          f"{llm.manager.num_blocks_of(stored)} blocks in the end")
+          f"{llm.manager.tables.num_blocks_of(stored)} blocks in the end")
 print(f"blocks held at the busiest moment: {max(map(len, watch.history))} of {BLOCKS}; now: {llm.manager.pool.num_used}")
 
 # %%
@@ -141,7 +141,7 @@ half["D"] = add(llm, JOBS["D"][0], output_of(JOBS["D"][1]))
 for _ in range(12):
     llm.engine.step()
 running = {name: request.sequences[0] for name, request in half.items() if not request.is_finished}
-tables = {s.seq_id: list(llm.manager.block_table(s)) for s in running.values()}
+tables = {s.seq_id: list(llm.manager.tables[s]) for s in running.values()}
 keys = {name: llm.cache.kv_cache.k[:, [tables[s.seq_id][i // SIZE] * SIZE + i % SIZE
                                        for i in range(s.num_computed_tokens)]] for name, s in running.items()}
 for name, s in running.items():
@@ -245,7 +245,7 @@ figure.legend(handles=[Patch(color=SHARED, label="a block of several outputs")],
 plt.show()
 for n, blocks in zip(counts, held, strict=True):
     # An output that is done gives its blocks back before we look, so the last token that we see stored is the one before.
-    shared, own = PROMPT // SIZE, llm.manager.num_blocks_of(PROMPT + OUTPUT - 2) - PROMPT // SIZE
+    shared, own = PROMPT // SIZE, llm.manager.tables.num_blocks_of(PROMPT + OUTPUT - 2) - PROMPT // SIZE
     assert blocks == shared + n * own
 print("blocks held = full blocks of the prompt + outputs x blocks of their own, for every n")
 
@@ -430,9 +430,9 @@ def decode_step(manager: PagedKVCacheManager | RowKVCacheManager) -> list[Schedu
     step = []
     for i in range(BATCH):
         sequence = Sequence(i, SequenceData(list(range(CONTEXT))), output_of(1), 0)
-        assert manager.allocate_slots(sequence, CONTEXT)
+        assert manager.allocate_slots(sequence, 0, CONTEXT)
         sequence.num_computed_tokens = CONTEXT - 1
-        step.append(ScheduledSequence(sequence, 1))
+        step.append(ScheduledSequence(sequence, CONTEXT - 1, 1))
     return step
 
 
@@ -451,8 +451,8 @@ measured = {}
 for size in SIZES:
     size_meter = FragmentationMeter()
     EngineContender("m3", LLM(**COMMON, num_blocks=4 * SLOTS // size, block_size=size, plugins=[size_meter])).serve(workload)
-    manager = PagedKVCacheManager(BATCH * ROW // size, size)
-    backend = PagedAttention(cache, manager, torch.float32)
+    manager = paged_manager(BATCH * ROW // size, size)
+    backend = PagedAttention(cache, manager.tables, torch.float32)
     measured[size] = (size_meter.mean_utilisation, *times(backend, decode_step(manager)))
 row_manager = RowKVCacheManager(BATCH, ROW)
 row_times = times(RaggedAttention(cache, row_manager, torch.float32), decode_step(row_manager))
@@ -508,7 +508,7 @@ for way, plugins in WAYS.items():
     print(f"--- {way}: at most {max(map(len, recorder.history))} blocks; as with everything for {agree} of {LONG} tokens")
     print(f"...{stories[way].text[-180:]!r}")
 sinks = WAYS["sinks and window"][0]
-bound = sum(llm.manager.num_blocks_of(n) for n in (sinks.num_sink_tokens, sinks.window)) + 1
+bound = sum(llm.manager.tables.num_blocks_of(n) for n in (sinks.num_sink_tokens, sinks.window)) + 1
 assert max(map(len, pools["sinks and window"])) <= bound < max(map(len, pools["everything"]))
 
 # %%
@@ -541,14 +541,14 @@ LENGTHS = (8, 16, 32, 64, 96, 128, 192, ROW)
 fit_rows = [ROWS for _ in LENGTHS]
 fit_blocks = []
 for length in LENGTHS:
-    manager, fitted = PagedKVCacheManager(SLOTS // 16, 16, watermark=0.0), 0
-    while manager.allocate_slots(Sequence(fitted, SequenceData([1] * length), output_of(1), 0), length):
+    manager, fitted = paged_manager(SLOTS // 16, 16, watermark=0.0), 0
+    while manager.allocate_slots(Sequence(fitted, SequenceData([1] * length), output_of(1), 0), 0, length):
         fitted += 1
     fit_blocks.append(fitted)
 for length, fitted in zip(LENGTHS, fit_blocks, strict=True):
     print(f"{length:3} tokens: {ROWS} in rows, {fitted:3} in blocks, {fitted / ROWS:4.1f} times as many")
 assert fit_blocks[-1] == ROWS, "nothing to save"
-slots = {"rows": RowKVCacheManager(ROWS, ROW), "blocks": PagedKVCacheManager(SLOTS // 16, 16)}
+slots = {"rows": RowKVCacheManager(ROWS, ROW), "blocks": paged_manager(SLOTS // 16, 16)}
 BATCH, CONTEXT = ROWS, ROW - 1
 row_s, block_s = (times(backend(cache, slots[name], torch.float32), decode_step(slots[name]))
                   for name, backend in (("rows", RaggedAttention), ("blocks", PagedAttention)))

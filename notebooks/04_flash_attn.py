@@ -91,8 +91,8 @@ class Capture(AttentionBackend):
 token_ids = tokenizer.encode(TEXT)
 capture = Capture()
 with torch.inference_mode():
-    ModelRunner(model, capture).execute_model([ScheduledSequence(
-        Sequence(0, SequenceData(token_ids), SamplingParams(temperature=0), 0), len(token_ids))])
+    ModelRunner(model, capture).execute_model([ScheduledSequence.rest(
+        Sequence(0, SequenceData(token_ids), SamplingParams(temperature=0), 0))])
 n = len(token_ids)
 print(f"{n} tokens; {len(capture.layers)} layers, each with queries {list(capture.layers[0][0].shape)} and keys "
       f"{list(capture.layers[0][1].shape)}; {GROUP} query heads share a key-value head")

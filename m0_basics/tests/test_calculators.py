@@ -62,7 +62,7 @@ def tiny_model(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> CausalLM:
 
 def scheduled(*lengths: int) -> list[ScheduledSequence]:
     params = SamplingParams(temperature=0)
-    return [ScheduledSequence(Sequence(i, SequenceData(list(range(n))), params, 0), n) for i, n in enumerate(lengths)]
+    return [ScheduledSequence.rest(Sequence(i, SequenceData(list(range(n))), params, 0)) for i, n in enumerate(lengths)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -156,7 +156,7 @@ def test_flops_of_generating_without_a_cache_are_those_counted() -> None:
     [work] = scheduled(6)
     counted = 0
     for _ in range(5):
-        again = [ScheduledSequence(work.sequence, work.sequence.num_tokens)]
+        again = [ScheduledSequence.rest(work.sequence)]
         counted += count_flops(lambda step=again: runner.execute_model(step))
         work.sequence.append_token_id(1)
     assert generate_flops(spec, 6, 5, kv_cache=False).total == counted

@@ -52,7 +52,7 @@ class TestRealModel:
             sequence = Sequence(0, SequenceData(prompt, tokens[:-1]), SamplingParams(temperature=0), seed=0)
             runner = llm.engine.runner
             with torch.inference_mode():
-                hidden = runner.forward(runner.prepare_inputs([ScheduledSequence(sequence, sequence.num_tokens)]))
+                hidden = runner.forward(runner.prepare_inputs([ScheduledSequence.rest(sequence)]))
                 logits = runner.model.compute_logits(hidden[len(prompt) - 1:])
             ours.append(logits.argmax(-1).tolist())
         assert len(ours) == 8

@@ -82,7 +82,8 @@ def test_the_runner_returns_the_rows_of_the_newest_tokens(tiny_model):
     folder = tiny_model("qwen3")
     runner = make_runner(folder)
     scheduled = schedule(PROMPTS)
-    scheduled[1] = ScheduledSequence(scheduled[1].sequence, len(PROMPTS[1]) - 1)       # does not reach its newest token
+    # It does not reach its newest token.
+    scheduled[1] = ScheduledSequence(scheduled[1].sequence, 0, len(PROMPTS[1]) - 1)
     logits = runner.execute_model(scheduled)
     expected = [reference_logits(folder, p)[-1] for i, p in enumerate(PROMPTS) if i != 1]
     torch.testing.assert_close(logits, torch.stack(expected), rtol=1e-4, atol=1e-4)

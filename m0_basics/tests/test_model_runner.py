@@ -19,10 +19,31 @@ def test_logits_of_sequences_whose_newest_token_was_reached(tiny_model: TinyMode
     model = load_model(ModelConfig(model=str(tiny_model("llama")), dtype="float32"))
     runner = ModelRunner(model, FullAttention())
     prompts = [[20, 21, 22], [23, 24, 25, 26, 27], [28, 29]]
-    scheduled = [ScheduledSequence(Sequence(i, SequenceData(ids), SamplingParams(temperature=0), 0), n)
+    scheduled = [ScheduledSequence(Sequence(i, SequenceData(ids), SamplingParams(temperature=0), 0), 0, n)
                  for i, (ids, n) in enumerate(zip(prompts, computed, strict=True))]
     logits = runner.execute_model(scheduled)
     assert logits.shape == (len(rows), model.spec.vocab_size)
     for row, i in zip(logits, rows, strict=True):
         alone = runner.execute_model([scheduled[i]])
         torch.testing.assert_close(row, alone[0], rtol=1e-4, atol=1e-4)
+
+
+def test_drafted_tokens_have_rows_of_their_own(tiny_model: TinyModels) -> None:
+    """Behind the newest token and each drafted one: the logits of the sequence with the guesses so far."""
+    model = load_model(ModelConfig(model=str(tiny_model("llama")), dtype="float32"))
+    runner = ModelRunner(model, FullAttention())
+    prompt, drafts = [20, 21, 22], (30, 31)
+    sequence = Sequence(0, SequenceData(prompt), SamplingParams(temperature=0), 0)
+    other = Sequence(1, SequenceData([40, 41]), SamplingParams(temperature=0), 0)
+    inputs = runner.prepare_inputs([ScheduledSequence(sequence, 0, 5, drafts), ScheduledSequence.rest(other)])
+    assert inputs.input_ids.tolist() == [*prompt, *drafts, 40, 41]
+    assert inputs.positions.tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert inputs.logit_rows.tolist() == [2, 3, 4, 6]
+    assert [s.output_token_ids for s in inputs.sampled] == [[], [30], [30, 31], []]
+    assert (inputs.sampled[0], inputs.sampled[3]) == (sequence, other)
+    assert sequence.output_token_ids == [], "the guesses are not the sequence's"
+    logits = runner.execute(inputs)
+    for row, length in enumerate((3, 4, 5)):
+        known = Sequence(2, SequenceData([*prompt, *drafts][:length]), SamplingParams(temperature=0), 0)
+        alone = runner.execute_model([ScheduledSequence.rest(known)])
+        torch.testing.assert_close(logits[row], alone[0], rtol=1e-4, atol=1e-4)

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import pytest
 
-from m0_basics.outputs import CompletionOutput, Logprob, RequestOutput
-from m0_basics.request import Request, SequenceStatus, next_seq_id
+from m0_basics.outputs import CompletionOutput, RequestOutput
+from m0_basics.request import Logprob, Request, SequenceStatus, next_seq_id
 from m0_basics.sampling_params import SamplingParams
 
 S = SequenceStatus

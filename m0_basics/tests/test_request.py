@@ -6,8 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from m0_basics.outputs import Logprob
-from m0_basics.request import IllegalTransitionError, Request, Sequence, SequenceData, SequenceStatus, next_seq_id
+from m0_basics.request import (
+    IllegalTransitionError,
+    Logprob,
+    Request,
+    Sequence,
+    SequenceData,
+    SequenceStatus,
+    next_seq_id,
+)
 from m0_basics.sampling_params import SamplingParams
 
 S = SequenceStatus

@@ -91,7 +91,7 @@ def test_several_sequences_equal_each_alone() -> None:
     done: list[list[Tensor]] = [[], [], [], []]
     # (sequence, number of tokens) of each packed step
     for step in ([(2, 9), (0, 11)], [(1, 3), (2, 1)], [(3, 5), (2, 3), (1, 1)], [(1, 3), (2, 1)]):
-        scheduled = [ScheduledSequence(sequences[i], n) for i, n in step]
+        scheduled = [ScheduledSequence(sequences[i], sequences[i].num_computed_tokens, n) for i, n in step]
         metadata = backend.attention.build_metadata(scheduled)
         ranges = [slice(s.sequence.num_computed_tokens, s.end) for s in scheduled]
         q, k, v = (torch.cat([tensors[i][part][tokens] for (i, _), tokens in zip(step, ranges, strict=True)])
@@ -107,7 +107,7 @@ def test_several_sequences_equal_each_alone() -> None:
     for sequence, parts, (q, k, v) in zip(sequences, done, tensors, strict=True):
         assert sequence.num_computed_tokens == sequence.num_tokens
         sequence.num_computed_tokens = 0
-        metadata = full.build_metadata([ScheduledSequence(sequence, sequence.num_tokens)])
+        metadata = full.build_metadata([ScheduledSequence.rest(sequence)])
         torch.testing.assert_close(torch.cat(parts), full.forward(0, q, k, v, metadata), atol=2e-6, rtol=2e-6)
 
 
@@ -116,7 +116,7 @@ def test_metadata() -> None:
     backend = Backend()
     first, second = backend.add(10), backend.add(6)
     first.num_computed_tokens = 9
-    metadata = backend.attention.build_metadata([ScheduledSequence(second, 4), ScheduledSequence(first, 1)])
+    metadata = backend.attention.build_metadata([ScheduledSequence(second, 0, 4), ScheduledSequence(first, 9, 1)])
     base = [backend.rows.first_slot(s) for s in (second, first)]
     assert sorted(base) == [0, 16]
     assert metadata.query_start_loc == [0, 4, 5]
@@ -130,7 +130,7 @@ def test_stored_before_attended() -> None:
     backend = Backend()
     sequence = backend.add(2)
     q, k, v = random_qkv(2, 2, 2, torch.float32)
-    metadata = backend.attention.build_metadata([ScheduledSequence(sequence, 2)])
+    metadata = backend.attention.build_metadata([ScheduledSequence(sequence, sequence.num_computed_tokens, 2)])
     backend.attention.forward(1, q, k, v, metadata)
     first = backend.rows.first_slot(sequence)
     assert torch.equal(backend.cache.k[1, first:first + 2], k)

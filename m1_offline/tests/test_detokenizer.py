@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from m0_basics.config import DEFAULT_MODEL, ModelConfig
 from m0_basics.loading.loader import load_tokenizer
 from m0_basics.loading.tokenizer import Tokenizer
-from m0_basics.outputs import Logprob
-from m0_basics.request import Request, Sequence, SequenceData, SequenceStatus, next_seq_id
+from m0_basics.request import Logprob, Request, Sequence, SequenceData, SequenceStatus, next_seq_id
 from m0_basics.sampling_params import SamplingParams
 from m0_basics.tools.testing.tiny_models import BOS, EOS, byte_level_tokenizer
 from m1_offline.detokenizer import IncrementalDetokenizer, StopChecker
@@ -339,6 +338,36 @@ class TestOutputProcessor:
             processor.close(sequence)
             texts.append(sequence.output_text)
         assert texts[0] == texts[1] == ("größer als zuvo" if ending == "stop token" else "größer als zuvor"), texts
+
+    @given(text=st.text("abc é", min_size=1, max_size=24), stop=st.sampled_from([[], ["b"], ["ca", "bb"], ["é"]]),
+           min_tokens=st.integers(0, 6), sizes=st.lists(st.integers(1, 5), min_size=24, max_size=24))
+    def test_several_tokens_at_once(self, text: str, stop: list[str], min_tokens: int, sizes: list[int]) -> None:
+        """A step may give several tokens: text, tokens, log-probabilities and reason are those of one at a time."""
+        tokens = byte_ids(text.encode())
+        params = SamplingParams(max_tokens=len(tokens), stop=stop, min_tokens=min(min_tokens, len(tokens)), logprobs=1,
+                                stop_token_ids=byte_ids(b"c"))
+        ends = []
+        for step_sizes in ([1] * len(tokens), sizes):
+            processor, sequence, left = OutputProcessor(byte_level(), 1000), running(params), tokens.copy()
+            for size in step_sizes:
+                for token_id in left[:size]:
+                    if sequence.ends_as is None:
+                        processor.record(sequence, token_id, {token_id: Logprob(-1 / (1 + token_id), 1)})
+                del left[:size]
+                processor.conclude(sequence)
+                if sequence.is_finished:
+                    break
+            ends.append((sequence.output_text, sequence.output_token_ids, sequence.status, sequence.stop_reason,
+                         sequence.cumulative_logprob, [list(entry) for entry in sequence.logprobs]))
+        assert ends[0] == ends[1]
+        assert ends[0][2].is_finished
+
+    def test_nothing_is_recorded_behind_the_end(self) -> None:
+        processor, sequence = OutputProcessor(byte_level(), 1000), running(SamplingParams(max_tokens=1))
+        processor.record(sequence, 3, None)
+        assert (sequence.ends_as, sequence.status) == (SequenceStatus.FINISHED_LENGTH_CAPPED, SequenceStatus.RUNNING)
+        with pytest.raises(AssertionError, match="has its last token"):
+            processor.record(sequence, 3, None)
 
     def test_an_abort_keeps_its_reason(self) -> None:
         """A stop string in a token that was recorded, and not looked at, cuts the text and explains nothing."""

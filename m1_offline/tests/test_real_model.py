@@ -44,7 +44,7 @@ def run(llm: LLM, sequences: list[Sequence]) -> list[int]:
     """One step of the engine over all sequences: what is not computed yet is; the best next token of each."""
     engine = llm.engine
     assert isinstance(engine, OfflineEngine)
-    scheduled = [ScheduledSequence(s, s.num_tokens - s.num_computed_tokens) for s in sequences]
+    scheduled = [ScheduledSequence.rest(s) for s in sequences]
     logits = engine.runner.execute_model(scheduled)
     for s in scheduled:
         s.sequence.num_computed_tokens = s.end

@@ -52,7 +52,7 @@ def _logits(llm: LLM, output: RequestOutput) -> Tensor:
     sequence = Sequence(next_seq_id(), SequenceData(ids), SamplingParams(), 0)
     engine.rows.allocate(sequence)
     runner = engine.runner
-    hidden = runner.forward(runner.prepare_inputs([ScheduledSequence(sequence, len(ids))]))
+    hidden = runner.forward(runner.prepare_inputs([ScheduledSequence.rest(sequence)]))
     engine.rows.free(sequence)
     return runner.model.compute_logits(hidden[len(output.prompt_token_ids) - 1:-1])
 

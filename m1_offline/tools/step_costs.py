@@ -47,7 +47,7 @@ def step_costs(llm: LLM, sampling: str, num_sequences: int, prompt_len: int = 64
     metadata, sample, whole = list[float](), list[float](), list[float]()
     try:
         for _ in range(steps):
-            scheduled = [ScheduledSequence(s, 1) for s in sequences]
+            scheduled = [ScheduledSequence.rest(s) for s in sequences]
             build_s, _ = timed(lambda batch=scheduled: engine.runner.backend.build_metadata(batch))  # type: ignore[misc]
             run_s, logits = timed(lambda batch=scheduled: engine.runner.execute_model(batch))  # type: ignore[misc]
             sample_s, sampled = timed(lambda x=logits: engine.sampler(x, sequences))  # type: ignore[misc]
@@ -70,7 +70,7 @@ def _start(llm: LLM, engine: OfflineEngine, params: SamplingParams, count: int, 
     first = request.sequences[0]
     engine.rows.allocate(first)
     first.set_status(SequenceStatus.RUNNING)
-    engine.runner.execute_model([ScheduledSequence(first, first.num_tokens)])
+    engine.runner.execute_model([ScheduledSequence.rest(first)])
     first.num_computed_tokens = first.num_tokens
     sequences = [first]
     for index in range(1, count):

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from m0_basics.outputs import CompletionOutput, Logprob, RequestOutput
+from m0_basics.outputs import CompletionOutput, RequestOutput
+from m0_basics.request import Logprob
 
 from .errors import check_served
 from .output_stream import OutputStream, merge

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from m0_basics.base_llm import BaseLLM
 from m0_basics.config import ConfigError, check_int
 from m0_basics.input_processor import Prompt
 from m0_basics.loading.tokenizer import Message
@@ -24,7 +25,7 @@ from m0_basics.outputs import RequestOutput
 from m0_basics.request import Request
 from m0_basics.sampling_params import SamplingParams
 
-from ..continuous_llm import ContinuousLLM
+from ..engine import engine_of
 from ..policies import SchedulingParams
 from .output_stream import OutputStream
 
@@ -50,12 +51,13 @@ class QueueFullError(EngineUnavailableError):
 
 
 class AsyncLLMEngine:
-    """`async for output in engine.generate(prompt, params)` over the engine of any `ContinuousLLM`."""
+    """`async for output in engine.generate(prompt, params)` over the engine of any `LLM` from this milestone on."""
 
-    def __init__(self, llm: ContinuousLLM, max_queued_requests: int | None = None) -> None:
+    def __init__(self, llm: BaseLLM, max_queued_requests: int | None = None) -> None:
         """From `start` on the LLM belongs to this object. `max_queued_requests`: how many may wait for a place."""
         check_int("max_queued_requests", max_queued_requests, 0, optional=True)
         self.llm = llm
+        self._engine = engine_of(llm)
         self.max_queued_requests = max_queued_requests
         self._streams: dict[str, OutputStream] = {}         # owned by the engine thread
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
@@ -129,7 +131,7 @@ class AsyncLLMEngine:
         requests = await self.run_on_inputs(process)
         if params.structured_outputs is not None:
             # A grammar may take long to compile, and is kept: so neither the engine nor other prompts wait for it.
-            await asyncio.to_thread(self.llm.engine.sampler.check, params)
+            await asyncio.to_thread(self._engine.sampler.check, params)
         if request_id is not None:
             requests[0].request_id = request_id
         streams = [OutputStream(request, self.abort) for request in requests]
@@ -183,7 +185,7 @@ class AsyncLLMEngine:
     # From here on: the engine thread.
 
     def _run(self) -> None:
-        engine = self.llm.engine
+        engine = self._engine
         try:
             while not self._stopping:
                 self._run_commands(wait=not engine.has_unfinished_requests())
@@ -213,7 +215,7 @@ class AsyncLLMEngine:
                     future.set_exception(error)
 
     def _add(self, streams: list[OutputStream], params: SchedulingParams | None) -> None:
-        engine = self.llm.engine
+        engine = self._engine
         self._check_accepting()
         self._check_queue(len(streams))
         for stream in streams:
@@ -223,14 +225,14 @@ class AsyncLLMEngine:
             self._streams[stream.request.request_id] = stream
 
     def _check_queue(self, num_new: int) -> None:
-        scheduler = self.llm.engine.scheduler
+        scheduler = self._engine.scheduler
         if self.max_queued_requests is not None:
-            present = len(scheduler.running) + len(scheduler.waiting)
-            room = scheduler.max_num_seqs + self.max_queued_requests
+            present, places = len(scheduler.running) + len(scheduler.waiting), scheduler.queues.max_num_seqs
+            room = places + self.max_queued_requests
             if num_new > room:
                 raise ConfigError(f"{num_new} prompts in one request; allowed: at most {room}, which this server holds")
             if present + num_new > room:
-                raise QueueFullError(f"{present} requests run or wait; allowed: {scheduler.max_num_seqs} that run and "
+                raise QueueFullError(f"{present} requests run or wait; allowed: {places} that run and "
                                      f"max_queued_requests={self.max_queued_requests} that wait; try again later")
 
     def _abort(self, request_id: str, reason: str | None = None) -> None:
@@ -239,8 +241,8 @@ class AsyncLLMEngine:
             for sequence in stream.request.sequences:
                 if not sequence.is_finished:
                     sequence.stop_reason = reason
-            self.llm.engine.abort_request(request_id)
-            self._deliver(self.llm.engine.output_processor.make_output(stream.request))
+            self._engine.abort_request(request_id)
+            self._deliver(self._engine.output_processor.make_output(stream.request))
 
     def _deliver(self, output: RequestOutput) -> None:
         stream = self._streams.get(output.request_id)
@@ -252,7 +254,7 @@ class AsyncLLMEngine:
             stream.put(output)
         except RuntimeError:                # the consumer's event loop is closed: nobody will ever read this
             if self._streams.pop(output.request_id, None) is not None:
-                self.llm.engine.abort_request(output.request_id)
+                self._engine.abort_request(output.request_id)
 
     def _stop(self) -> None:
         for request_id in list(self._streams):

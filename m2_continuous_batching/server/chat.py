@@ -7,7 +7,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from m0_basics.outputs import CompletionOutput, Logprob
+from m0_basics.outputs import CompletionOutput
+from m0_basics.request import Logprob
 
 from .answers import Deltas, Envelope, StreamUsage, collect, finite, token_text, usage
 from .async_engine import AsyncLLMEngine

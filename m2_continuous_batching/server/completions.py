@@ -10,7 +10,8 @@ from starlette.responses import JSONResponse, Response
 from m0_basics.config import ConfigError
 from m0_basics.input_processor import Prompt, as_prompt_list
 from m0_basics.loading.tokenizer import Tokenizer
-from m0_basics.outputs import CompletionOutput, Logprob, RequestOutput
+from m0_basics.outputs import CompletionOutput, RequestOutput
+from m0_basics.request import Logprob
 from m1_offline.detokenizer import IncrementalDetokenizer
 
 from .answers import Deltas, Envelope, StreamUsage, collect, finite, token_text, usage

@@ -73,10 +73,13 @@ class PrometheusMetrics(SchedulerPlugin):
         self._success.labels(self._model_name, _reason(request)).inc()
         self._request_prompt.observe(len(request.prompt_token_ids))
         self._request_generation.observe(sum(len(s.output_token_ids) for s in request.sequences))
-        self._observe_times(request.metrics)
+        self._observe_times(request.metrics, max(len(s.output_token_ids) for s in request.sequences))
 
-    def _observe_times(self, times: RequestMetrics) -> None:
-        """What is known of them: a request may end before its first token, or in the queue."""
+    def _observe_times(self, times: RequestMetrics, num_tokens: int) -> None:
+        """What is known of them: a request may end before its first token, or in the queue.
+
+        `num_tokens` is the longest output's: outputs of one request grow side by side.
+        """
         if times.finished_time is not None:
             self._e2e.observe(times.finished_time - times.arrival_time)
         if times.first_scheduled_time is None:
@@ -88,10 +91,11 @@ class PrometheusMetrics(SchedulerPlugin):
         self._prefill_time.observe(times.first_token_time - times.first_scheduled_time)
         decode_time = times.token_times[-1] - times.first_token_time
         self._decode_time.observe(decode_time)
-        if len(times.token_times) > 1:
-            self._tpot.observe(decode_time / (len(times.token_times) - 1))
+        if num_tokens > 1:
+            self._tpot.observe(decode_time / (num_tokens - 1))
         for earlier, later in pairwise(times.token_times):
-            self._itl.observe(later - earlier)
+            if later > earlier:                     # tokens that came together have no gap
+                self._itl.observe(later - earlier)
 
     def _gauge(self, name: str, text: str, read: Callable[[Scheduler], float]) -> None:
         gauge = self._client.Gauge(f"vllm:{name}", text, ("model_name",), registry=self.registry)

@@ -92,7 +92,8 @@ class Lab:
         assert not self.engine.has_unfinished_requests()
         assert self.scheduler.kv_cache_manager.usage == 0
         assert (self.scheduler.waiting, self.scheduler.running) == ([], [])
-        assert (self.scheduler._entries, self.scheduler._requests, self.scheduler._deadlines) == ({}, {}, {})
+        queues = self.scheduler.queues
+        assert (queues._entries, queues._requests, queues._deadlines) == ({}, {}, {})
         assert self.engine.output_processor._states == {}
         assert all(count == 1 for count in self.watcher.completed.values()), "completed more than once"
 
@@ -100,5 +101,5 @@ class Lab:
 def preempting(tiny_model: TinyModels, seed: int, **options: Any) -> Lab:
     """A lab in which running sequences are sent back at random."""
     lab = Lab(tiny_model, **{"max_num_seqs": 2, **options})
-    lab.scheduler.policy = Whimsical(seed)
+    lab.scheduler.queues.policy = Whimsical(seed)
     return lab

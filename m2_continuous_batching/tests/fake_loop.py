@@ -8,6 +8,7 @@ from m0_basics.request import Request, RequestMetrics, Sequence, SequenceStatus,
 from m0_basics.sampling_params import SamplingParams
 from m2_continuous_batching.kv_cache_manager import KVCacheManager, RowKVCacheManager, SlotCopy
 from m2_continuous_batching.policies import Key, SchedulingParams, SchedulingPolicy, make_policy
+from m2_continuous_batching.queues import Queues
 from m2_continuous_batching.scheduler import PrefillFirstScheduler, SchedulerOutput
 
 MAX_MODEL_LEN = 24
@@ -34,10 +35,11 @@ class SlotPool(KVCacheManager):
     def get_num_computed_tokens(self, sequence: Sequence) -> int:
         return 0
 
-    def allocate_slots(self, sequence: Sequence, num_tokens: int) -> bool:
-        return self._hold(sequence, sequence.num_computed_tokens + num_tokens)
+    def allocate_slots(self, sequence: Sequence, num_computed_tokens: int, num_tokens: int) -> bool:
+        return self._hold(sequence, num_computed_tokens + num_tokens)
 
-    def fits_without(self, sequence: Sequence, num_tokens: int, victims: list[Sequence]) -> bool:
+    def fits_without(self, sequence: Sequence, num_computed_tokens: int, num_tokens: int,
+                     victims: list[Sequence]) -> bool:
         return num_tokens <= self.num_free + sum(self.held[v.seq_id] for v in victims)
 
     def fork(self, parent: Sequence, child: Sequence) -> bool:
@@ -75,22 +77,22 @@ class FakeLoop:
                  manager: KVCacheManager | None = None) -> None:
         self.now = 0.0
         self.manager = manager or RowKVCacheManager(max_num_seqs, MAX_MODEL_LEN)
-        self.scheduler = PrefillFirstScheduler(policy, self.manager, max_num_seqs, max_num_batched_tokens,
-                                               MAX_MODEL_LEN, clock=lambda: self.now)
+        queues = Queues(policy, self.manager, max_num_seqs, MAX_MODEL_LEN, clock=lambda: self.now)
+        self.scheduler = PrefillFirstScheduler(queues, max_num_batched_tokens)
         self.admitted: list[str] = []           # request ids in the order of their first run
         self.num_steps = 0
         self._prefilled_last = False
 
     def add(self, request: Request, params: SchedulingParams | None = None) -> Request:
         self.scheduler.check_request(request, params or SchedulingParams())
-        self.scheduler.add_request(request, params or SchedulingParams())
+        self.scheduler.queues.add(request, params or SchedulingParams())
         return request
 
     def step(self) -> SchedulerOutput:
         running = {e.sequence for e in self.scheduler.running}
         held = dict(self.manager.held) if isinstance(self.manager, SlotPool) else {}
         computed = {e.sequence: e.sequence.num_computed_tokens for e in self.scheduler.running}
-        keys = {e.sequence: self.scheduler.policy.key(e) for e in self.scheduler.running}
+        keys = {e.sequence: self.scheduler.queues.policy.key(e) for e in self.scheduler.running}
         output = self.scheduler.schedule()
         self.num_steps += 1
         self._check(output, running, computed)
@@ -105,38 +107,38 @@ class FakeLoop:
     def run(self, limit: int = 1000, until: Callable[[], bool] = lambda: False) -> int:
         """Step until all is done, or `until` says so, at most `limit` times; returns the number of steps."""
         for steps in range(limit + 1):
-            if until() or not self.scheduler.has_unfinished_requests():
+            if until() or not self.scheduler.queues.has_unfinished_requests():
                 return steps
             self.step()
         raise AssertionError(f"not done after {limit} steps")
 
     def _make_outputs(self, sequence: Sequence) -> list[Sequence]:
         """With the first token of a request its outputs part: as in LLMEngine, before the step's tokens count."""
-        request = self.scheduler.get_request(sequence)
+        request = self.scheduler.queues.get_request(sequence)
         if sequence.index > 0 or sequence.output_token_ids:
             return [sequence]
         self.admitted.append(request.request_id)
-        for index in range(1, sequence.sampling_params.best_of or 1):
-            request.sequences.append(sequence.fork(next_seq_id(), index))
-        return request.sequences.copy()
+        return [sequence, *(sequence.fork(next_seq_id(), i) for i in range(1, sequence.sampling_params.best_of or 1))]
 
     def _append(self, family: list[Sequence]) -> None:
+        request = self.scheduler.queues.get_request(family[0])
         for child in family[1:]:
-            self.scheduler.fork(family[0], child)
+            self.scheduler.queues.fork(family[0], child)
+            request.sequences.append(child)
         for one in family:
             if one.status is not SequenceStatus.RUNNING:
                 continue
             one.append_token_id(0)
             if len(one.output_token_ids) == one.sampling_params.max_tokens or one.num_tokens == MAX_MODEL_LEN:
                 one.set_status(SequenceStatus.FINISHED_LENGTH_CAPPED)
-                self.scheduler.finish(one)
+                self.scheduler.queues.finish(one)
 
     def _check(self, output: SchedulerOutput, running: set[Sequence], computed: dict[Sequence, int]) -> None:
         """What holds for every step, whatever the policy."""
         scheduler = self.scheduler
         sequences = [s.sequence for s in output.scheduled]
         assert len(set(sequences)) == len(sequences), "a sequence is scheduled twice"
-        assert len(sequences) <= scheduler.max_num_seqs
+        assert len(sequences) <= scheduler.queues.max_num_seqs
         assert output.total_num_scheduled_tokens <= scheduler.max_num_batched_tokens
         assert not set(output.preempted) & set(sequences), "preempted in the step that runs it"
         assert len(set(output.preempted)) == len(output.preempted)
@@ -145,7 +147,7 @@ class FakeLoop:
         assert all(sequence.is_finished for sequence in expired)
         for s in output.scheduled:
             assert s.num_tokens > 0
-            assert s.sequence.num_computed_tokens == computed.get(s.sequence, 0)
+            assert s.start == s.sequence.num_computed_tokens == computed.get(s.sequence, 0)
             assert s.reaches_newest, "prompts run whole, and decoding sequences are one token behind"
         prefills = [s for s in output.scheduled if s.sequence not in running]
         if prefills:
@@ -153,7 +155,7 @@ class FakeLoop:
             assert not (self._prefilled_last and running - expired), "two prefill steps while others wait to decode"
         if len(output.scheduled) > 1:
             assert output.total_num_scheduled_tokens <= scheduler.token_budget
-        assert output.scheduled or not scheduler.has_unfinished_requests(), "something waits, and nothing runs"
+        assert output.scheduled or not scheduler.queues.has_unfinished_requests(), "something waits, and nothing runs"
         self._prefilled_last = bool(prefills)
 
     def _check_victims(self, output: SchedulerOutput, held: dict[int, int], keys: dict[Sequence, Key]) -> None:
@@ -169,7 +171,7 @@ class FakeLoop:
             assert all(keys[s] < keys[victim] for s in stay for victim in output.preempted), "a more urgent one leaves"
         if isinstance(self.manager, SlotPool):
             short = self.manager.num_free <= held[output.preempted[-1].seq_id]      # equal: it needed the room itself
-            assert short or (not decodes and len(self.scheduler.running) == self.scheduler.max_num_seqs)
+            assert short or (not decodes and len(self.scheduler.running) == self.scheduler.queues.max_num_seqs)
         else:
             assert not decodes, "a row is long enough: only a newcomer displaces"
 
@@ -178,7 +180,7 @@ class FakeLoop:
         waiting = [e.sequence for e in self.scheduler.waiting]
         running = [e.sequence for e in self.scheduler.running]
         assert len({*waiting, *running}) == len(waiting) + len(running)
-        assert len(running) <= self.scheduler.max_num_seqs
+        assert len(running) <= self.scheduler.queues.max_num_seqs
         assert all(s.status is SequenceStatus.WAITING and s.num_computed_tokens == 0 for s in waiting)
         assert all(s.status is SequenceStatus.RUNNING and s.num_computed_tokens == s.num_tokens - 1 for s in running)
         holders = self.manager.held if isinstance(self.manager, SlotPool) else self.manager._row_of

@@ -80,7 +80,7 @@ async def until(condition):
 
 def assert_empty(engine):
     scheduler = engine.llm.engine.scheduler
-    assert not scheduler.has_unfinished_requests()
+    assert not scheduler.queues.has_unfinished_requests()
     assert scheduler.kv_cache_manager.usage == 0
     assert engine.num_open_requests == 0
 

@@ -12,7 +12,7 @@ from m0_basics.tools.testing.fixtures import TinyModels
 from m0_basics.tools.testing.parity import assert_same_tokens
 from m2_continuous_batching.async_scheduling import AsyncSchedulingEngine
 from m2_continuous_batching.policies import SchedulingParams
-from m2_continuous_batching.tests.engine_lab import Lab
+from m2_continuous_batching.tests.engine_lab import NUM_TOKENS, Lab
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_who_is_left_of_a_failed_step_is_not_to_blame(lab: Lab, monkeypatch: pyt
     execute, failures = lab.engine.runner.execute, []
 
     def broken(inputs: Any) -> Any:
-        if len(inputs.spans) == 2 and calls["before_step"] >= k - 1:
+        if len(inputs.scheduled) == 2 and calls["before_step"] >= k - 1:
             failures.append(k)
             raise ValueError("out of cheese")
         return execute(inputs)
@@ -61,8 +61,8 @@ def test_who_is_left_of_a_failed_step_is_not_to_blame(lab: Lab, monkeypatch: pyt
 @pytest.mark.parametrize("k", range(1, 12))
 def test_time_is_up_at_any_moment(lab: Lab, k: int) -> None:
     """Also of a prompt that was chosen ahead, or that runs just then; the others' tokens are unchanged."""
-    now, late = lab.scheduler.clock(), []
-    lab.scheduler.clock = lambda: now + (100 if late else 0)
+    now, late = lab.scheduler.queues.clock(), []
+    lab.scheduler.queues.clock = lambda: now + (100 if late else 0)
     at_call(lab, k, lambda: late.append(True))
     requests = [lab.request(p, greedy(6, n=1)) for p in PROMPTS]
     for i, request in enumerate(requests):
@@ -83,8 +83,8 @@ def test_time_is_up_at_any_moment(lab: Lab, k: int) -> None:
 def test_the_end_of_the_last_requests_is_reported(tiny_model: TinyModels, k: int) -> None:
     """One runs, one waits, both run out of time in the same moment: both are told, and then nothing is left to do."""
     lab = Lab(tiny_model, async_scheduling=True, max_num_seqs=1)
-    now, late = lab.scheduler.clock(), []
-    lab.scheduler.clock = lambda: now + (100 if late else 0)
+    now, late = lab.scheduler.queues.clock(), []
+    lab.scheduler.queues.clock = lambda: now + (100 if late else 0)
     at_call(lab, k, lambda: late.append(True))
     requests: list[Request] = [lab.request(p) for p in PROMPTS[:2]]
     for request in requests:
@@ -94,8 +94,42 @@ def test_the_end_of_the_last_requests_is_reported(tiny_model: TinyModels, k: int
     lab.check_empty()
 
 
-def test_no_token_is_run_beyond_a_known_end(lab: Lab) -> None:
-    """`max_tokens` is known in advance: only what ends a sequence unforeseen costs a token that is thrown away."""
-    lab.run(PROMPTS[:2], [greedy(5), greedy(9)])
+@pytest.mark.parametrize("ending", ["length", "stop token"])
+def test_no_token_is_run_beyond_the_end(lab: Lab, ending: str) -> None:
+    """What a token ends is known as soon as it is recorded; only a stop string, which is text, is found later."""
+    lengths = (5, 9)
+    params = [greedy(n) for n in lengths]
+    if ending == "stop token":
+        references = lab.reference(PROMPTS[:2])
+        params = [greedy(NUM_TOKENS, ignore_eos=False, stop_token_ids=[ids[n - 1]])
+                  for ids, n in zip(references, lengths, strict=True)]
+        lengths = tuple(ids.index(ids[n - 1]) + 1 for ids, n in zip(references, lengths, strict=True))
+    lab.run(PROMPTS[:2], params)
     scheduled = Counter(s.sequence.seq_id for stats in lab.watcher.stats for s in stats.output.scheduled)
-    assert sorted(scheduled.values()) == [5, 9]
+    assert sorted(scheduled.values()) == sorted(lengths)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_failed_step_has_computed_nothing(tiny_model: TinyModels, monkeypatch: pytest.MonkeyPatch, ahead: bool,
+                                            k: int) -> None:
+    """When its cache is taken back, a sequence stands where its last good step left it."""
+    lab, calls, left_at = Lab(tiny_model, async_scheduling=ahead), Counter[str](), []
+    execute, free = lab.engine.runner.execute, lab.scheduler.kv_cache_manager.free
+
+    def broken(inputs: Any) -> Any:
+        calls["execute"] += 1
+        if calls["execute"] >= k:
+            raise ValueError("out of cheese")
+        return execute(inputs)
+
+    def watched(sequence: Any) -> None:
+        left_at.append(sequence.num_computed_tokens)
+        free(sequence)
+
+    monkeypatch.setattr(lab.engine.runner, "execute", broken)
+    monkeypatch.setattr(lab.scheduler.kv_cache_manager, "free", watched)
+    [output] = lab.run(PROMPTS[:1])
+    assert output.outputs[0].finish_reason == "abort"
+    assert left_at == [0 if k == 1 else len(PROMPTS[0]) + k - 2]
+    lab.check_empty()

@@ -47,7 +47,7 @@ class Bench:
         self.manager = RowKVCacheManager(len(sequences) + 2, ROW_SIZE)
         self.scheduled = [self._schedule(computed, new) for computed, new in sequences]
         for i in random.Random(seed).sample(range(len(sequences)), len(sequences)):
-            assert self.manager.allocate_slots(self.scheduled[i].sequence, 1)
+            assert self.manager.allocate_slots(*self.scheduled[i][:3])
         lengths = [computed + new for computed, new in sequences]
         self.queries = [draw(new, num_heads) for _, new in sequences]
         self.keys, self.values = ([draw(n, num_kv_heads) for n in lengths] for _ in range(2))
@@ -56,7 +56,7 @@ class Bench:
     def _schedule(computed: int, new: int) -> ScheduledSequence:
         sequence = Sequence(next_seq_id(), SequenceData([1] * (computed + new)), SamplingParams(), seed=0)
         sequence.num_computed_tokens = computed
-        return ScheduledSequence(sequence, new)
+        return ScheduledSequence(sequence, sequence.num_computed_tokens, new)
 
     def cache(self) -> SlotCache:
         cache = SlotCache(self.spec, self.manager.num_rows * ROW_SIZE, self.dtype, CPU)

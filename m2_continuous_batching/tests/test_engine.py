@@ -105,7 +105,7 @@ class TestPreemption:
             output, budget = choose()
             if len(sent_back) == 1:             # the first call chooses the prompt, the second while it runs
                 entry = lab.scheduler.running[0]
-                lab.scheduler._preempt(entry, output.preempted)
+                lab.scheduler._preempt(entry, output)
                 output = replace(output, scheduled=[s for s in output.scheduled if s.sequence is not entry.sequence])
             sent_back.append(output)
             return output, budget
@@ -168,11 +168,14 @@ class TestGenerate:
                                scheduling_params=[SchedulingParams(priority=-i) for i in range(3)])
         assert list(lab.watcher.completed) == [o.request_id for o in reversed(outputs)]
         lab.watcher.completed.clear()
-        streams = [lab.llm.stream(PROMPTS[i], greedy(), SchedulingParams(priority=-i)) for i in range(3)]
+        streams = [lab.llm.stream(PROMPTS[i], greedy(), scheduling_params=SchedulingParams(priority=-i))
+                   for i in range(3)]
         ids = [[o.request_id for o in stream][-1] for stream in streams]
         assert list(lab.watcher.completed) == ids[::-1]
         with pytest.raises(ConfigError, match="sla_class='gold'"):
-            lab.llm.stream(PROMPTS[0], greedy(), SchedulingParams(sla_class="gold"))
+            lab.llm.stream(PROMPTS[0], greedy(), scheduling_params=SchedulingParams(sla_class="gold"))
+        with pytest.raises(ConfigError, match="unknown option priority; with a request this engine takes: scheduling"):
+            lab.run(PROMPTS, priority=1)
         lab.check_empty()
 
     def test_step_stats_add_up(self, tiny_model: TinyModels) -> None:

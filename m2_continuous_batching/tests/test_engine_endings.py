@@ -213,8 +213,8 @@ class TestEndings:
     def test_time_limit(self, tiny_model: TinyModels, asynchronous: bool) -> None:
         """The clock is the scheduler's: it jumps after the sixth step."""
         lab = Lab(tiny_model, async_scheduling=asynchronous)
-        now = lab.scheduler.clock()
-        lab.scheduler.clock = lambda: now + (100 if len(lab.watcher.stats) >= 6 else 0)
+        now = lab.scheduler.queues.clock()
+        lab.scheduler.queues.clock = lambda: now + (100 if len(lab.watcher.stats) >= 6 else 0)
         limits = [SchedulingParams(timeout_s=50.0 if i in (0, 5) else 1000.0) for i in range(6)]
         outputs = lab.run(PROMPTS, scheduling_params=limits)
         reference = lab.reference(PROMPTS)
@@ -244,11 +244,12 @@ class TestEndings:
     def test_what_can_never_fit_is_refused_and_the_engine_goes_on(self, lab: Lab) -> None:
         running = lab.add(PROMPTS[:2])
         lab.engine.step()
-        lab.scheduler.max_num_batched_tokens = 60       # as if a step were smaller than the longest sequence
-        with pytest.raises(ConfigError, match=r"may need 74 tokens in one step; allowed: at most max_num_batched_tok"):
+        lab.scheduler.kv_cache_manager.row_size = 60        # as if a row were shorter than the longest sequence
+        with pytest.raises(ConfigError, match=r"may need 74 tokens of KV cache, more than the whole cache holds"):
             lab.engine.add_request(lab.request([1] * 59))
         with pytest.raises(ConfigError, match=r"sla_class='gold' is not valid; allowed: None"):
             lab.engine.add_request(lab.request([1]), SchedulingParams(sla_class="gold"))
+        lab.scheduler.kv_cache_manager.row_size = 96
         outputs = lab.finish()
         assert_same_tokens(ids_of([outputs[r.request_id] for r in running]), lab.reference(PROMPTS[:2]))
         lab.check_empty()

@@ -36,7 +36,7 @@ class RowMachine(RuleBasedStateMachine):
     def start(self, num_tokens: int) -> None:
         sequence, row = make_sequence(), self.lowest_free()
         assert self.manager.get_num_computed_tokens(sequence) == 0
-        assert self.manager.allocate_slots(sequence, num_tokens) == (row is not None)
+        assert self.manager.allocate_slots(sequence, sequence.num_computed_tokens, num_tokens) == (row is not None)
         if row is not None:
             self.rows[sequence] = row
             sequence.num_computed_tokens = num_tokens
@@ -47,7 +47,7 @@ class RowMachine(RuleBasedStateMachine):
         """A sequence that has a row keeps it, also where no other row is free."""
         sequence = data.draw(st.sampled_from(list(self.rows)))
         if sequence.num_computed_tokens < ROW_SIZE:
-            assert self.manager.allocate_slots(sequence, 1)
+            assert self.manager.allocate_slots(sequence, sequence.num_computed_tokens, 1)
             sequence.num_computed_tokens += 1
 
     @precondition(lambda self: self.rows)
@@ -90,22 +90,22 @@ TestRows.settings = settings(max_examples=60, stateful_step_count=30, deadline=N
 def test_lowest_free_row_first() -> None:
     manager = RowKVCacheManager(4, ROW_SIZE)
     sequences = [make_sequence() for _ in range(4)]
-    assert all(manager.allocate_slots(s, 3) for s in sequences)
+    assert all(manager.allocate_slots(s, s.num_computed_tokens, 3) for s in sequences)
     assert [manager.first_slot(s) for s in sequences] == [0, 16, 32, 48]
     for i in (2, 0, 3):
         manager.free(sequences[i])
     again = [make_sequence() for _ in range(3)]
-    assert all(manager.allocate_slots(s, 3) for s in again)
+    assert all(manager.allocate_slots(s, s.num_computed_tokens, 3) for s in again)
     assert [manager.first_slot(s) for s in again] == [0, 32, 48]
-    assert not manager.allocate_slots(make_sequence(), 1)
+    assert not manager.allocate_slots(make_sequence(), 0, 1)
 
 
 def test_copies_of_a_row_that_changes_hands() -> None:
     """A parent may leave, and its row be forked into, before the copies are made: made in order, both are right."""
     manager = RowKVCacheManager(3, 4)
     a, b, child, other = make_sequence(2), make_sequence(3), make_sequence(), make_sequence()
-    manager.allocate_slots(a, 0)
-    manager.allocate_slots(b, 0)
+    manager.allocate_slots(a, a.num_computed_tokens, 0)
+    manager.allocate_slots(b, b.num_computed_tokens, 0)
     assert manager.fork(a, child)
     manager.free(a)
     assert manager.fork(b, other)
@@ -118,14 +118,14 @@ def test_copies_of_a_row_that_changes_hands() -> None:
 def test_a_row_is_given_back_once() -> None:
     manager = RowKVCacheManager(2, ROW_SIZE)
     sequence = make_sequence()
-    manager.allocate_slots(sequence, 1)
+    manager.allocate_slots(sequence, sequence.num_computed_tokens, 1)
     manager.free(sequence)
     manager.free(sequence)              # holds nothing any more, as a sequence that waits: nothing is given back twice
     assert manager.usage == 0
     others = [make_sequence(), make_sequence()]
-    assert all(manager.allocate_slots(other, 1) for other in others)
+    assert all(manager.allocate_slots(other, other.num_computed_tokens, 1) for other in others)
     assert {manager.first_slot(other) for other in others} == {0, ROW_SIZE}
-    assert not manager.allocate_slots(make_sequence(), 1)
+    assert not manager.allocate_slots(make_sequence(), 0, 1)
 
 
 def test_too_long_for_a_row() -> None:
@@ -133,4 +133,4 @@ def test_too_long_for_a_row() -> None:
     assert manager.can_ever_hold(ROW_SIZE)
     assert not manager.can_ever_hold(ROW_SIZE + 1)
     with pytest.raises(AssertionError):
-        manager.allocate_slots(make_sequence(ROW_SIZE), 1)
+        manager.allocate_slots(make_sequence(ROW_SIZE), ROW_SIZE, 1)

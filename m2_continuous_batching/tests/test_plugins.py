@@ -328,8 +328,8 @@ def attention_of(plugins: list[CachePlugin], spec: ModelSpec, q: Any, k: Any, v:
     backend = RaggedAttention(cache, manager, torch.float32)
     sequence = Sequence(next_seq_id(), SequenceData([1] * 41), greedy(4), 0)
     for tokens in (slice(0, 40), slice(40, 41)):
-        scheduled = [ScheduledSequence(sequence, tokens.stop - tokens.start)]
-        assert manager.allocate_slots(sequence, scheduled[0].num_tokens)
+        scheduled = [ScheduledSequence(sequence, sequence.num_computed_tokens, tokens.stop - tokens.start)]
+        assert manager.allocate_slots(sequence, sequence.num_computed_tokens, scheduled[0].num_tokens)
         out = backend.forward(1, q[tokens], k[tokens], v[tokens], backend.build_metadata(scheduled))
         sequence.num_computed_tokens = tokens.stop
     return out

@@ -8,7 +8,7 @@ import pytest
 from m0_basics.config import ConfigError
 from m0_basics.request import SequenceStatus
 from m2_continuous_batching.policies import SchedulingParams
-from m2_continuous_batching.scheduler import TIME_LIMIT
+from m2_continuous_batching.queues import TIME_LIMIT
 from m2_continuous_batching.tests.fake_loop import MAX_MODEL_LEN, loop_of, make_request, who
 
 
@@ -305,9 +305,9 @@ class TestEndings:
         """However many wait: a step without limits compares no clock."""
         loop = loop_of(rows=1)
         requests = [loop.add(make_request(2, 2), SchedulingParams(timeout_s=t)) for t in (None, 9.0, None)]
-        assert list(loop.scheduler._deadlines.values()) == [9.0]
-        loop.scheduler.abort_request(requests[1].request_id)
-        assert not loop.scheduler._deadlines
+        assert list(loop.scheduler.queues._deadlines.values()) == [9.0]
+        loop.scheduler.queues.abort(requests[1].request_id)
+        assert not loop.scheduler.queues._deadlines
         loop.now = 10.0
         assert not loop.step().expired
 
@@ -325,7 +325,7 @@ class TestEndings:
         loop = loop_of()
         request = loop.add(make_request(2, 4))
         with pytest.raises(ConfigError, match=f"request_id='{request.request_id}' is not valid; allowed: an id"):
-            loop.scheduler.add_request(request, SchedulingParams())
+            loop.scheduler.queues.add(request, SchedulingParams())
         assert len(loop.scheduler.waiting) == 1
         loop.run(10)
         again = make_request(2, 1)
@@ -335,15 +335,15 @@ class TestEndings:
         assert again.is_finished
 
     def test_what_can_never_run_is_refused(self) -> None:
-        """The longest step of a request is its recomputation: all but its last token at once."""
-        loop = loop_of(tokens=12, slots=10)
+        """A prompt runs whole, and so does a request that is recomputed: with all but its last token at once."""
+        with pytest.raises(ConfigError, match=r"max_num_batched_tokens=23 is not valid; allowed: at least "
+                                              r"max_model_len=24 \(prompts run whole\)"):
+            loop_of(tokens=MAX_MODEL_LEN - 1)
+        loop = loop_of(slots=10)
         loop.add(make_request(6, 5))                # 10 tokens: fits exactly
         with pytest.raises(ConfigError, match=r"may need 11 tokens of KV cache.*allowed: a shorter prompt"):
             loop.add(make_request(6, 6))
-        with pytest.raises(ConfigError, match=r"may need 13 tokens in one step; allowed: at most "
-                                              r"max_num_batched_tokens=12"):
-            loop.add(make_request(6, 8))
-        with pytest.raises(ConfigError, match="23 tokens in one step"):
+        with pytest.raises(ConfigError, match="may need 23 tokens of KV cache"):
             loop.add(make_request(1, None))         # no max_tokens: up to the longest length
         with pytest.raises(ConfigError, match=r"sla_class='a' is not valid; allowed: None, except under the sla"):
             loop.add(make_request(1, 1), SchedulingParams(sla_class="a"))

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from m0_basics.request import Request, SequenceStatus
 from m2_continuous_batching.policies import SchedulingParams, SLAPolicy, make_policy
-from m2_continuous_batching.scheduler import TIME_LIMIT
+from m2_continuous_batching.queues import TIME_LIMIT
 from m2_continuous_batching.tests.fake_loop import MAX_MODEL_LEN, FakeLoop, SlotPool, make_request
 
 POLICIES = ["fcfs", "priority", "ageing:3", "sjf", "round-robin:1", "round-robin:2", "sla:a=0.5,b=0.25,c=0",
@@ -34,7 +34,7 @@ class SchedulerMachine(RuleBasedStateMachine):
           priority=st.integers(-2, 2), rank=st.integers(0, 2), timeout=st.none() | st.floats(0.5, 8))
     def add(self, num_prompt: int, max_tokens: int | None, n: int, priority: int, rank: int,
             timeout: float | None) -> None:
-        policy = self.loop.scheduler.policy
+        policy = self.loop.scheduler.queues.policy
         names = list(policy.classes) if isinstance(policy, SLAPolicy) else [None]
         request = make_request(num_prompt, max_tokens, self.loop.now, n)
         self.loop.add(request, SchedulingParams(priority, names[rank % len(names)], timeout))
@@ -42,7 +42,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if timeout is not None:
             self.limits[request.request_id] = self.loop.now + timeout
 
-    @precondition(lambda self: self.loop.scheduler.has_unfinished_requests())
+    @precondition(lambda self: self.loop.scheduler.queues.has_unfinished_requests())
     @rule(seconds=st.floats(0, 2), times=st.integers(1, 4))
     def step(self, seconds: float, times: int) -> None:
         for _ in range(times):
@@ -59,9 +59,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, data: st.DataObject) -> None:
         request = data.draw(st.sampled_from(self.requests))
         known = not request.is_finished
-        assert (self.loop.scheduler.abort_request(request.request_id) is request) == known
+        assert (self.loop.scheduler.queues.abort(request.request_id) is request) == known
         assert request.is_finished
-        assert self.loop.scheduler.abort_request(request.request_id) is None
+        assert self.loop.scheduler.queues.abort(request.request_id) is None
         self.loop.check_queues()
 
     @rule(budget=st.integers(1, 3) | st.integers(1, 60))
@@ -87,8 +87,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.loop.run(left + 1)
         assert all(r.is_finished for r in self.requests)
         assert self.loop.manager.usage == 0
-        assert not self.loop.scheduler._requests
-        assert not self.loop.scheduler._deadlines
+        assert not self.loop.scheduler.queues._requests
+        assert not self.loop.scheduler.queues._deadlines
         if self.policy == "fcfs" and not self.reordered:
             order = {r.request_id: i for i, r in enumerate(self.requests)}
             admitted = [order[i] for i in self.loop.admitted]

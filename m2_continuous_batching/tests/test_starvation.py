@@ -63,7 +63,7 @@ class TestStarvation:
         pending = deque((i / 0.8, i % 2 * 2) for i in range(200))
         requests: list[tuple[int, Request]] = []
         first: dict[str, float] = {}
-        while pending or loop.scheduler.has_unfinished_requests():
+        while pending or loop.scheduler.queues.has_unfinished_requests():
             while pending and pending[0][0] <= loop.now:
                 arrival, priority = pending.popleft()
                 requests.append((priority, loop.add(make_request(3, 4, arrival), SchedulingParams(priority=priority))))

@@ -140,9 +140,9 @@ def test_preemption_happens_and_changes_nothing(tiny_model: TinyModels, llm: LLM
                     policy="round-robin:3")
     params = [constrained(json=SCHEMA), constrained(regex=REGEX), constrained(choice=CHOICE), replace(SAMPLED)]
     turns = []
-    scheduler = switching.engine.scheduler
-    preempt = scheduler._preempt
-    scheduler._preempt = lambda entry, preempted: (turns.append(entry), preempt(entry, preempted))
+    queues = switching.engine.queues
+    preempt = queues.preempt
+    queues.preempt = lambda entry: (turns.append(entry), preempt(entry))
     outputs = switching.generate(PROMPTS[:4], params, use_tqdm=False)
     assert any(entry.sequence.sampling_params.structured_outputs for entry in turns)
     expected = llm.generate(PROMPTS[:4], params, use_tqdm=False)

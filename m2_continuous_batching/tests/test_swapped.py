@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from m0_basics.request import Sequence, SequenceStatus
 from m2_continuous_batching.policies import RoundRobinPolicy, SchedulingParams
+from m2_continuous_batching.queues import Queues
 from m2_continuous_batching.scheduler import PrefillFirstScheduler
 from m2_continuous_batching.tests.fake_loop import SlotPool, make_request
 
@@ -17,8 +18,9 @@ class KeepingPool(SlotPool):
     def get_num_computed_tokens(self, sequence: Sequence) -> int:
         return self.kept.get(sequence.seq_id, 0)
 
-    def allocate_slots(self, sequence: Sequence, num_tokens: int) -> bool:
-        return self._hold(sequence, self.kept.pop(sequence.seq_id, sequence.num_computed_tokens) + num_tokens)
+    def allocate_slots(self, sequence: Sequence, num_computed_tokens: int, num_tokens: int) -> bool:
+        assert num_computed_tokens == self.kept.pop(sequence.seq_id, sequence.num_computed_tokens)
+        return self._hold(sequence, num_computed_tokens + num_tokens)
 
     def preempt(self, sequence: Sequence) -> SequenceStatus:
         self.free(sequence)
@@ -28,10 +30,10 @@ class KeepingPool(SlotPool):
 
 def test_what_the_manager_keeps_is_not_recomputed() -> None:
     """F2.6: a SWAPPED sequence comes back where it was: one token runs, not its whole length."""
-    scheduler = PrefillFirstScheduler(RoundRobinPolicy(2), KeepingPool(64), 1, 64, 64)
+    scheduler = PrefillFirstScheduler(Queues(RoundRobinPolicy(2), KeepingPool(64), 1, 64))
     first, second = (make_request(num_prompt=5, max_tokens=9) for _ in range(2))
     for request in (first, second):
-        scheduler.add_request(request, SchedulingParams())
+        scheduler.queues.add(request, SchedulingParams())
     steps = []
     for _ in range(6):
         output = scheduler.schedule()

@@ -10,15 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
+from m0_basics.base_llm import BaseLLM
 from m0_basics.config import DEFAULT_MODEL, require
 
-from ..continuous_llm import ContinuousLLM
 from ..llm import LLM
 
 API_KEY_VARIABLE = "LLM_LAB_API_KEY"
 
 
-def online_commands(llm_class: type[ContinuousLLM]) -> list[Callable[..., None]]:
+def online_commands(llm_class: type[BaseLLM]) -> list[Callable[..., None]]:
     """The commands over the engine of `llm_class`, whose package is named in the examples."""
     package = llm_class.__module__.partition(".")[0]
 

@@ -15,9 +15,11 @@ from m0_basics.sampling_params import SamplingParams
 from m0_basics.tools.bench.metrics import RequestRecord
 from m0_basics.tools.bench.workloads import BenchRequest
 
+from ..engine import is_decode, num_prefill_tokens
 from ..kv_cache_manager import KVCacheManager, RowKVCacheManager
 from ..plugins.base import SchedulerPlugin, StepStats
 from ..policies import SchedulingParams, make_policy
+from ..queues import Queues
 from ..scheduler import PrefillFirstScheduler, SchedulerOutput
 
 
@@ -49,6 +51,7 @@ class SimulatedStep:
     seconds: float
     seq_lens: tuple[int, ...]       # of its sequences, once it is done
     num_tokens: int                 # run
+    num_prefill_tokens: int         # of them; the others were decodes
     num_sampled: int
     recomputed: int                 # tokens run that had been run before: the price of preemption
     preempted: int
@@ -56,7 +59,7 @@ class SimulatedStep:
 
     @property
     def is_decode(self) -> bool:
-        return self.num_tokens == len(self.seq_lens)
+        return self.num_prefill_tokens == 0
 
 
 @dataclass(frozen=True)
@@ -93,18 +96,18 @@ class Simulator:
             params: Callable[[int], SchedulingParams] = lambda i: SchedulingParams()) -> Simulation:
         """Serve `requests`, in the order of their arrival; `params(i)` says how urgent request i is."""
         cache = self.kv_cache_manager or RowKVCacheManager(self.max_num_seqs, self.row_size)
-        scheduler = PrefillFirstScheduler(make_policy(self.policy), cache, self.max_num_seqs,
-                                          max(self.token_budget, self.row_size), self.row_size, self.clock)
+        queues = Queues(make_policy(self.policy), cache, self.max_num_seqs, self.row_size, self.clock)
+        scheduler = PrefillFirstScheduler(queues, max(self.token_budget, self.row_size))
         scheduler.token_budget = self.token_budget
         made = [self._request(i, r) for i, r in enumerate(requests)]
         steps: list[SimulatedStep] = []
         arrived = 0
-        while arrived < len(made) or scheduler.has_unfinished_requests():
-            if not scheduler.has_unfinished_requests():
+        while arrived < len(made) or queues.has_unfinished_requests():
+            if not queues.has_unfinished_requests():
                 self.clock.now = max(self.clock.now, requests[arrived].arrival_time)
             while arrived < len(made) and requests[arrived].arrival_time <= self.clock.now:
                 scheduler.check_request(made[arrived], params(arrived))
-                scheduler.add_request(made[arrived], params(arrived))
+                queues.add(made[arrived], params(arrived))
                 arrived += 1
             steps.append(self._step(scheduler, requests, len(steps)))
         return Simulation(steps, [RequestRecord.from_request(r) for r in made])
@@ -123,26 +126,25 @@ class Simulator:
         self.clock.now += self.cost(output.total_num_scheduled_tokens)
         finishing = [s for s in output.scheduled if s.reaches_newest]
         # A token behind the prompt is run once by itself; run together with others, it is run again.
-        recomputed = sum(s.end - 1 for s in output.scheduled if s.num_tokens > 1 and s.sequence.output_token_ids)
+        recomputed = sum(s.num_tokens - 1 for s in output.scheduled if s.sequence.output_token_ids and not is_decode(s))
         step = SimulatedStep(self.clock.now - start, tuple(s.end for s in output.scheduled),
-                             output.total_num_scheduled_tokens, len(finishing), recomputed, len(output.preempted),
-                             start)
+                             output.total_num_scheduled_tokens, sum(map(num_prefill_tokens, output.scheduled)),
+                             len(finishing), recomputed, len(output.preempted), start)
         scheduler.update_from_output(output)
         for s in finishing:
-            request = scheduler.get_request(s.sequence)
+            request = scheduler.queues.get_request(s.sequence)
             s.sequence.append_token_id(0)
             request.metrics.token_times.append(self.clock.now)
             if len(s.sequence.output_token_ids) == requests[int(request.request_id)].output_len:
                 s.sequence.set_status(SequenceStatus.FINISHED_LENGTH_CAPPED)
                 request.metrics.finished_time = self.clock.now
-                scheduler.finish(s.sequence)
+                scheduler.queues.finish(s.sequence)
         self._report(scheduler, output, step, index)
         return step
 
     def _report(self, scheduler: PrefillFirstScheduler, output: SchedulerOutput, step: SimulatedStep,
                 index: int) -> None:
-        prompt_tokens = 0 if step.is_decode else step.num_tokens
-        stats = StepStats(index, step.start, self.clock.now, output, prompt_tokens, step.num_sampled,
+        stats = StepStats(index, step.start, self.clock.now, output, step.num_prefill_tokens, step.num_sampled,
                           len(scheduler.running), len(scheduler.waiting), step.preempted,
                           scheduler.kv_cache_manager.usage, scheduler.token_budget)
         for plugin in self.plugins:

@@ -15,11 +15,11 @@ from typing import Any
 
 import typer
 
+from m0_basics.base_llm import BaseLLM
 from m0_basics.sampling_params import SamplingParams
 from m0_basics.tools.bench.report import BenchReport
 from m0_basics.tools.divergence import DEFAULT_PROMPTS
 
-from ..continuous_llm import ContinuousLLM
 from .soak_clients import ACTIONS, MODEL, SYNC_ACTIONS, Expected, Tally, run_client, run_sync_client, total
 from .soak_server import GAUGES, ServerProcess
 
@@ -59,7 +59,7 @@ class Soak:
         return found
 
 
-def run_soak(llm_class: type[ContinuousLLM], engine_options: Mapping[str, Any], clients: int, seconds: float,
+def run_soak(llm_class: type[BaseLLM], engine_options: Mapping[str, Any], clients: int, seconds: float,
              output_dir: Path) -> bool:
     """Run, print a summary, write soak.json; return whether everything held. float32 unless the options say else.
 
@@ -82,10 +82,10 @@ def run_soak(llm_class: type[ContinuousLLM], engine_options: Mapping[str, Any], 
     return not result.complaints
 
 
-def offline_answers(llm_class: type[ContinuousLLM], options: Mapping[str, Any]) -> list[Expected]:
+def offline_answers(llm_class: type[BaseLLM], options: Mapping[str, Any]) -> list[Expected]:
     """Every prompt at every length, greedy, as it is and as a chat. The engine is dropped: the server has its own."""
     make: Any = llm_class
-    llm: ContinuousLLM = make(**options)
+    llm: BaseLLM = make(**options)
     requests = [(prompt, length) for prompt in DEFAULT_PROMPTS for length in _LENGTHS]
     params = [SamplingParams(temperature=0, max_tokens=length) for _, length in requests]
     completions = llm.generate([prompt for prompt, _ in requests], params, use_tqdm=False)

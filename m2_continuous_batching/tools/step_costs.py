@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from m0_basics.attention import AttentionBackend, AttentionMetadata, ScheduledSequence
+from m0_basics.base_llm import BaseLLM
 from m0_basics.model_runner import ModelRunner
 from m0_basics.sampling_params import SamplingParams
 
-from ..continuous_llm import ContinuousLLM
-from ..engine import Batch, LLMEngine, Sampled
+from ..engine import Batch, LLMEngine, engine_of
+from ..scheduler import Sampled
 
 _WARM_UP = 4            # steps that are run and not counted
 _PARTS = ("schedule", "prepare", "model", "conclude")
@@ -60,13 +61,13 @@ class TimedEngine(LLMEngine):
         return sampled
 
 
-def step_costs(llm: ContinuousLLM, num_sequences: int, steps: int = 24, prompt_len: int = 64) -> dict[str, Any]:
+def step_costs(llm: BaseLLM, num_sequences: int, steps: int = 24, prompt_len: int = 64) -> dict[str, Any]:
     """Medians over decode steps of `num_sequences` greedy sequences, in seconds, and the shares of a step.
 
     `prepare` is packing the inputs and building the attention's metadata, `model` everything from embedding to
     sampled tokens, `conclude` detokenising, stop conditions and outputs. `metadata` is a part of `prepare`.
     """
-    parts = llm.engine
+    parts = engine_of(llm)
     backend = TimedMetadata(parts.runner.backend)
     runner = ModelRunner(parts.runner.model, backend)
     engine = TimedEngine(parts.scheduler, runner, parts.sampler, parts.output_processor, parts.copy_slots)
@@ -79,7 +80,7 @@ def step_costs(llm: ContinuousLLM, num_sequences: int, steps: int = 24, prompt_l
                for part in costs[0]}}
 
 
-def decode_steps(llm: ContinuousLLM, engine: LLMEngine, timed_step: Callable[[], dict[str, float]], num_sequences: int,
+def decode_steps(llm: BaseLLM, engine: LLMEngine, timed_step: Callable[[], dict[str, float]], num_sequences: int,
                  steps: int, prompt_len: int) -> list[dict[str, float]]:
     """What `timed_step`, which runs a step of `engine`, returns for decode steps of greedy sequences side by side."""
     params = SamplingParams(temperature=0, max_tokens=steps + _WARM_UP + 2, ignore_eos=True)

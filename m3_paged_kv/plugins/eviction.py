@@ -35,7 +35,7 @@ from m2_continuous_batching.plugins.base import (
 )
 from m2_continuous_batching.scheduler import Scheduler
 
-from ..kv_cache_manager import PagedKVCacheManager
+from ..block_tables import BlockTables, HasBlocks
 from ..metadata import PagedMetadata
 
 _QUERY_ROWS = 256           # queries of a prompt whose attention is held at once
@@ -49,18 +49,18 @@ class EvictionPlugin(SchedulerPlugin):
         self._blocks_of(scheduler)
 
     def after_step(self, scheduler: Scheduler, stats: StepStats) -> None:
-        manager = self._blocks_of(scheduler)
+        tables = self._blocks_of(scheduler)
         for entry in scheduler.running:
-            manager.evict(entry.sequence, self.choose(manager, entry.sequence))
+            tables.drop(entry.sequence, self.choose(tables, entry.sequence))
 
     @abstractmethod
-    def choose(self, manager: PagedKVCacheManager, sequence: Sequence) -> Iterable[int]:
+    def choose(self, tables: BlockTables, sequence: Sequence) -> Iterable[int]:
         """Places in the sequence's block table, without the newest token's."""
 
-    def _blocks_of(self, scheduler: Scheduler) -> PagedKVCacheManager:
-        if not isinstance(scheduler.kv_cache_manager, PagedKVCacheManager):
+    def _blocks_of(self, scheduler: Scheduler) -> BlockTables:
+        if not isinstance(scheduler.kv_cache_manager, HasBlocks):
             raise self._no_blocks()
-        return scheduler.kv_cache_manager
+        return scheduler.kv_cache_manager.tables
 
     def _no_blocks(self) -> ConfigError:
         return ConfigError(f"{type(self).__name__} takes blocks; allowed: an engine whose cache consists of blocks")
@@ -81,9 +81,9 @@ class AttentionSinks(EvictionPlugin):
         self.num_sink_tokens = num_sink_tokens
         self.window = window
 
-    def choose(self, manager: PagedKVCacheManager, sequence: Sequence) -> Iterable[int]:
-        num_old = (manager.num_kept(sequence) - self.window) // manager.block_size
-        return range(manager.num_blocks_of(self.num_sink_tokens), num_old)
+    def choose(self, tables: BlockTables, sequence: Sequence) -> Iterable[int]:
+        num_kept = tables.place(sequence, sequence.num_computed_tokens)
+        return range(tables.num_blocks_of(self.num_sink_tokens), (num_kept - self.window) // tables.block_size)
 
 
 class HeavyHitters(EvictionPlugin, AttentionPlugin, CachePlugin):
@@ -147,12 +147,12 @@ class HeavyHitters(EvictionPlugin, AttentionPlugin, CachePlugin):
         mass = attention_mass(q, keys, lengths).view(*blocks.shape, self._block_size).sum(dim=-1)
         self._mass.index_add_(0, blocks.flatten(), mass.flatten())
 
-    def choose(self, manager: PagedKVCacheManager, sequence: Sequence) -> Iterable[int]:
-        kept, table = manager.num_kept(sequence), manager.block_table(sequence)
-        too_many = manager.num_blocks_of(kept) - self.budget // manager.block_size
+    def choose(self, tables: BlockTables, sequence: Sequence) -> Iterable[int]:
+        kept, table = tables.place(sequence, sequence.num_computed_tokens), tables[sequence]
+        too_many = tables.num_blocks_of(kept) - self.budget // tables.block_size
         if too_many <= 0:
             return []
-        old = table[:(kept - self.recent) // manager.block_size]
+        old = table[:(kept - self.recent) // tables.block_size]
         mass = self._mass[torch.tensor(old, device=self._mass.device)].tolist()
         return sorted(range(len(old)), key=mass.__getitem__)[:too_many]
 

@@ -12,7 +12,7 @@ from m0_basics.request import Sequence, SequenceData, next_seq_id
 from m0_basics.sampling_params import SamplingParams
 from m2_continuous_batching.slot_cache import SlotCache
 from m3_paged_kv.attention import PagedAttention
-from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
+from m3_paged_kv.kv_cache_manager import PagedKVCacheManager, paged_manager
 from m3_paged_kv.metadata import paged_metadata
 
 HEAD_DIM, CPU = 8, torch.device("cpu")
@@ -21,32 +21,26 @@ HEAD_DIM, CPU = 8, torch.device("cpu")
 def schedule(computed: int, new: int) -> ScheduledSequence:
     sequence = Sequence(next_seq_id(), SequenceData([1] * (computed + new)), SamplingParams(), seed=0)
     sequence.num_computed_tokens = computed
-    return ScheduledSequence(sequence, new)
+    return ScheduledSequence.rest(sequence)
 
 
 def allocate(manager: PagedKVCacheManager, scheduled: list[ScheduledSequence], seed: int) -> None:
     """Let the sequences grow by turns, so that the blocks of each are scattered."""
     dice, lengths = random.Random(seed), {s.sequence: 0 for s in scheduled}
     ends = {s.sequence: s.end for s in scheduled}
-    computed = {s.sequence: s.sequence.num_computed_tokens for s in scheduled}
     while growing := [s for s in lengths if lengths[s] < ends[s]]:
         sequence = dice.choice(growing)
-        sequence.num_computed_tokens = lengths[sequence]
-        assert manager.allocate_slots(sequence, 1)
+        assert manager.allocate_slots(sequence, lengths[sequence], 1)
         lengths[sequence] += 1
-    for sequence, count in computed.items():
-        sequence.num_computed_tokens = count
 
 
 def test_metadata_by_hand() -> None:
     """A prompt of 5 tokens, a decode after 6, a continued prompt of 2 after 3; blocks of 4."""
-    manager = PagedKVCacheManager(8, 4)
+    manager = paged_manager(8, 4)
     a, b, c = schedule(0, 5), schedule(6, 1), schedule(3, 2)
     for s in (b, a, c):                     # b gets blocks 0 1, a gets 2 3, c gets 4 5
-        end, s.sequence.num_computed_tokens = s.end, 0
-        assert manager.allocate_slots(s.sequence, end)
-        s.sequence.num_computed_tokens = end - s.num_tokens
-    metadata = paged_metadata([a, b, c], manager, CPU)
+        assert manager.allocate_slots(s.sequence, 0, s.end)
+    metadata = paged_metadata([a, b, c], manager.tables, CPU)
     assert metadata.query_start_loc == [0, 5, 6, 8]
     assert metadata.seq_lens.tolist() == [5, 7, 5]
     assert metadata.block_table.tolist() == [[2, 3], [0, 1], [4, 5]]
@@ -57,11 +51,11 @@ def test_metadata_by_hand() -> None:
 
 def test_block_table_is_padded_with_minus_one() -> None:
     """F3.2: [sequences, most blocks of any], -1 beyond the last block."""
-    manager = PagedKVCacheManager(8, 4)
+    manager = paged_manager(8, 4)
     scheduled = [schedule(0, n) for n in (3, 12, 5)]
     for s in scheduled:
-        assert manager.allocate_slots(s.sequence, s.num_tokens)
-    table = paged_metadata(scheduled, manager, CPU).block_table
+        assert manager.allocate_slots(s.sequence, 0, s.num_tokens)
+    table = paged_metadata(scheduled, manager.tables, CPU).block_table
     assert (table.shape, table.dtype) == ((3, 3), torch.int32)
     assert table.tolist() == [[0, -1, -1], [1, 2, 3], [4, 5, -1]]
 
@@ -75,7 +69,7 @@ def test_equals_attention_written_out(block_size: int, heads: tuple[int, int], d
     scheduled = [schedule(*s) for s in [(0, 7), (20, 1), (5, 3), (0, 1), *((n, 1) for n in range(1, 30, 3))]]
     spec = ModelSpec("LlamaForCausalLM", 8, 8, 8, 1, num_heads, num_kv_heads, HEAD_DIM, 64, rms_norm_eps=1e-5,
                      rope_theta=1e4, tie_word_embeddings=False)
-    manager = PagedKVCacheManager(400, block_size)
+    manager = paged_manager(400, block_size)
     cache = SlotCache(spec, 400 * block_size, dtype, CPU)
     cache.kv_cache.k.fill_(float("nan"))
     cache.kv_cache.v.fill_(float("nan"))
@@ -88,11 +82,11 @@ def test_equals_attention_written_out(block_size: int, heads: tuple[int, int], d
     queries = [draw(s.num_tokens, num_heads) for s in scheduled]
     keys, values = ([draw(s.end, num_kv_heads) for s in scheduled] for _ in range(2))
     for s, k, v in zip(scheduled, keys, values, strict=True):
-        table = manager.block_table(s.sequence)
+        table = manager.tables[s.sequence]
         slots = [table[i // block_size] * block_size + i % block_size for i in range(s.sequence.num_computed_tokens)]
         if slots:
             cache.store(0, k[:len(slots)], v[:len(slots)], torch.tensor(slots))
-    backend = PagedAttention(cache, manager, dtype)
+    backend = PagedAttention(cache, manager.tables, dtype)
     new_keys, new_values = (torch.cat([x[-s.num_tokens:] for s, x in zip(scheduled, xs, strict=True)])
                             for xs in (keys, values))
     out = backend.forward(0, torch.cat(queries), new_keys, new_values, backend.build_metadata(scheduled))

@@ -26,7 +26,7 @@ from m2_continuous_batching.scheduler import Scheduler
 from m2_continuous_batching.slot_cache import SlotCache
 from m3_paged_kv import LLM
 from m3_paged_kv.attention import PagedAttention
-from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
+from m3_paged_kv.kv_cache_manager import PagedKVCacheManager, paged_manager
 from m3_paged_kv.plugins.eviction import AttentionSinks, HeavyHitters, attention_mass
 
 BLOCK = 4
@@ -47,7 +47,7 @@ class Watch(SchedulerPlugin):
     def after_step(self, scheduler: Scheduler, stats: StepStats) -> None:
         manager = scheduler.kv_cache_manager
         assert isinstance(manager, PagedKVCacheManager)
-        tables = [manager.block_table(e.sequence) for e in scheduler.running]
+        tables = [manager.tables[e.sequence] for e in scheduler.running]
         self.longest = max([self.longest, *map(len, tables)])
         self.most = max(self.most, manager.pool.num_used)
         self.preempted += stats.num_preempted
@@ -102,24 +102,24 @@ def test_new_tokens_after_what_is_left(new: int) -> None:
     """
     spec = ModelSpec("LlamaForCausalLM", 8, 8, 8, 1, 4, 2, 8, 64, rms_norm_eps=1e-5, rope_theta=1e4,
                      tie_word_embeddings=False)
-    manager, cache = PagedKVCacheManager(32, BLOCK), SlotCache(spec, 32 * BLOCK, torch.float32, torch.device("cpu"))
+    manager, cache = paged_manager(32, BLOCK), SlotCache(spec, 32 * BLOCK, torch.float32, torch.device("cpu"))
     cache.kv_cache.k.fill_(float("nan"))
     cache.kv_cache.v.fill_(float("nan"))
-    backend, generator = PagedAttention(cache, manager, torch.float32), torch.Generator().manual_seed(new)
+    backend, generator = PagedAttention(cache, manager.tables, torch.float32), torch.Generator().manual_seed(new)
     old, young = (Sequence(next_seq_id(), SequenceData([1] * 64), SamplingParams(), 0) for _ in range(2))
-    steps = [[ScheduledSequence(old, 29), ScheduledSequence(young, 17)],
-             [ScheduledSequence(old, new), ScheduledSequence(young, 1)]]
+    steps = [[ScheduledSequence(old, 0, 29), ScheduledSequence(young, 0, 17)],
+             [ScheduledSequence(old, 29, new), ScheduledSequence(young, 17, 1)]]
     keys, values = [torch.randn(2, 64, 2, 8, generator=generator) for _ in range(2)]
     q = torch.randn(2, 64, 4, 8, generator=generator)
     for step in steps:
         parts = [slice(s.sequence.num_computed_tokens, s.end) for s in step]
-        assert all(manager.allocate_slots(s.sequence, s.num_tokens) for s in step)
+        assert all(manager.allocate_slots(s.sequence, s.sequence.num_computed_tokens, s.num_tokens) for s in step)
         out = backend.forward(0, *(torch.cat([x[i, part] for i, part in enumerate(parts)]) for x in (q, keys, values)),
                               backend.build_metadata(step))
         for s in step:
             s.sequence.num_computed_tokens = s.end
         if step is steps[0]:
-            manager.evict(old, [1, 2, 5])                           # tokens 4 to 11 and 20 to 23
+            manager.tables.drop(old, [1, 2, 5])                           # tokens 4 to 11 and 20 to 23
     kept = [t for t in range(29) if t // BLOCK not in (1, 2, 5)]
     for sequence, rows, visible in ((0, range(29, 29 + new), kept), (1, range(17, 18), range(17))):
         for token in rows:
@@ -221,7 +221,7 @@ def test_it_always_ends(tiny_model: TinyModels, prompts: list[int], outputs: int
     for output in llm.generate([{"prompt_token_ids": [9] * n} for n in prompts], params, use_tqdm=False):
         assert [len(part.token_ids) for part in output.outputs] == [30] * outputs
     assert (llm.manager.usage, llm.manager.num_swapped, llm.manager.host_pool.num_used) == (0.0, 0, 0)
-    assert not llm.manager._num_evicted
+    assert not llm.manager.tables._num_dropped
 
 
 def test_attention_mass_by_hand() -> None:

@@ -50,11 +50,11 @@ class Auditor(SchedulerPlugin):
         self._fork(scheduler)
         manager = scheduler.kv_cache_manager
         assert isinstance(manager, PagedKVCacheManager)
-        held = Counter(b for e in scheduler.running for b in manager.block_table(e.sequence))
+        held = Counter(b for e in scheduler.running for b in manager.tables[e.sequence])
         pinned = Counter(b for s in manager._swapped.values() for place, b in s.blocks if place == "device")
         assert all(manager.pool.ref_count(b) == held[b] + pinned[b] for b in range(manager.pool.num_blocks))
         assert manager.pool.num_free + len(held | pinned) == manager.pool.num_blocks
-        assert {e.sequence.seq_id for e in scheduler.running} == set(manager._tables)
+        assert {e.sequence.seq_id for e in scheduler.running} == set(manager.tables._tables)
         self.preemptions += stats.num_preempted
         self.swapped_at_most = max(self.swapped_at_most, manager.num_swapped)
 
@@ -66,7 +66,7 @@ class Auditor(SchedulerPlugin):
                 del self.forks[request.request_id]
                 child = parent.fork(next_seq_id(), len(request.sequences))
                 request.sequences.append(child)
-                scheduler.fork(parent, child)
+                scheduler.queues.fork(parent, child)
 
 
 @st.composite

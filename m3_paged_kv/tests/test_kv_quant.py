@@ -19,7 +19,7 @@ from m2_continuous_batching.plugins import CachePlugin, KVCompressionPlugin
 from m2_continuous_batching.slot_cache import SlotCache, slot_cache_bytes
 from m3_paged_kv import LLM
 from m3_paged_kv.attention import PagedAttention
-from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
+from m3_paged_kv.kv_cache_manager import paged_manager
 from m3_paged_kv.plugins.kv_quant import BlockQuantisation, pack, unpack
 
 CPU = torch.device("cpu")
@@ -182,12 +182,12 @@ def attention_error(plugin: CachePlugin, q: torch.Tensor, k: torch.Tensor, v: to
     """A prompt, then one more token that reads the cache: largest error of its output, relative to the exact one."""
     outputs = []
     for plugins in ([plugin], []):
-        cache, manager = SlotCache(SPEC, 64, torch.float32, CPU, plugins, BLOCK), PagedKVCacheManager(16, BLOCK)
-        backend = PagedAttention(cache, manager, torch.float32)
+        cache, manager = SlotCache(SPEC, 64, torch.float32, CPU, plugins, BLOCK), paged_manager(16, BLOCK)
+        backend = PagedAttention(cache, manager.tables, torch.float32)
         sequence = Sequence(next_seq_id(), SequenceData([1] * len(k)), SamplingParams(), 0)
         for part in (slice(0, len(k) - 1), slice(len(k) - 1, len(k))):
-            scheduled = [ScheduledSequence(sequence, part.stop - part.start)]
-            assert manager.allocate_slots(sequence, scheduled[0].num_tokens)
+            scheduled = [ScheduledSequence(sequence, sequence.num_computed_tokens, part.stop - part.start)]
+            assert manager.allocate_slots(sequence, sequence.num_computed_tokens, scheduled[0].num_tokens)
             out = backend.forward(0, q[part], k[part], v[part], backend.build_metadata(scheduled))
             sequence.num_computed_tokens = part.stop
         outputs.append(out)

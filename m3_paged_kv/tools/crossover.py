@@ -30,10 +30,10 @@ def _start(llm: LLM, length: int) -> tuple[Sequence, float]:
     """A sequence with its prompt run, and the seconds that this took."""
     ids = [i % llm.spec.vocab_size for i in range(100, 100 + length)]
     sequence = Sequence(next_seq_id(), SequenceData(ids), SamplingParams(temperature=0), 0)
-    allocated = llm.manager.allocate_slots(sequence, length)
+    allocated = llm.manager.allocate_slots(sequence, 0, length)
     assert allocated, "an idle cache holds one sequence"
     sequence.set_status(SequenceStatus.RUNNING)
-    seconds, _ = timed(lambda: llm.engine.runner.execute_model([ScheduledSequence(sequence, length)]))
+    seconds, _ = timed(lambda: llm.engine.runner.execute_model([ScheduledSequence.rest(sequence)]))
     sequence.num_computed_tokens = length
     return sequence, seconds
 
@@ -57,6 +57,6 @@ def _out_and_in(llm: LLM, sequence: Sequence) -> bool:
     sequence.set_status(llm.manager.preempt(sequence))
     llm.engine.copy_slots(llm.manager.take_copies())
     assert sequence.status is SequenceStatus.SWAPPED, "swap_space has room for it"
-    back = llm.manager.allocate_slots(sequence, 1)
+    back = llm.manager.allocate_slots(sequence, sequence.num_computed_tokens, 1)
     llm.engine.copy_slots(llm.manager.take_copies())
     return back

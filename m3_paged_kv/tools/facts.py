@@ -24,7 +24,7 @@ from m2_continuous_batching.tools.simulation import Simulation, Simulator
 
 from ..benchmark import BLOCK_SIZES, CROSSOVER_LENGTHS, DEFAULT_PEERS, MAX_NUM_SEQS, MEMORY_ROWS
 from ..config import CacheConfig
-from ..kv_cache_manager import PagedKVCacheManager
+from ..kv_cache_manager import paged_manager
 from ..plugins.kv_quant import BlockQuantisation
 from .fragmentation import block_utilisation, row_utilisation
 
@@ -101,7 +101,7 @@ def serve_rows(row_size: int) -> Simulation:
 def serve(block_size: int, watermark: float = 0.01, swap: bool = False) -> Simulation:
     """The same in blocks."""
     num_blocks = MEMORY_TOKENS // block_size
-    manager = PagedKVCacheManager(num_blocks, block_size, num_blocks if swap else 0, watermark)
+    manager = paged_manager(num_blocks, block_size, num_blocks if swap else 0, watermark)
     return Simulator(MAX_NUM_SEQS, row_size=MEMORY_ROW, kv_cache_manager=manager).run(ragged(64).requests)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from m2_continuous_batching.plugins.base import SchedulerPlugin, StepStats
 from m2_continuous_batching.scheduler import Scheduler
 
-from ..kv_cache_manager import PagedKVCacheManager
+from ..block_tables import HasBlocks
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,16 @@ class FragmentationMeter(SchedulerPlugin):
 
     def after_step(self, scheduler: Scheduler, stats: StepStats) -> None:
         manager = scheduler.kv_cache_manager
-        assert isinstance(manager, PagedKVCacheManager), "blocks are measured, not rows"
+        assert isinstance(manager, HasBlocks), "blocks are measured, not rows"
+        tables = manager.tables
         stored: dict[int, int] = {}             # block -> how much of it is filled, by who has filled it most
         # Under async scheduling the next step is chosen: the blocks that only its tokens need are not counted yet.
-        sequences = [e.sequence for e in scheduler.running if manager.num_kept(e.sequence)]
+        sequences = [e.sequence for e in scheduler.running if e.sequence.num_computed_tokens]
         for sequence in sequences:
-            kept = manager.num_kept(sequence)
-            for i, block in enumerate(manager.block_table(sequence)[:manager.num_blocks_of(kept)]):
-                stored[block] = max(min(manager.block_size, kept - i * manager.block_size), stored.get(block, 0))
-        self.history.append(Fragmentation(sum(stored.values()), len(stored) * manager.block_size, len(sequences)))
+            kept = tables.place(sequence, sequence.num_computed_tokens)
+            for i, block in enumerate(tables.split(sequence)[0]):
+                stored[block] = max(min(tables.block_size, kept - i * tables.block_size), stored.get(block, 0))
+        self.history.append(Fragmentation(sum(stored.values()), len(stored) * tables.block_size, len(sequences)))
 
     @property
     def mean_utilisation(self) -> float:

@@ -39,12 +39,13 @@ class PoolRecorder(SchedulerPlugin):
     def after_step(self, scheduler: Scheduler, stats: StepStats) -> None:
         manager = scheduler.kv_cache_manager
         assert isinstance(manager, PagedKVCacheManager), "blocks are drawn, not rows"
+        tables = manager.tables
         state: PoolState = {}
         for entry in (*scheduler.running, *scheduler.waiting):
             sequence = entry.sequence
             for i, place in enumerate(manager.places_of(sequence)):
-                stored = manager.num_kept(sequence) - i * manager.block_size
-                state.setdefault(place, {})[sequence.seq_id] = min(manager.block_size, max(0, stored))
+                stored = tables.place(sequence, sequence.num_computed_tokens) - i * tables.block_size
+                state.setdefault(place, {})[sequence.seq_id] = min(tables.block_size, max(0, stored))
         self.history.append(state)
 
 

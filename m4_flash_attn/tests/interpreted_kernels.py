@@ -221,7 +221,7 @@ def test_tokens_of_the_engine(family, tiny_model) -> None:
     llm = LLM(str(tiny_model(family)), **options)
     model = fuse(llm.engine.runner.model, plain_layer_kernels(TritonOps()))
     runner = ModelRunner(model, GpuAttention(llm.cache, llm.manager))
-    llm.engine.runner = GraphRunner(runner, llm.manager.block_size, 4, 64, capture=lambda run: run)
+    llm.engine.runner = GraphRunner(runner, llm.manager.tables.block_size, 4, 64, capture=lambda run: run)
     assert tokens(llm) == tokens(LLM(str(tiny_model(family)), **options))
 
 

@@ -68,7 +68,7 @@ def make_llm(folder, **options) -> LLM:
 
 def with_graphs(llm: LLM, capture) -> GraphRunner:
     runner = ModelRunner(llm.engine.runner.model, ReferenceAttention(llm.cache, llm.manager))
-    llm.engine.runner = GraphRunner(runner, llm.manager.block_size, 5, MAX_LEN, capture)
+    llm.engine.runner = GraphRunner(runner, llm.manager.tables.block_size, 5, MAX_LEN, capture)
     return llm.engine.runner
 
 
@@ -123,9 +123,9 @@ def schedule(llm: LLM, counts: list[tuple[int, int]], params=GREEDY) -> list[Sch
     scheduled = []
     for computed, new in counts:
         sequence = Sequence(next_seq_id(), SequenceData(list(range(1, computed + new + 1))), params, seed=0)
-        assert llm.manager.allocate_slots(sequence, computed + new)
+        assert llm.manager.allocate_slots(sequence, sequence.num_computed_tokens, computed + new)
         sequence.num_computed_tokens = computed
-        scheduled.append(ScheduledSequence(sequence, new))
+        scheduled.append(ScheduledSequence(sequence, sequence.num_computed_tokens, new))
     return scheduled
 
 

@@ -55,10 +55,10 @@ def hidden_states(llm: LLM, prompts: list[list[int]], cuts: tuple[int, ...]) -> 
     sequences = [s.sequence for s in schedule(prompts)]
     rows: list[list[Tensor]] = [[] for _ in prompts]
     for cut in (*cuts, max(map(len, prompts))):
-        step = [ScheduledSequence(s, min(cut, s.num_tokens) - s.num_computed_tokens) for s in sequences
-                if s.num_computed_tokens < min(cut, s.num_tokens)]
+        step = [ScheduledSequence(s, s.num_computed_tokens, min(cut, s.num_tokens) - s.num_computed_tokens)
+                for s in sequences if s.num_computed_tokens < min(cut, s.num_tokens)]
         for s in step:
-            assert llm.manager.allocate_slots(s.sequence, s.num_tokens)
+            assert llm.manager.allocate_slots(s.sequence, s.sequence.num_computed_tokens, s.num_tokens)
         hidden = runner.forward(runner.prepare_inputs(step))
         for s, part in zip(step, hidden.split([s.num_tokens for s in step]), strict=True):
             rows[sequences.index(s.sequence)].append(part)
@@ -162,8 +162,9 @@ def test_logits_come_with_the_decode_step(tiny_model: TinyModels, dtype: str, th
     decoder, sequences = model.layers[0], [s.sequence for s in schedule(PROMPTS[:3])]
     with torch.inference_mode():
         for in_decode in (False, True):
-            step = [ScheduledSequence(s, 1 if in_decode else s.num_tokens - 1) for s in sequences]
-            assert all(llm.manager.allocate_slots(*s) for s in step)
+            step = [ScheduledSequence(s, s.num_computed_tokens, 1 if in_decode else s.num_tokens - 1)
+                    for s in sequences]
+            assert all(llm.manager.allocate_slots(*s[:3]) for s in step)
             hidden = runner.forward(runner.prepare_inputs(step))
             for s in step:
                 s.sequence.num_computed_tokens = s.end

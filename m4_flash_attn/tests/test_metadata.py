@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from m0_basics.attention import ScheduledSequence
 from m0_basics.request import Sequence, SequenceData
 from m0_basics.sampling_params import SamplingParams
-from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
+from m3_paged_kv.kv_cache_manager import paged_manager
 from m3_paged_kv.metadata import paged_metadata
 from m4_flash_attn.metadata import flash_metadata
 
@@ -19,17 +19,17 @@ CPU = torch.device("cpu")
        block_size=st.integers(1, 17), evicted=st.integers(0, 2))
 def test_equal_to_milestone_3(works: list[tuple[int, int]], block_size: int, evicted: int) -> None:
     """Prompts, continued prompts and decodes in any mixture; some sequences have forgotten blocks."""
-    manager = PagedKVCacheManager(600, block_size)
+    manager = paged_manager(600, block_size)
     scheduled = []
     for i, (computed, new) in enumerate(works):
         sequence = Sequence(i, SequenceData([1] * (computed + new)), SamplingParams(), 0)
         if computed:
-            assert manager.allocate_slots(sequence, computed)
+            assert manager.allocate_slots(sequence, sequence.num_computed_tokens, computed)
             sequence.num_computed_tokens = computed
-            manager.evict(sequence, range(min(evicted, (computed - 1) // block_size)))
-        assert manager.allocate_slots(sequence, new)
-        scheduled.append(ScheduledSequence(sequence, new))
-    theirs, ours = paged_metadata(scheduled, manager, CPU), flash_metadata(scheduled, manager, CPU)
+            manager.tables.drop(sequence, range(min(evicted, (computed - 1) // block_size)))
+        assert manager.allocate_slots(sequence, sequence.num_computed_tokens, new)
+        scheduled.append(ScheduledSequence(sequence, sequence.num_computed_tokens, new))
+    theirs, ours = paged_metadata(scheduled, manager.tables, CPU), flash_metadata(scheduled, manager.tables, CPU)
     assert ours.query_start_loc == ours.query_starts.tolist() == theirs.query_start_loc
     for name in ("seq_lens", "block_table", "slot_mapping"):
         a, b = getattr(theirs, name), getattr(ours, name)

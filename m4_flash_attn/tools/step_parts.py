@@ -131,10 +131,10 @@ def timed_engine(llm: LLM, watch: Stopwatch, apart: bool) -> LLMEngine:
     model.embed_tokens = TimedModule(watch, "lookups", model.embed_tokens)
     model.rotary = TimedModule(watch, "lookups", model.rotary)                  # type: ignore[assignment]
     spec, engine = model.spec, llm.engine
-    shape = (spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim, llm.manager.block_size, model.dtype,
-             spec.head_dim ** -0.5)
+    shape = (spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim, llm.manager.tables.block_size,
+             model.dtype, spec.head_dim ** -0.5)
     kernels = TimedKernels(watch, *shape) if apart else PagedKernels(*shape)
-    runner = ModelRunner(model, CpuAttention(llm.cache, llm.manager, kernels))
+    runner = ModelRunner(model, CpuAttention(llm.cache, llm.manager.tables, kernels))
     return LLMEngine(engine.scheduler, runner, TimedSampler(watch, engine.sampler), engine.output_processor,
                        engine.copy_slots)
 

@@ -84,7 +84,7 @@ def attained(cpu: Hardware, prompt_len: int = 512, rounds: int = 5) -> dict[str,
     model = load_model(ModelConfig(dtype="bfloat16", device="cpu"))
     runner = ModelRunner(model, FullAttention())
     sequence = Sequence(0, SequenceData(list(range(1000, 1000 + prompt_len))), SamplingParams(temperature=0), 0)
-    seconds = best_seconds(partial(runner.execute_model, [ScheduledSequence(sequence, prompt_len)]), rounds)
+    seconds = best_seconds(partial(runner.execute_model, [ScheduledSequence.rest(sequence)]), rounds)
     flops = prefill_flops(model.spec, prompt_len, causal=True).total
     num_bytes = prefill_bytes(model.spec, prompt_len).total
     bound = roofline_time(flops, num_bytes, cpu)

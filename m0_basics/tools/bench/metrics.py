@@ -27,9 +27,8 @@ SCHEMA_VERSION = 1
 class RequestRecord:
     """When one request arrived, got its tokens and was done: seconds on any one clock.
 
-    `token_times` holds one entry for each time tokens came, which is one per token unless the request has several
-    sequences, or a step gave it several tokens. It is empty where a peer does not tell. `output_lens` holds the
-    tokens of each sequence.
+    `token_times` holds one entry for each token of each sequence; tokens that came together have the same time. It is
+    empty where a peer does not tell. `output_lens` holds the tokens of each sequence.
     """
 
     arrival_time: float
@@ -68,8 +67,8 @@ class RequestRecord:
 
     @property
     def itls(self) -> list[float]:
-        """Seconds between the times at which tokens came."""
-        return [b - a for a, b in pairwise(self.token_times)]
+        """Seconds from one time at which tokens came to the next: what came together has no gap."""
+        return [b - a for a, b in pairwise(self.token_times) if b > a]
 
 
 @dataclass(frozen=True)

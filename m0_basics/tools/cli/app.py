@@ -151,7 +151,7 @@ def _print_stream(llm: BaseLLM, prompt: Any, params: SamplingParams, stats: bool
     if len(last.outputs if last else []) > 1:
         _print_other_outputs(last)
     if stats and last is not None and last.metrics is not None:
-        typer.secho(RunStats.of(last.metrics, params.best_of or 1).line(), fg="bright_black", err=True)
+        typer.secho(RunStats.of(last.metrics).line(), fg="bright_black", err=True)
     return text
 
 

@@ -12,8 +12,8 @@ import typer
 
 from m0_basics.base_llm import BaseLLM
 from m0_basics.config import ConfigError, reject
-from m0_basics.outputs import Logprob, RequestOutput
-from m0_basics.request import RequestMetrics
+from m0_basics.outputs import RequestOutput
+from m0_basics.request import Logprob, RequestMetrics
 from m0_basics.sampling_params import SamplingParams
 
 

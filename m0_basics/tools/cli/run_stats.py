@@ -19,11 +19,13 @@ class RunStats:
     start_to_first_token: float
 
     @classmethod
-    def of(cls, metrics: RequestMetrics, num_outputs: int = 1) -> RunStats:
-        """From a request that has at least one token; its outputs run side by side, one token each in a step."""
-        first, last, steps = metrics.token_times[0], metrics.token_times[-1], len(metrics.token_times)
-        return cls(ttft=first - metrics.arrival_time, output_tokens=steps * num_outputs,
-                   tokens_per_second=(steps - 1) * num_outputs / (last - first) if last > first else None,
+    def of(cls, metrics: RequestMetrics) -> RunStats:
+        """From a request that has at least one token; its outputs run side by side, and all their tokens count."""
+        times = metrics.token_times
+        first, last = times[0], times[-1]
+        after_first = sum(t > first for t in times)         # a step may give several tokens at once
+        return cls(ttft=first - metrics.arrival_time, output_tokens=len(times),
+                   tokens_per_second=after_first / (last - first) if after_first else None,
                    peak_memory=peak_memory_bytes(), start_to_first_token=first - process_start())
 
     def line(self) -> str:

@@ -93,7 +93,7 @@ def make_runner(folder: Path, dtype: str = "float32") -> ModelRunner:
 def schedule(prompts: Sequence[list[int]], **settings: Any) -> list[ScheduledSequence]:
     """All tokens of each prompt in one step; `settings` are sampling parameters."""
     params = SamplingParams(**settings)
-    return [ScheduledSequence(request.Sequence(i, request.SequenceData(prompt), params, seed=0), len(prompt))
+    return [ScheduledSequence.rest(request.Sequence(i, request.SequenceData(prompt), params, seed=0))
             for i, prompt in enumerate(prompts)]
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from m0_basics.base_llm import BaseLLM
 from m0_basics.tools.testing.fixtures import TinyModels
-from m2_continuous_batching.continuous_llm import ContinuousLLM
 
 from .server import RunningServer
 
 
-def server_and_offline(make_llm: Callable[..., ContinuousLLM], **options: Any) -> tuple[Any, Any]:
+def server_and_offline(make_llm: Callable[..., BaseLLM], **options: Any) -> tuple[Any, Any]:
     """Two fixtures, to be named `server` and `offline` in the test module; `options` are the `LLM`'s."""
     options = {"dtype": "float32", "max_num_seqs": 4, **options}
 
@@ -23,7 +23,7 @@ def server_and_offline(make_llm: Callable[..., ContinuousLLM], **options: Any) -
             yield running
 
     @pytest.fixture(scope="module")
-    def offline(tiny_model: TinyModels) -> ContinuousLLM:
+    def offline(tiny_model: TinyModels) -> BaseLLM:
         return make_llm(str(tiny_model("qwen3")), **options)
 
     return server, offline

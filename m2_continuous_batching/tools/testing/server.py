@@ -14,7 +14,8 @@ from typing import Any, Self
 import openai
 import uvicorn
 
-from m2_continuous_batching.continuous_llm import ContinuousLLM
+from m0_basics.base_llm import BaseLLM
+from m2_continuous_batching.engine import engine_of
 from m2_continuous_batching.server.app import ServerConfig, build_app
 from m2_continuous_batching.server.async_engine import AsyncLLMEngine
 from m2_continuous_batching.server.metrics import PrometheusMetrics
@@ -26,7 +27,7 @@ MODEL = "tiny"
 class RunningServer:
     """`with RunningServer(make_llm) as server:` where `make_llm` takes the plugins."""
 
-    def __init__(self, make_llm: Callable[..., ContinuousLLM], max_queued_requests: int | None = None,
+    def __init__(self, make_llm: Callable[..., BaseLLM], max_queued_requests: int | None = None,
                  **config: Any) -> None:
         metrics = PrometheusMetrics(MODEL)
         self.llm = make_llm(plugins=[metrics])
@@ -73,8 +74,8 @@ class RunningServer:
 
     def is_empty(self) -> bool:
         """Whether the engine holds nothing at all."""
-        scheduler = self.llm.engine.scheduler
-        return (not self.engine.num_open_requests and not scheduler.has_unfinished_requests()
+        scheduler = engine_of(self.llm).scheduler
+        return (not self.engine.num_open_requests and not scheduler.queues.has_unfinished_requests()
                 and scheduler.kv_cache_manager.usage == 0 and not scheduler.running and not scheduler.waiting)
 
 

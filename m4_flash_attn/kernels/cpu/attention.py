@@ -12,7 +12,7 @@ from torch import Tensor
 
 from m0_basics.attention import AttentionMetadata, ScheduledSequence, query_start_loc
 from m2_continuous_batching.slot_cache import SlotCache
-from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
+from m3_paged_kv.block_tables import BlockTables
 from m4_flash_attn.layers import FusedAttention, Rotary
 from m4_flash_attn.metadata import step_numbers
 
@@ -29,13 +29,13 @@ class CpuMetadata(AttentionMetadata):
 class CpuAttention(FusedAttention):
     """The C++ kernels. The cache holds the model's dtype, and no plugin stands before it."""
 
-    def __init__(self, cache: SlotCache, manager: PagedKVCacheManager, kernels: PagedKernels) -> None:
+    def __init__(self, cache: SlotCache, tables: BlockTables, kernels: PagedKernels) -> None:
         assert not cache.plugins, "kernels read the cache itself"
-        self.cache, self.manager, self.kernels = cache, manager, kernels
+        self.cache, self.tables, self.kernels = cache, tables, kernels
 
     def build_metadata(self, scheduled: list[ScheduledSequence]) -> CpuMetadata:
         starts = query_start_loc(scheduled)
-        numbers = step_numbers(starts, scheduled, self.manager)
+        numbers = step_numbers(starts, scheduled, self.tables)
         return CpuMetadata(starts, packed_step(starts[-1], len(scheduled), *numbers))
 
     def forward(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from m0_basics.attention import AttentionMetadata, ScheduledSequence
 from m2_continuous_batching.slot_cache import SlotCache
-from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
+from m3_paged_kv.block_tables import BlockTables
 from m4_flash_attn.layers import FusedAttention, Rotary
 from m4_flash_attn.metadata import FlashMetadata, flash_metadata
 
@@ -22,18 +22,18 @@ from .rotary import rotary_and_store, store_kv
 class GpuAttention(FusedAttention):
     """Stores by Triton's kernels, attends by `attend`: Triton's, or a library's behind the same signature."""
 
-    def __init__(self, cache: SlotCache, manager: PagedKVCacheManager, attend: Attend = triton_attention.attend,
+    def __init__(self, cache: SlotCache, tables: BlockTables, attend: Attend = triton_attention.attend,
                  window: int | None = None, num_sinks: int = 0) -> None:
         """A query sees `window` keys and the first `num_sinks`; all where it is None. No plugin stands in between."""
         assert not cache.plugins, "kernels read the cache itself"
-        self.cache, self.manager, self.attend = cache, manager, attend
+        self.cache, self.tables, self.attend = cache, tables, attend
         self.window, self.num_sinks = window, num_sinks
         # Some libraries load whole blocks and multiply what lies behind the end by 0: it must not be NaN.
         cache.kv_cache.k.zero_()
         cache.kv_cache.v.zero_()
 
     def build_metadata(self, scheduled: list[ScheduledSequence]) -> FlashMetadata:
-        return flash_metadata(scheduled, self.manager, self.cache.device)
+        return flash_metadata(scheduled, self.tables, self.cache.device)
 
     def forward(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
         assert isinstance(metadata, FlashMetadata)

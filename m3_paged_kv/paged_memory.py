@@ -1,14 +1,43 @@
-"""How many blocks the memory of a device holds."""
+"""The memory behind the blocks: how many a device and its host hold, and the cache that they are cut from."""
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import psutil
 import torch
 
-from m0_basics.config import ConfigError
+from m0_basics.config import DTYPES, ConfigError
+from m0_basics.model import CausalLM
+from m2_continuous_batching.plugins import CachePlugin
+from m2_continuous_batching.slot_cache import SlotCache, slot_cache_bytes
 
-from .config import CacheConfig
+from .config import CacheConfig, EngineConfig
+from .swap import HostCache, PinnedHostCache, make_host_cache
 
 _CPU_SHARE = 0.25           # of the memory that is available: a laptop has other things to do
+
+
+@dataclass(frozen=True)
+class PagedMemory:
+    """The blocks of an engine, on the device and on the host; who holds which, a KV cache manager knows."""
+
+    cache: SlotCache
+    host_cache: HostCache | PinnedHostCache
+    num_blocks: int
+    num_host_blocks: int
+
+
+def allocate_memory(config: EngineConfig, model: CausalLM, plugins: Sequence[CachePlugin]) -> PagedMemory:
+    """The memory that `config` asks for, behind a loaded model. Raises ConfigError where it does not fit."""
+    memory, limits, spec = config.cache_config, config.scheduler_config, model.spec
+    dtype = DTYPES.get(memory.kv_cache_dtype, model.dtype)
+    block_bytes = slot_cache_bytes(spec, memory.block_size, dtype, plugins)
+    num_blocks = num_blocks_for(memory, block_bytes, model.device, limits.longest, limits.max_num_seqs)
+    # What a cache plugin keeps for a slot stays on the device: such sequences are recomputed instead of swapped.
+    num_host_blocks = 0 if plugins else int(memory.swap_space * 2**30) // block_bytes
+    cache = SlotCache(spec, num_blocks * memory.block_size, dtype, model.device, plugins, memory.block_size)
+    return PagedMemory(cache, make_host_cache(cache, memory.block_size, num_host_blocks), num_blocks, num_host_blocks)
 
 
 def num_blocks_for(config: CacheConfig, block_bytes: int, device: torch.device, longest: int,
