@@ -27,11 +27,11 @@ MAX_LEN = 64
 class ReferenceAttention(AttentionBackend):
     """Attention by definition over `FlashMetadata`, so that nothing but the tensors decides. Notes what it is given."""
 
-    def __init__(self, cache, manager) -> None:
-        self.cache, self.manager, self.seen = cache, manager, []
+    def __init__(self, cache, tables) -> None:
+        self.cache, self.tables, self.seen = cache, tables, []
 
     def build_metadata(self, scheduled):
-        return flash_metadata(scheduled, self.manager, self.cache.device)
+        return flash_metadata(scheduled, self.tables, self.cache.device)
 
     def forward(self, layer_idx, q, k, v, metadata):
         assert isinstance(metadata, FlashMetadata)
@@ -67,7 +67,7 @@ def make_llm(folder, **options) -> LLM:
 
 
 def with_graphs(llm: LLM, capture) -> GraphRunner:
-    runner = ModelRunner(llm.engine.runner.model, ReferenceAttention(llm.cache, llm.manager))
+    runner = ModelRunner(llm.engine.runner.model, ReferenceAttention(llm.cache, llm.manager.tables))
     llm.engine.runner = GraphRunner(runner, llm.manager.tables.block_size, 5, MAX_LEN, capture)
     return llm.engine.runner
 
@@ -154,14 +154,14 @@ def test_another_backends_steps_run_eagerly(tiny_model) -> None:
     scheduled = schedule(llm, [(3, 1)])
     inputs = runner.prepare_inputs(scheduled)
     assert runner.fits(inputs)
-    other = paged_metadata(scheduled, llm.manager, llm.cache.device)
+    other = paged_metadata(scheduled, llm.manager.tables, llm.cache.device)
     assert not runner.fits(replace(inputs, metadata=other))
 
 
 def test_buffers_by_hand(tiny_model) -> None:
     """A batch of three after a fuller one: what is left over becomes padding, and the buffers stay where they are."""
     llm = make_llm(tiny_model("llama"))
-    runner = ModelRunner(llm.engine.runner.model, ReferenceAttention(llm.cache, llm.manager))
+    runner = ModelRunner(llm.engine.runner.model, ReferenceAttention(llm.cache, llm.manager.tables))
     buffers = DecodeBuffers(5, 8, MAX_LEN, 10, torch.device("cpu"))
     metadata = buffers.metadata(4)
     buffers.fill(runner.prepare_inputs(schedule(llm, [(20, 1), (1, 1), (2, 1), (3, 1)])), 4)
