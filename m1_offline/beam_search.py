@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -32,6 +32,14 @@ class BeamCache(Protocol):
     def reserve(self, sequence: Sequence, num_tokens: int) -> None: ...
     def fork(self, parent: Sequence, child: Sequence) -> None: ...
     def free(self, sequence: Sequence) -> None: ...
+
+
+class Candidate(NamedTuple):
+    """A beam with one more token, before it is known whether it survives."""
+
+    total: float            # log-probability of the whole output
+    parent: int             # index of the beam that it extends
+    token_id: int
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,8 @@ def beam_search(runner: Runner, cache: BeamCache, request: Request, params: Beam
     try:
         for _ in range(min(params.max_tokens, max_model_len - root.num_prompt_tokens)):
             candidates = _extend(runner, cache, beams, width)
-            beams = _select(cache, beams, candidates, finished, params)
+            chosen = _choose(beams, candidates, finished, params)
+            beams = _grow(cache, beams, chosen)
             if not beams or _cannot_improve(beams, finished, params):
                 break
         finished += [_result(s.data.token_ids, s, params, "length") for s in beams]
@@ -83,8 +92,8 @@ def beam_search(runner: Runner, cache: BeamCache, request: Request, params: Beam
 
 
 def _extend(runner: Runner, cache: BeamCache, beams: list[Sequence],
-            width: int) -> list[tuple[float, int, int]]:
-    """Run the newest token of each beam; return the best extensions (total, beam, token), best first.
+            width: int) -> list[Candidate]:
+    """Run the newest token of each beam; return the best extensions, best first.
 
     More than `width` of them: each beam has an extension for each end-of-sequence token that ends it, and `width`
     must still survive.
@@ -100,41 +109,45 @@ def _extend(runner: Runner, cache: BeamCache, beams: list[Sequence],
     num_wanted = width * (1 + max(1, len(beams[0].eos_token_ids)))
     values, flat = totals.flatten().topk(min(num_wanted, totals.numel()))
     vocab = totals.shape[1]
-    return [(value, i // vocab, i % vocab) for value, i in zip(values.tolist(), flat.tolist(), strict=True)]
+    return [Candidate(value, i // vocab, i % vocab) for value, i in zip(values.tolist(), flat.tolist(), strict=True)]
 
 
-def _select(cache: BeamCache, beams: list[Sequence], candidates: list[tuple[float, int, int]],
-            finished: list[BeamSearchSequence], params: BeamSearchParams) -> list[Sequence]:
-    """The next generation of beams; candidates that end go to `finished`."""
-    chosen: list[tuple[float, int, int]] = []
-    for rank, (total, parent, token_id) in enumerate(candidates):
+def _choose(beams: list[Sequence], candidates: list[Candidate], finished: list[BeamSearchSequence],
+            params: BeamSearchParams) -> list[Candidate]:
+    """The best `beam_width` candidates that go on, best first; better ones that end go to `finished`."""
+    chosen: list[Candidate] = []
+    for rank, candidate in enumerate(candidates):
         if len(chosen) == params.beam_width:
             break
-        if token_id in beams[parent].eos_token_ids and not params.ignore_eos:
-            if rank < params.beam_width:            # an ending outside the beam is no better than what it lost to
-                ended = beams[parent].fork(next_seq_id(), 0)
-                ended.cumulative_logprob = total
-                finished.append(_result([*ended.data.token_ids, token_id], ended, params, "stop"))
-        else:
-            chosen.append((total, parent, token_id))
-    # Rows of beams without children are free for the copies that others need.
-    children = Counter(parent for _, parent, _ in chosen)
+        parent = beams[candidate.parent]
+        if candidate.token_id not in parent.eos_token_ids or params.ignore_eos:
+            chosen.append(candidate)
+        elif rank < params.beam_width:              # an ending outside the beam is no better than what it lost to
+            ended = parent.fork(next_seq_id(), 0)
+            ended.cumulative_logprob = candidate.total
+            finished.append(_result([*ended.data.token_ids, candidate.token_id], ended, params, "stop"))
+    return chosen
+
+
+def _grow(cache: BeamCache, beams: list[Sequence], chosen: list[Candidate]) -> list[Sequence]:
+    """The next generation of beams: of a parent's children one grows in its place, the others are forked off it."""
+    num_children = Counter(candidate.parent for candidate in chosen)
     for i, beam in enumerate(beams):
-        if not children[i]:
-            cache.free(beam)
-    # Forks come before any parent grows, so that each copy is of the parent as it was.
-    survivors = []
-    for total, parent, token_id in reversed(chosen):
-        beam = beams[parent]
-        children[parent] -= 1
-        if children[parent]:
+        if not num_children[i]:
+            cache.free(beam)                        # first: others need the room for their copies
+    # From the worst to the best: forks come before the parent grows, so that each copy is of the parent as it was.
+    grown = []
+    for candidate in reversed(chosen):
+        beam = beams[candidate.parent]
+        num_children[candidate.parent] -= 1
+        if num_children[candidate.parent]:
             child = beam.fork(next_seq_id(), 0)
             cache.fork(beam, child)
             beam = child
-        beam.append_token_id(token_id)
-        beam.cumulative_logprob = total
-        survivors.append(beam)
-    return survivors[::-1]
+        beam.append_token_id(candidate.token_id)
+        beam.cumulative_logprob = candidate.total
+        grown.append(beam)
+    return grown[::-1]
 
 
 def _cannot_improve(beams: list[Sequence], finished: list[BeamSearchSequence], params: BeamSearchParams) -> bool:
