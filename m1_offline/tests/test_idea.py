@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from m0_basics.model_spec import ModelSpec
+from m0_basics.tools.analysis.flop_count import count_flops
 from m0_basics.tools.testing.idea import run_idea
 from m1_offline import idea
 from m1_offline.attention import ContiguousAttention, ContiguousMetadata
@@ -45,6 +46,13 @@ def test_same_logits_and_cache_as_over_the_engines_attention() -> None:
     torch.testing.assert_close(cache.v[:, :cache.length], engine_cache.v[:, held], rtol=1e-5, atol=1e-5)
     assert cache.length == 11
     assert cache.k[:, 11:].isnan().all(), "nothing is written behind the end"
+
+
+def test_the_multiplications_are_those_that_torch_counts() -> None:
+    model, cache = make_model(), idea.KVCache()
+    for ids in ([1, 2, 3, 4, 5], [6], [7]):
+        flops = count_flops(lambda: idea.forward(ids, cache, model))        # noqa: B023 - called at once
+        assert flops == 2 * idea.multiplications(len(ids), cache.length)
 
 
 def test_what_is_kept_is_what_would_be_computed_again() -> None:
