@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 
 class State(NamedTuple):
@@ -53,13 +53,13 @@ def finish(state: State) -> Tensor:
     return state.o / state.l[:, None]
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchFunctionMode):
     """Watches what torch makes, and notes how many numbers the largest tensor has."""
     numel = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.numel = max(self.numel, *(x.numel() for x in (out if isinstance(out, (list, tuple)) else [out])))
+        self.numel = max(self.numel, out.numel() if isinstance(out, Tensor) else 0)
         return out
 
 
@@ -77,4 +77,4 @@ if __name__ == "__main__":
     shared = finish(merge(look_at(q, k[:1000], v[:1000], tile=64), look_at(q, k[1000:], v[1000:], tile=256)))
     assert torch.allclose(out, expected, atol=1e-5) and torch.allclose(shared, expected, atol=1e-5)
     assert (plain.numel, tiled.numel) == (64 * 4096, 64 * 64)
-    print(f"4,096 keys at once: {plain.numel:,} scores in one tensor; tile by tile none above {tiled.numel:,}, same output")
+    print(f"4,096 keys at once: {plain.numel:,} scores in one tensor; by tiles none above {tiled.numel:,}, same output")

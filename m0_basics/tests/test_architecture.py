@@ -167,6 +167,18 @@ def test_files_are_short(package):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
+def test_the_idea_stands_alone(package):
+    """Each milestone's idea: at most 80 lines, torch and the standard library, and nothing of the lab."""
+    source = (ROOT / package / "idea.py").read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 80
+    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert not any(isinstance(node, ast.ImportFrom) and node.level for node in imports)
+    names = {name for node in imports for name in (
+        [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])}
+    assert {name.split(".")[0] for name in names} <= {"torch", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_importing_a_package_is_light(package):
     """Optional and slow packages are imported where they are used: the engine runs without them."""
     code = f"import sys, {package}; print([m for m in {HEAVY} if m in sys.modules])"

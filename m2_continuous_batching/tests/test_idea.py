@@ -71,11 +71,11 @@ def test_same_attention_as_the_engine() -> None:
     scheduled, new = [], list[Tensor]()
     for (start, end), keys, values in zip(spans, *(x.split([end for _, end in spans]) for x in (k, v)), strict=True):
         sequence = Sequence(next_seq_id(), SequenceData([1] * end), SamplingParams(), seed=0)
-        assert manager.allocate_slots(sequence, 1)
+        assert manager.allocate_slots(sequence, start, end - start)
         sequence.num_computed_tokens = start
         first = manager.first_slot(sequence)
         cache.store(0, keys[:start, None], values[:start, None], torch.arange(first, first + start))
-        scheduled.append(ScheduledSequence(sequence, end - start))
+        scheduled.append(ScheduledSequence(sequence, start, end - start))
         new.append(torch.stack((keys[start:], values[start:])))
     backend = RaggedAttention(cache, manager, torch.float32)
     new_keys, new_values = torch.cat(new, dim=1).unsqueeze(2)

@@ -16,7 +16,7 @@ from m1_offline.attention import attend
 from m2_continuous_batching.slot_cache import SlotCache
 from m3_paged_kv import idea
 from m3_paged_kv.attention import PagedAttention
-from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
+from m3_paged_kv.kv_cache_manager import paged_manager
 
 NUM_BLOCKS, HEADS, HEAD_DIM = 60, 2, 8
 SHAPE = (2, HEADS, HEAD_DIM)            # what is kept for a token: a key and a value of each head
@@ -33,9 +33,9 @@ class Both:
         self.small = idea.PagedCache(NUM_BLOCKS, block_size, 2 * HEADS * HEAD_DIM)
         spec = ModelSpec("LlamaForCausalLM", 8, 8, 8, 1, HEADS, HEADS, HEAD_DIM, 64, rms_norm_eps=1e-5, rope_theta=1e4,
                          tie_word_embeddings=False)
-        self.manager = PagedKVCacheManager(NUM_BLOCKS, block_size)
+        self.manager = paged_manager(NUM_BLOCKS, block_size)
         self.cache = SlotCache(spec, NUM_BLOCKS * block_size, torch.float32, torch.device("cpu"))
-        self.backend = PagedAttention(self.cache, self.manager, torch.float32)
+        self.backend = PagedAttention(self.cache, self.manager.tables, torch.float32)
         self.generator = torch.Generator().manual_seed(block_size)
         self.pairs = [self._new()]
 
@@ -47,11 +47,10 @@ class Both:
         scheduled, news = [], [torch.randn(SHAPE, generator=self.generator) for _ in chosen]
         for i, new in zip(chosen, news, strict=True):
             small, sequence = self.pairs[i]
-            sequence.num_computed_tokens = small.length
-            assert self.manager.allocate_slots(sequence, 1)
+            assert self.manager.allocate_slots(sequence, small.length, 1)
             self.cache.copy_slots(self.manager.take_copies())
+            scheduled.append(ScheduledSequence(sequence, small.length, 1))
             self.small.append(small, new.flatten())
-            scheduled.append(ScheduledSequence(sequence, 1))
         q = torch.randn(len(chosen), HEADS, HEAD_DIM, generator=self.generator)
         k, v = torch.stack(news).unbind(1)
         out = self.backend.forward(0, q, k, v, self.backend.build_metadata(scheduled))
@@ -92,7 +91,7 @@ def test_same_sharing_and_same_attention_as_the_engine(block_size: int) -> None:
             both.release(max(range(len(both.pairs)), key=lambda i: both.pairs[i][0].length))
             both.pairs = both.pairs or [both._new()]
         grown = [(small, sequence) for small, sequence in both.pairs if small.length]
-        ours, theirs = [small.table for small, _ in grown], [both.manager.block_table(s) for _, s in grown]
+        ours, theirs = [small.table for small, _ in grown], [both.manager.tables[s] for _, s in grown]
         assert sharing(ours) == sharing(theirs)
         assert NUM_BLOCKS - len(both.small.free) == both.manager.pool.num_used
         assert [[both.small.holders[block] for block in table] for table in ours] == (
