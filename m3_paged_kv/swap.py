@@ -78,55 +78,67 @@ class PinnedHostCache:
 
         What is enqueued on the current stream afterwards finds them made.
         """
+        first_host_slot = self.num_blocks * self.block_size
         for batch in independent(copies, self.block_size, self.num_blocks, self.most):
-            source, target = (slot // self.block_size for slot in (batch[0].source, batch[0].target))
-            if max(source, target) < self.num_blocks:
-                self._within_device(batch)
-                continue
-            pairs = sorted((sorted((c.source // self.block_size, c.target // self.block_size)) for c in batch),
-                           key=lambda pair: pair[1])           # the device's blocks come first; by the host's
-            ids = self._to_device([device for device, _ in pairs])
-            runs = consecutive([host - self.num_blocks for _, host in pairs])
-            if source < self.num_blocks:
-                self._swap_out(ids, runs)
+            if batch[0].target >= first_host_slot:
+                self._swap_out(batch)
+            elif batch[0].source >= first_host_slot:
+                self._swap_in(batch)
             else:
-                self._swap_in(ids, runs)
+                self._within_device(batch)
 
     def _within_device(self, batch: list[SlotCopy]) -> None:
+        """Copies of copy-on-write: the first slots of a block into another block."""
         if self.device_cache.plugins:
             self.device_cache.copy_slots(batch)
             return
-        sources, targets = (self._to_device([first + i for first, n in ends for i in range(n)])
-                            for ends in ([(c.source, c.num_slots) for c in batch],
-                                         [(c.target, c.num_slots) for c in batch]))
+        sources = self._to_device([slot for c in batch for slot in range(c.source, c.source + c.num_slots)])
+        targets = self._to_device([slot for c in batch for slot in range(c.target, c.target + c.num_slots)])
         for pool in (self.device_cache.kv_cache.k, self.device_cache.kv_cache.v):
             pool.index_copy_(1, targets, pool.index_select(1, sources))
 
-    def _swap_out(self, ids: Tensor, runs: list[tuple[int, int]]) -> None:
-        """Blocks `ids` [n] of the device to the host's, given as runs (first block, number of blocks)."""
+    def _swap_out(self, batch: list[SlotCopy]) -> None:
+        """Whole blocks, from the device to the host."""
+        device_blocks, host_runs = self._in_host_order([(c.source, c.target) for c in batch])
         compute = self._compute_stream()
-        self._wait(self.stream, compute)                        # for the last write to the blocks, and for `ids`
+        self._wait(self.stream, compute)                # for the last write to the blocks, and for `device_blocks`
         with torch.cuda.stream(self.stream):
-            staged = self._staging(len(ids))
+            staged = self._staging(len(batch))
             for i, pool in enumerate(self._pools()):
-                staged[:, i] = pool.index_select(1, ids).transpose(0, 1)
+                staged[:, i] = pool.index_select(1, device_blocks).transpose(0, 1)
             gathered = None if self.stream is None else self.stream.record_event()
-            for (first, n), part in zip(runs, staged.split([n for _, n in runs]), strict=True):
-                self.blocks[first:first + n].copy_(part, non_blocking=True)
+            for on_host, part in self._parts(host_runs, staged):
+                on_host.copy_(part, non_blocking=True)
         if compute is not None and gathered is not None:
             compute.wait_event(gathered)                        # from here on the blocks may be overwritten
 
-    def _swap_in(self, ids: Tensor, runs: list[tuple[int, int]]) -> None:
-        """The other way round."""
+    def _swap_in(self, batch: list[SlotCopy]) -> None:
+        """Whole blocks, from the host to the device."""
+        device_blocks, host_runs = self._in_host_order([(c.target, c.source) for c in batch])
         compute = self._compute_stream()
         with torch.cuda.stream(self.stream):
-            staged = self._staging(len(ids))
-            for (first, n), part in zip(runs, staged.split([n for _, n in runs]), strict=True):
-                part.copy_(self.blocks[first:first + n], non_blocking=True)
-            self._wait(self.stream, compute)                    # for the last read of the blocks, and for `ids`
+            staged = self._staging(len(batch))
+            for on_host, part in self._parts(host_runs, staged):
+                part.copy_(on_host, non_blocking=True)
+            self._wait(self.stream, compute)            # for the last read of the blocks, and for `device_blocks`
             for i, pool in enumerate(self._pools()):
-                pool.index_copy_(1, ids, staged[:, i].transpose(0, 1))
+                pool.index_copy_(1, device_blocks, staged[:, i].transpose(0, 1))
         self._wait(compute, self.stream)                        # attention is about to read them
+
+    def _in_host_order(self, slots: list[tuple[int, int]]) -> tuple[Tensor, list[tuple[int, int]]]:
+        """First slots (device's, host's) of n blocks -> the device's blocks [n], the host's as (first, how many).
+
+        Ordered by the host's blocks: those that lie side by side there travel as one copy.
+        """
+        blocks = sorted((host // self.block_size - self.num_blocks, device // self.block_size)
+                        for device, host in slots)
+        return self._to_device([device for _, device in blocks]), consecutive([host for host, _ in blocks])
+
+    def _parts(self, host_runs: list[tuple[int, int]], staged: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each run of the host's blocks: those blocks, and the part of staged [n, 2, L, E] that goes with them."""
+        parts = staged.split([count for _, count in host_runs])
+        for (first, count), part in zip(host_runs, parts, strict=True):
+            yield self.blocks[first:first + count], part
 
     def _staging(self, n: int) -> Tensor:
         """[n, 2, L, E]. Allocated on the side stream, which alone uses it: freed, it is used again in order."""
@@ -166,21 +178,22 @@ def make_host_cache(device_cache: SlotCache, block_size: int, num_host_blocks: i
 def independent(copies: list[SlotCopy], block_size: int, num_blocks: int, most: int) -> Iterator[list[SlotCopy]]:
     """Cut `copies` into batches of at most `most`, in each of which all reads may go before all writes.
 
-    All of a batch go the same way, and none reads or writes a block that an earlier one of it has written. Blocks
+    All of a batch go in one direction, and none reads or writes a block that an earlier one of it has written. Blocks
     from `num_blocks` on are the host's.
     """
     batch: list[SlotCopy] = []
+    batch_direction = (False, False)
     written: set[int] = set()
-    way = (False, False)
     for copy in copies:
-        ends = copy.source // block_size, copy.target // block_size
-        this_way = ends[0] >= num_blocks, ends[1] >= num_blocks
-        if batch and (this_way != way or len(batch) == most or not written.isdisjoint(ends)):
+        source, target = copy.source // block_size, copy.target // block_size
+        direction = source >= num_blocks, target >= num_blocks          # whether the host is read, and written
+        depends = source in written or target in written
+        if batch and (direction != batch_direction or depends or len(batch) == most):
             yield batch
             batch, written = [], set()
-        way = this_way
         batch.append(copy)
-        written.add(ends[1])
+        batch_direction = direction
+        written.add(target)
     if batch:
         yield batch
 

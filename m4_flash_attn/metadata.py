@@ -33,12 +33,12 @@ class FlashMetadata(PagedMetadata):
 
 
 class StepNumbers(NamedTuple):
-    """B + 1 query starts, B lengths, T slots, B rows of the block table; and where each of the last three begins."""
+    """The step in one array: B + 1 query starts, B lengths, T slots, B rows of the block table."""
 
     numbers: IntArray
-    seq_lens: int
-    slots: int
-    block_table: int
+    seq_lens_at: int                # where the lengths begin
+    slots_at: int
+    block_table_at: int
     num_blocks: int                 # in a row of the block table
 
 
@@ -48,10 +48,10 @@ def flash_metadata(scheduled: list[ScheduledSequence], block_tables: BlockTables
     starts, num_sequences = query_start_loc(scheduled), len(scheduled)
     step = step_numbers(starts, scheduled, block_tables)
     flat = torch.from_numpy(step.numbers).to(device)
-    return FlashMetadata(starts, flat[step.seq_lens:step.seq_lens + num_sequences],
-                         flat[step.block_table:].view(-1, step.num_blocks), flat[step.slots:step.slots + starts[-1]],
-                         max(s.num_tokens for s in scheduled), flat[:num_sequences + 1], block_tables.block_size,
-                         max(s.end for s in scheduled))
+    return FlashMetadata(starts, flat[step.seq_lens_at:step.seq_lens_at + num_sequences],
+                         flat[step.block_table_at:].view(-1, step.num_blocks),
+                         flat[step.slots_at:step.slots_at + starts[-1]], max(s.num_tokens for s in scheduled),
+                         flat[:num_sequences + 1], block_tables.block_size, max(s.end for s in scheduled))
 
 
 def step_numbers(starts: list[int], scheduled: list[ScheduledSequence], block_tables: BlockTables) -> StepNumbers:

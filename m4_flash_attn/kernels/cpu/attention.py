@@ -35,8 +35,8 @@ class CpuAttention(FusedAttention):
 
     def build_metadata(self, scheduled: list[ScheduledSequence]) -> CpuMetadata:
         starts = query_start_loc(scheduled)
-        numbers = step_numbers(starts, scheduled, self.tables)
-        return CpuMetadata(starts, packed_step(starts[-1], len(scheduled), *numbers))
+        packed = step_numbers(starts, scheduled, self.tables)
+        return CpuMetadata(starts, packed_step(starts[-1], len(scheduled), packed))
 
     def forward(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
         assert isinstance(metadata, CpuMetadata)

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from m4_flash_attn.elementwise import ElementwiseOps
+from m4_flash_attn.metadata import StepNumbers
 
 from .build import library
 
@@ -54,15 +54,16 @@ def make_step(query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, sl
                 tensors)
 
 
-def packed_step(num_tokens: int, num_sequences: int, numbers: NDArray[np.int32], seq_lens: int, slots: int,
-                block_table: int, num_blocks: int) -> Step:
-    """`numbers` begins with the query starts; the others, as in `make_step`, begin at the places given."""
+def packed_step(num_tokens: int, num_sequences: int, packed: StepNumbers) -> Step:
+    """What `make_step` makes of four tensors, from one array."""
+    numbers = packed.numbers
     assert numbers.dtype == np.int32 and numbers.flags.c_contiguous
-    assert num_sequences < seq_lens and seq_lens + num_sequences <= slots and slots + num_tokens <= block_table
-    assert block_table + num_sequences * num_blocks == numbers.size
-    start = torch.from_numpy(numbers).data_ptr()        # says what `numbers.ctypes.data` says, in half the time
-    return Step(Batch(num_tokens, num_sequences, num_blocks, start, start + 4 * seq_lens, start + 4 * block_table,
-                      start + 4 * slots), numbers)
+    assert num_sequences < packed.seq_lens_at and packed.seq_lens_at + num_sequences <= packed.slots_at
+    assert packed.slots_at + num_tokens <= packed.block_table_at
+    assert packed.block_table_at + num_sequences * packed.num_blocks == numbers.size
+    address = torch.from_numpy(numbers).data_ptr()      # says what `numbers.ctypes.data` says, in half the time
+    return Step(Batch(num_tokens, num_sequences, packed.num_blocks, address, address + 4 * packed.seq_lens_at,
+                      address + 4 * packed.block_table_at, address + 4 * packed.slots_at), numbers)
 
 
 class PagedKernels:
