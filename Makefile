@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
-PACKAGES := m0_basics m1_offline m2_continuous_batching m3_paged_kv m4_flash_attn
+PACKAGES := $(sort $(wildcard m[0-7]_*))
 
 .PHONY: setup demo test lint unit notebooks bench gpu-check clean
 
