@@ -39,7 +39,7 @@ unit: setup
 	$(PYTEST)
 
 notebooks: setup
-	$(RUN) -m pytest --nbmake --nbmake-timeout=900 notebooks
+	$(RUN) -m pytest -n $(PROCESSES) --nbmake --nbmake-timeout=900 notebooks
 
 bench: setup
 	@for package in $(PACKAGES); do $(RUN) -m $$package bench || exit 1; done

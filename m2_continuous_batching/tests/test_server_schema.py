@@ -13,6 +13,7 @@ from schemathesis import GenerationMode
 from m2_continuous_batching import LLM
 from m2_continuous_batching.tools.testing.server import MODEL, RunningServer, wait_until
 
+pytestmark = pytest.mark.slow
 NUM_EXAMPLES = {GenerationMode.POSITIVE: 300, GenerationMode.NEGATIVE: 150}
 SUBJECTS = ("prompt", "messages", "tokens")         # what a request is about
 COMPLETIONS, CHAT, TOKENIZE = "POST /v1/completions", "POST /v1/chat/completions", "POST /tokenize"

@@ -22,6 +22,7 @@ GOOD = Soak(clients=2, seconds=1.0, counts=dict.fromkeys((*ACTIONS, *SYNC_ACTION
             output_tokens=9, rss_early=100.0, rss_end=105.0, gauges_at_end=IDLE, exit_status=0)
 
 
+@pytest.mark.slow
 def test_a_short_soak_of_a_tiny_model(command, tiny_model, tmp_path):
     """A real server process and three clients."""
     result = command("soak", "--model", tiny_model("qwen3"), "--clients", 3, "--seconds", 2, "--output-dir", tmp_path,

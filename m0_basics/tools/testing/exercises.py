@@ -30,6 +30,7 @@ class ExerciseConformance:
     """Base of a milestone's test class."""
 
     package: ClassVar[str]
+    pytestmark = pytest.mark.slow
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """A test for each row of the README's table. Fails here where a row names what does not exist."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ from .real_model import RealReference, real_reference
 from .tiny_models import FAMILIES_UNDER_TEST, save_parrot_model, save_tiny_model
 
 TinyModels = Callable[[str], Path]
+
+with suppress(ImportError):         # an interpreter with a GPU may lack it
+    import hypothesis
+    # How long an example takes says how busy the machine is, and nothing about the code.
+    hypothesis.settings.register_profile("lab", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+    hypothesis.settings.load_profile("lab")
 
 # Bytes that all differ: characters of one, two, three and four bytes.
 PARROT_TEXT = "aé中😀z?"
