@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from contextlib import aclosing
 from itertools import pairwise
 
@@ -12,7 +11,6 @@ import pytest
 from m0_basics import ConfigError, SamplingParams
 from m0_basics.tools.testing.parity import mixed_length_prompts
 from m2_continuous_batching import LLM, SchedulingParams
-from m2_continuous_batching.plugins import SchedulerPlugin
 from m2_continuous_batching.server.app import running
 from m2_continuous_batching.server.async_engine import (
     AsyncLLMEngine,
@@ -21,39 +19,12 @@ from m2_continuous_batching.server.async_engine import (
     QueueFullError,
 )
 from m2_continuous_batching.server.output_stream import OutputStream
+from m2_continuous_batching.tests.recorder import Recorder
 
 OPTIONS = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 3}
 PROMPTS = mixed_length_prompts(260, 6, seed=3)
 MESSAGES = [{"role": "user", "content": "on the 中"}]
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
-
-
-class Recorder(SchedulerPlugin):
-    """Writes down every step; slows steps down, holds one, and fails, when it is told to."""
-
-    def __init__(self, step_s: float = 0.0) -> None:
-        self.step_s = step_s
-        self.hold_after: int | None = None      # so many steps; the next one sets `held` and waits for `go`
-        self.held, self.go = threading.Event(), threading.Event()
-        self.fail_with: BaseException | None = None
-        self.threads: set[threading.Thread] = set()
-        self.steps: list[list[tuple[int, int]]] = []         # (seq_id, tokens run) of each step
-        self.completed = []
-
-    def before_step(self, scheduler):
-        self.threads.add(threading.current_thread())
-        if self.fail_with is not None:
-            raise self.fail_with
-        if self.hold_after is not None and len(self.steps) >= self.hold_after:
-            self.held.set()
-            assert self.go.wait(120), "nobody let the step go on"
-        time.sleep(self.step_s)
-
-    def after_step(self, scheduler, stats):
-        self.steps.append([(s.sequence.seq_id, s.num_tokens) for s in stats.output.scheduled])
-
-    def on_request_completion(self, request):
-        self.completed.append(request)
 
 
 @pytest.fixture(params=[False, True], ids=["", "async_scheduling"])
