@@ -1,11 +1,16 @@
-# One command each: `make demo` to see it run, `make test` to check everything.
+# One command each: `make demo` to see it run, `make quick` while you work, `make test` to check everything.
 PYTHON ?= python3
 PIP_FLAGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
-PACKAGES := m0_basics m1_offline m2_continuous_batching m3_paged_kv m4_flash_attn
+PACKAGES := $(sort $(wildcard m[0-7]_*))
 
-.PHONY: setup demo test lint unit notebooks bench gpu-check clean
+# Two processes with one thread each end sooner than one with two: most of the time is Python's. What is marked `slow`
+# comes first, so that no process waits for the other at the end.
+PROCESSES ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PROCESSES) --dist loadscope --no-loadscope-reorder
+
+.PHONY: setup demo quick test lint unit notebooks bench gpu-check clean
 
 setup: $(VENV)/installed
 
@@ -20,6 +25,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: setup
 	$(RUN) -m m4_flash_attn chat "In one sentence: why does a language model need a KV cache?" --max-tokens 96
 
+quick: setup lint
+	$(PYTEST) -m "not gpu and not real_model and not slow"
+
 test: setup lint unit notebooks
 
 lint: setup
@@ -28,10 +36,10 @@ lint: setup
 	$(VENV)/bin/lint-imports
 
 unit: setup
-	$(RUN) -m pytest
+	$(PYTEST)
 
 notebooks: setup
-	$(RUN) -m pytest --nbmake --nbmake-timeout=900 notebooks
+	$(RUN) -m pytest -n $(PROCESSES) --nbmake --nbmake-timeout=900 notebooks
 
 bench: setup
 	@for package in $(PACKAGES); do $(RUN) -m $$package bench || exit 1; done

@@ -10,3 +10,9 @@ def pytest_ignore_collect(collection_path, config):
     if config.option.markexpr == "gpu" and collection_path.suffix == ".py":
         return None if collection_path.name == "test_gpu.py" else True
     return None
+
+
+def pytest_collection_modifyitems(config, items):
+    """Where several processes share the tests, the slow ones come first: none of them is left for the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -4,15 +4,21 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from m0_basics.tools.analysis.code_size import entries
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = sorted(p.name for p in ROOT.glob("m[0-7]_*") if (p / "__init__.py").is_file())
 MAX_LINES = 400
+MAX_ENTRIES = {"m0_basics": 26}
+HAS = ("README.md", "README.zh-CN.md", "INTERVIEW.md", "INTERVIEW.zh-CN.md", "llm.py", "config.py", "benchmark.py", "idea.py",
+       "py.typed", "tests/test_documents.py", "tests/test_exercises.py")
 HEAVY = ("transformers", "matplotlib", "gguf", "pytest", "accelerate", "scipy")
 # Bases that make a class a seam, a message or an error, and not behaviour to be inherited.
 _OPEN_BASES = {"ABC", "Protocol", "Enum", "IntEnum", "StrEnum", "NamedTuple", "TypedDict"}
@@ -179,8 +185,27 @@ def test_the_idea_stands_alone(package):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_importing_a_package_is_light(package):
+def test_a_folder_shows_its_engine(package):
+    """What a learner sees first is the engine, and not what measures and documents it: that is in `tools/`."""
+    assert len(entries(ROOT / package)) <= MAX_ENTRIES.get(package, 24), entries(ROOT / package)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_milestone_is_complete(package):
+    """The same files in every milestone. The tests named here check its documents and its exercises."""
+    assert [name for name in HAS if not (ROOT / package / name).is_file()] == []
+
+
+def test_import_contracts_know_every_milestone():
+    """All other lists are patterns over the folders."""
+    lint = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    (layers,) = (contract["layers"] for contract in lint["contracts"] if contract["type"] == "layers")
+    assert lint["root_packages"] == PACKAGES
+    assert layers == PACKAGES[::-1]
+
+
+def test_importing_a_package_is_light():
     """Optional and slow packages are imported where they are used: the engine runs without them."""
-    code = f"import sys, {package}; print([m for m in {HEAVY} if m in sys.modules])"
+    code = f"import sys\nfor p in {PACKAGES}: __import__(p); print([m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.split("\n") == ["[]"] * len(PACKAGES) + [""]

@@ -163,11 +163,16 @@ def test_reading_refuses_another_schema():
             RunMetrics.from_dict(wrong)
 
 
-def test_memory_meter_sees_what_is_held_for_a_while():
-    size = 200 * 2**20
+def test_memory_meter_sees_what_is_held_for_a_while(monkeypatch):
+    """Until the meter has looked twice: of the two looks one at least began while it was held."""
+    size, looks = 200 * 2**20, []
+    look = MemoryMeter._resident
+    monkeypatch.setattr(MemoryMeter, "_resident", lambda meter: looks.append(look(meter)) or looks[-1])
     with MemoryMeter() as meter:
         held = np.ones(size, dtype=np.uint8)
-        time.sleep(0.2)
+        before = len(looks)
+        while len(looks) < before + 2:
+            time.sleep(0.01)
         del held
     assert size * 0.9 < meter.peak.rss_added_bytes < size * 2
     assert meter.peak.rss_bytes > meter.peak.rss_added_bytes

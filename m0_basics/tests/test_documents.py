@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import m0_basics
+from m0_basics.tools.documents.checks import check_code_references
 from m0_basics.tools.documents.interview import LABELS, SECTIONS
 from m0_basics.tools.facts import FACTS
 from m0_basics.tools.testing.documents import DocumentConformance, anchor, check_evidence, check_links
@@ -13,6 +14,15 @@ from m0_basics.tools.testing.documents import DocumentConformance, anchor, check
 
 class TestDocuments(DocumentConformance):
     folder, facts = Path(m0_basics.__file__).parent, FACTS
+
+
+ROOT = Path(m0_basics.__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_documents_of_the_whole_name_what_exists(name: str) -> None:
+    assert check_code_references(ROOT / name, ROOT) == []
+    assert check_links(ROOT / name) == []
 
 
 def entry(**sections: str) -> str:

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m0_basics.config import ConfigError
-from m0_basics.tools.exercise.source import blank, find_function, function_text, named_functions, replace_function
+from m0_basics.tools.exercise.source import (
+    Function,
+    blank,
+    find_function,
+    function_text,
+    named_functions,
+    replace_function,
+)
 
 REPO = Path(__file__).parents[2]
 SOURCES = sorted(file for folder in REPO.glob("m*_*") for file in folder.rglob("*.py"))
@@ -183,15 +190,19 @@ def test_cut_by_hand(case: str) -> None:
     assert cut(before, symbol) == after.replace("STUB", stub(symbol))
 
 
-def assert_only_the_body_changed(source: bytes, tree: ast.Module, index: int) -> None:
-    """Cut the function number `index` of `tree` (the tree of `source`) and compare trees and bytes."""
-    name, node = list(named_functions(tree))[index]
+def assert_only_the_body_changed(source: bytes, tree: ast.Module, name: str, node: Function) -> None:
+    """Cut `node`, the function `name` of `tree` (the tree of `source`), and compare trees and bytes.
+
+    Trees are compared where the function stands, at the top level of the file; the rest by its bytes, further down.
+    """
     result = blank(source, node, name)
     new_tree = ast.parse(result)
+    assert len(new_tree.body) == len(tree.body)
+    index = next(i for i, statement in enumerate(tree.body) if node.lineno <= (statement.end_lineno or 0))
     whole_body, documented = node.body, ast.get_docstring(node, clean=False) is not None
     node.body = whole_body[:documented] + ast.parse(stub(name)).body
     try:
-        assert ast.dump(new_tree) == ast.dump(tree)
+        assert ast.dump(new_tree.body[index]) == ast.dump(tree.body[index])
     finally:
         node.body = whole_body
     # The rest is the file's own bytes, and what was dropped behind the last statement are comments of the body.
@@ -209,8 +220,8 @@ def assert_only_the_body_changed(source: bytes, tree: ast.Module, index: int) ->
 def test_every_function_of_the_repository_can_be_cut(path: Path) -> None:
     source = path.read_bytes()
     tree = ast.parse(source)
-    for index in range(len(list(named_functions(tree)))):
-        assert_only_the_body_changed(source, tree, index)
+    for name, node in list(named_functions(tree)):
+        assert_only_the_body_changed(source, tree, name, node)
 
 
 @st.composite
@@ -258,8 +269,8 @@ def test_any_layout_can_be_cut(parts: list[str], in_class: bool, newline: str, f
     text = "class A:\n" + indent(text) if in_class else text
     source = (text if final else text.rstrip("\n")).replace("\n", newline).encode()
     tree = ast.parse(source)
-    for index in range(len(list(named_functions(tree)))):
-        assert_only_the_body_changed(source, tree, index)
+    for name, node in list(named_functions(tree)):
+        assert_only_the_body_changed(source, tree, name, node)
 
 
 @settings(max_examples=50, deadline=None)

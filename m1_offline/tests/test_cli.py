@@ -209,7 +209,7 @@ class TestProcess:
     def run(self, *arguments: Any, stdin: str = "", module: str = "m1_offline") -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
         return subprocess.run([sys.executable, "-m", module, *map(str, arguments)], input=stdin, capture_output=True,
-                              encoding="utf-8", timeout=120, cwd=Path(__file__).parents[2], env=environment,
+                              encoding="utf-8", timeout=600, cwd=Path(__file__).parents[2], env=environment,
                               check=False)
 
     def test_generate(self, tiny_model: TinyModels) -> None:
@@ -235,7 +235,7 @@ class TestProcess:
         model = tiny_model("parrot")
         shell = (f"{sys.executable} -m m1_offline generate '{BOS}' --model {model} --max-tokens 400 --no-stats "
                  "--max-model-len 500 | head -c 1")
-        result = subprocess.run(["/bin/sh", "-c", shell], capture_output=True, encoding="utf-8", timeout=120,
+        result = subprocess.run(["/bin/sh", "-c", shell], capture_output=True, encoding="utf-8", timeout=600,
                                 cwd=Path(__file__).parents[2], check=False)
         assert result.stdout == "a"
         assert "Traceback" not in result.stderr

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from contextlib import aclosing
 from itertools import pairwise
 
@@ -12,7 +11,6 @@ import pytest
 from m0_basics import ConfigError, SamplingParams
 from m0_basics.tools.testing.parity import mixed_length_prompts
 from m2_continuous_batching import LLM, SchedulingParams
-from m2_continuous_batching.plugins import SchedulerPlugin
 from m2_continuous_batching.server.app import running
 from m2_continuous_batching.server.async_engine import (
     AsyncLLMEngine,
@@ -21,34 +19,12 @@ from m2_continuous_batching.server.async_engine import (
     QueueFullError,
 )
 from m2_continuous_batching.server.output_stream import OutputStream
+from m2_continuous_batching.tests.recorder import Recorder
 
 OPTIONS = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 3}
 PROMPTS = mixed_length_prompts(260, 6, seed=3)
 MESSAGES = [{"role": "user", "content": "on the 中"}]
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
-
-
-class Recorder(SchedulerPlugin):
-    """Writes down every step, slows them down, and fails when it is told to."""
-
-    def __init__(self, step_s: float = 0.0) -> None:
-        self.step_s = step_s
-        self.fail_with: BaseException | None = None
-        self.threads: set[threading.Thread] = set()
-        self.steps: list[list[tuple[int, int]]] = []         # (seq_id, tokens run) of each step
-        self.completed = []
-
-    def before_step(self, scheduler):
-        self.threads.add(threading.current_thread())
-        if self.fail_with is not None:
-            raise self.fail_with
-        time.sleep(self.step_s)
-
-    def after_step(self, scheduler, stats):
-        self.steps.append([(s.sequence.seq_id, s.num_tokens) for s in stats.output.scheduled])
-
-    def on_request_completion(self, request):
-        self.completed.append(request)
 
 
 @pytest.fixture(params=[False, True], ids=["", "async_scheduling"])
@@ -73,7 +49,7 @@ async def last(outputs):
 
 
 async def until(condition):
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -189,18 +165,20 @@ def test_a_request_that_nobody_waits_for_is_freed(make, how):
 
 
 def test_cancelling_while_the_request_is_on_its_way_leaves_nothing(make):
-    """The engine is in a slow step, so the command that adds the request waits in the queue."""
-    engine, _ = make(step_s=0.2)
+    """The engine is in a step that is held, so the command that adds the request waits in the queue."""
+    engine, recorder = make()
+    recorder.hold_after = 0
 
     async def run():
         async with running(engine):
             busy = asyncio.create_task(last(engine.generate(PROMPTS[0], greedy(4, ignore_eos=True))))
-            await until(lambda: engine.num_open_requests == 1)
+            await until(recorder.held.is_set)
             task = asyncio.create_task(engine.add_requests([PROMPTS[1]], LONG, stream=True))
             await asyncio.sleep(0.05)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
+            recorder.go.set()
             await busy
             await until(lambda: not engine.num_open_requests)
 
@@ -226,19 +204,19 @@ def test_a_slow_consumer_sees_the_newest_state_only(make):
 
 
 def test_the_event_loop_runs_while_the_engine_steps(make):
-    """A step of a tenth of a second must not stop the loop: between two tokens it turns many times."""
-    engine, _ = make(step_s=0.1)
+    """A step that is held goes on when the loop says so, which it cannot while a step stops it."""
+    engine, recorder = make()
+    recorder.hold_after = 2
 
     async def run():
         async with running(engine):
             task = asyncio.create_task(last(engine.generate(PROMPTS[0], greedy(4, ignore_eos=True))))
-            turns = 0
-            while not task.done():
-                await asyncio.sleep(0.001)
-                turns += 1
-            return turns
+            await until(recorder.held.is_set)
+            assert not task.done()
+            recorder.go.set()
+            return await task
 
-    assert asyncio.run(run()) > 20
+    assert len(asyncio.run(run()).outputs[0].token_ids) == 4
 
 
 def test_a_grammar_that_takes_long_to_compile_delays_nobody_else(make, monkeypatch):
@@ -251,7 +229,7 @@ def test_a_grammar_that_takes_long_to_compile_delays_nobody_else(make, monkeypat
     def slow(kind, text):
         compiled_in.append(threading.current_thread().name)
         compiling.set()
-        assert may_go_on.wait(20), "nobody else came forward"
+        assert may_go_on.wait(120), "nobody else came forward"
         return compile_alone(kind, text)
 
     monkeypatch.setattr(grammars, "_compile_alone", slow)
@@ -317,14 +295,19 @@ def test_the_death_of_the_engine_reaches_everybody(make):
 
 def test_shutdown_drains_and_then_aborts(make):
     """A short request ends as usual, a long one is cut off, and no new one is taken."""
-    engine, _ = make(step_s=0.01)
+    engine, recorder = make()
+
+    def slow_down(request):         # so that the long one cannot end while the engine drains
+        recorder.step_s = 0.05
+
+    recorder.on_request_completion = slow_down
 
     async def run():
         engine.start()
         short = asyncio.create_task(last(engine.generate(PROMPTS[0], greedy(8, ignore_eos=True))))
         long = asyncio.create_task(last(engine.generate(PROMPTS[1], LONG)))
         await until(lambda: engine.num_open_requests == 2)
-        ending = asyncio.create_task(engine.shutdown(drain_s=0.6))
+        ending = asyncio.create_task(engine.shutdown(drain_s=2.0))
         await asyncio.sleep(0)
         with pytest.raises(EngineStoppedError):
             await last(engine.generate(PROMPTS[2], greedy()))
@@ -372,14 +355,17 @@ def test_a_consumer_whose_loop_is_gone_is_forgotten(make):
 def test_a_long_prompt_delays_a_running_stream_by_one_step_at_most(make):
     """F2.12: between two tokens of a stream that runs lies at most one step that did not run it."""
     engine, recorder = make(max_num_seqs=6)
+    recorder.hold_after = 6
 
     async def run():
         async with running(engine):
             streams = [asyncio.create_task(last(engine.generate(p, greedy(60, ignore_eos=True))))
                        for p in PROMPTS[:2]]
-            await until(lambda: len(recorder.steps) > 5)
+            await until(recorder.held.is_set)
             long = [asyncio.create_task(last(engine.generate([7 + i] * 200, greedy(20, ignore_eos=True))))
                     for i in range(4)]
+            await asyncio.sleep(0)
+            recorder.go.set()
             return await asyncio.gather(*streams, *long)
 
     asyncio.run(run())

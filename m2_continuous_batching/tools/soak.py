@@ -97,13 +97,19 @@ def offline_answers(llm_class: type[BaseLLM], options: Mapping[str, Any]) -> lis
 
 async def _drive(server: ServerProcess, expected: list[Expected], clients: int,
                  seconds: float) -> tuple[Tally, float]:
-    """All clients until the time is up and their last requests are answered; and the server's memory after a third."""
+    """All clients until the time is up and their last requests are answered.
+
+    And the server's memory after a third of the time, or when every client has done all that it does, if that is later.
+    """
     deadline = time.monotonic() + seconds
+    rounds = [asyncio.Event() for _ in range(clients)]
     running = asyncio.gather(
-        *(run_client(server.url, number, deadline, expected) for number in range(clients)),
+        *(run_client(server.url, number, deadline, expected, rounds[number].set) for number in range(clients)),
         *(asyncio.to_thread(run_sync_client, server.url, number, deadline, expected)
           for number in range(_SYNC_CLIENTS)))
-    await asyncio.sleep(seconds / 3)
+    early = asyncio.gather(asyncio.sleep(seconds / 3), *(done.wait() for done in rounds))
+    await asyncio.wait((early, running), return_when=asyncio.FIRST_COMPLETED)       # a client that raises does no round
+    early.cancel()
     rss = server.rss_mib()
     return total(await running), rss
 

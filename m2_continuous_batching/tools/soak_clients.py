@@ -10,7 +10,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,11 +93,15 @@ def total(tallies: Iterable[Tally]) -> Tally:
     return result
 
 
-async def run_client(url: str, number: int, deadline: float, expected: list[Expected]) -> Tally:
-    """One client that does all of `ACTIONS`, until `time.monotonic()` reaches the deadline."""
+async def run_client(url: str, number: int, deadline: float, expected: list[Expected],
+                     on_round: Callable[[], None] = lambda: None) -> Tally:
+    """One client that does all of `ACTIONS`, once at least, and until `time.monotonic()` reaches the deadline.
+
+    `on_round` is called at the end of each round.
+    """
     tally, rng = Tally(), random.Random(number)
     async with openai.AsyncOpenAI(**_options(url)) as client:
-        for action in _rounds(ACTIONS, rng, deadline):
+        for action in _rounds(ACTIONS, rng, deadline, on_round):
             want = rng.choice([e for e in expected if e.is_chat == action.startswith("chat")])
             with tally.record(action):
                 await _act(client, url, action, want, rng, tally)
@@ -207,12 +211,17 @@ def _create(client: Any, want: Expected) -> Any:
     return client.chat.completions.create if want.is_chat else client.completions.create
 
 
-def _rounds(actions: dict[str, int], rng: random.Random, deadline: float) -> Iterator[str]:
-    while True:
+def _rounds(actions: dict[str, int], rng: random.Random, deadline: float,
+            on_round: Callable[[], None] = lambda: None) -> Iterator[str]:
+    """All actions in some order, again and again; the first round is done whole, however late it is."""
+    first = True
+    while first or time.monotonic() < deadline:
         for action in rng.sample(list(actions), counts=list(actions.values()), k=sum(actions.values())):
-            if time.monotonic() >= deadline:
+            if not first and time.monotonic() >= deadline:
                 return
             yield action
+        first = False
+        on_round()
 
 
 def _options(url: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from m4_flash_attn.tools.start_up import first_token_s
 from m4_flash_attn.tools.step_parts import Stopwatch, step_parts, timed_engine
 
 
+@pytest.mark.slow
 def test_every_part_is_there(tmp_path: Path, tiny_model: TinyModels) -> None:
     """It starts the command, which builds the kernels once more: the only test here that takes long."""
     folder = tmp_path / "results"

@@ -16,7 +16,10 @@ import pytest
 TESTS = Path(__file__).parent
 ROOT = TESTS.parents[1]
 # Triton is made for Linux; where it exists, `make setup` installs it.
-pytestmark = pytest.mark.skipif(find_spec("triton") is None and sys.platform != "linux", reason="Triton is for Linux")
+pytestmark = [
+    pytest.mark.skipif(find_spec("triton") is None and sys.platform != "linux", reason="Triton is for Linux"),
+    pytest.mark.slow,
+]
 
 
 def run(file: str, interpret: bool, cache: Path) -> str:
@@ -31,7 +34,8 @@ def run(file: str, interpret: bool, cache: Path) -> str:
 
 
 @pytest.mark.parametrize(("file", "interpret"), [("interpreted_kernels.py", True), ("compiled_kernels.py", False)])
-def test_in_a_process_of_its_own(file: str, interpret: bool, tmp_path: Path) -> None:
-    output = run(file, interpret, tmp_path)
+def test_in_a_process_of_its_own(file: str, interpret: bool, pytestconfig: pytest.Config) -> None:
+    """What was compiled is kept: Triton's cache goes by the sources, and compiling takes minutes."""
+    output = run(file, interpret, pytestconfig.rootpath / ".cache" / "triton")
     assert re.search(r"\b\d+ passed", output)
     assert "skipped" not in output

@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -26,6 +26,11 @@ from m0_basics.config import ConfigError
 
 from ..exercise_overlay import WORKSPACE_VARIABLE
 from .source import MARK, blank, find_function, function_text, parse, replace_function
+
+# (arguments, folder, environment) -> what `python arguments` did there; errors go where the output goes.
+Python = Callable[[Sequence[str], Path, Mapping[str, str]], subprocess.CompletedProcess[str]]
+# Plugins of pytest that no exercise needs, and that take longer to import than an exercise to grade.
+_SLOW_PLUGINS = ("schemathesis", "nbmake", "anyio")
 
 
 class State(Enum):
@@ -64,12 +69,16 @@ class CheckResult:
 class ExerciseBook:
     """The exercises of `package`, and what the learner has made of them."""
 
-    def __init__(self, package: str) -> None:
-        """Read and check the table. Raises ConfigError for a row whose function or test does not exist."""
+    def __init__(self, package: str, python: Python | None = None) -> None:
+        """Read and check the table. Raises ConfigError for a row whose function or test does not exist.
+
+        `python` runs the tests; None: a new process each time.
+        """
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise ConfigError(f"package={package!r} is not valid; allowed: an installed milestone, such as m0_basics")
         self.package = package
+        self.python = python or run_python
         self.folder = Path(next(iter(spec.submodule_search_locations)))
         workspace = os.environ.get(WORKSPACE_VARIABLE)
         self.workspace = Path(workspace).resolve() if workspace else self.folder.parent / "workspace"
@@ -178,12 +187,12 @@ class ExerciseBook:
         with tempfile.TemporaryDirectory() as scratch:
             report = Path(scratch, "report.xml")
             # --verbosity sets what -q in a project's own settings would only add to.
-            command = [sys.executable, "-m", "pytest", "-p", "m0_basics.tools.exercise_overlay", "-x", "--verbosity=-1",
-                       "--color=no", "-p", "no:cacheprovider", f"--junit-xml={report}",
-                       *(f"{self.package}/{test}" for test in tests)]
-            done = subprocess.run(command, cwd=self.folder.parent, text=True, stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT, check=False,
-                                  env=os.environ | {WORKSPACE_VARIABLE: str(self.workspace)})
+            left_out = [part for name in _SLOW_PLUGINS for part in ("-p", f"no:{name}")]
+            arguments = ["-m", "pytest", "-p", "m0_basics.tools.exercise_overlay", "-x", "--verbosity=-1",
+                         "--color=no", "-p", "no:cacheprovider", *left_out, f"--junit-xml={report}",
+                         *(f"{self.package}/{test}" for test in tests)]
+            done = self.python(arguments, self.folder.parent,
+                               os.environ | {WORKSPACE_VARIABLE: str(self.workspace)})
             passed = _count_passed(report)
         output = done.stdout.strip()
         if done.returncode in (0, 5) and not passed:        # 5: pytest selected none
@@ -232,6 +241,13 @@ class ExerciseBook:
                 if not inside:
                     raise ConfigError(f"{where}: test={test!r} is not valid; {path} has no {'::'.join(names)}")
                 scope = inside[0]
+
+
+def run_python(arguments: Sequence[str], folder: Path, environment: Mapping[str, str],
+               ) -> subprocess.CompletedProcess[str]:
+    """A process of its own."""
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, text=True, check=False,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def read_table(readme: Path) -> list[Exercise]:

@@ -1,16 +1,26 @@
 """Fixtures that every milestone's tests share; the `conftest.py` at the top of the repository loads them."""
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
+from ..exercise.book import Python, run_python
+from .forked_python import ForkedPython
 from .real_model import RealReference, real_reference
 from .tiny_models import FAMILIES_UNDER_TEST, save_parrot_model, save_tiny_model
 
 TinyModels = Callable[[str], Path]
+
+with suppress(ImportError):         # an interpreter with a GPU may lack it
+    import hypothesis
+    # How long an example takes says how busy the machine is, and nothing about the code.
+    hypothesis.settings.register_profile("lab", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+    hypothesis.settings.load_profile("lab")
 
 # Bytes that all differ: characters of one, two, three and four bytes.
 PARROT_TEXT = "aé中😀z?"
@@ -45,6 +55,16 @@ def _one_thread_for_tiny_models(request: pytest.FixtureRequest) -> Iterator[None
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def forked_python() -> Iterator[Python]:
+    """Runs commands of Python without the time that importing torch and transformers takes."""
+    if sys.platform != "linux":                 # a fork of a process with Apple's libraries in it is not safe
+        yield run_python
+        return
+    with ForkedPython() as forked:
+        yield forked.run
 
 
 @pytest.fixture(scope="session")

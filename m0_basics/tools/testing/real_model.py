@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from m0_basics.loading.loader import default_model_file
 from m0_basics.tools.divergence import DEFAULT_PROMPTS, run_transformers
@@ -35,17 +36,15 @@ class RealReference:
 def real_reference(cache: Path) -> RealReference:
     """Return the reference, from the folder `cache` or computed into it."""
     folder = cache / f"smollm2-reference-{_key()}"
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix="computing-", dir=cache))
-        try:
-            _compute(scratch)
-            scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():         # else another process was quicker
-                raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):        # a second process waits for what the first one computes
+        if not folder.is_dir():
+            scratch = Path(tempfile.mkdtemp(prefix="computing-", dir=cache))
+            try:
+                _compute(scratch)
+                scratch.rename(folder)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
     return RealReference(folder, **json.loads((folder / "reference.json").read_text(encoding="utf-8")))
 
 

@@ -67,7 +67,7 @@ class RunningServer:
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"content-type": "application/json"} | (headers or {}))
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=300) as answer:
                 return answer.status, _parse(answer.read())
         except urllib.error.HTTPError as error:
             return error.code, _parse(error.read())
@@ -86,7 +86,7 @@ def _parse(data: bytes) -> Any:
         return data.decode()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     """Wait for what another thread is about to do. Raises TimeoutError."""
     deadline = time.monotonic() + seconds
     while not condition():
