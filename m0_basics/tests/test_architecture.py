@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = sorted(p.name for p in ROOT.glob("m[0-7]_*") if (p / "__init__.py").is_file())
 MAX_LINES = 400
 MAX_ENTRIES = {"m0_basics": 26}
-HAS = ("README.md", "README.zh-CN.md", "INTERVIEW.md", "INTERVIEW.zh-CN.md", "llm.py", "config.py", "benchmark.py", "idea.py",
-       "py.typed", "tests/test_documents.py", "tests/test_exercises.py")
+HAS = ("README.md", "README.zh-CN.md", "INTERVIEW.md", "INTERVIEW.zh-CN.md", "llm.py", "config.py", "benchmark.py",
+       "idea.py", "py.typed", "tests/test_documents.py", "tests/test_exercises.py")
 HEAVY = ("transformers", "matplotlib", "gguf", "pytest", "accelerate", "scipy")
 # Bases that make a class a seam, a message or an error, and not behaviour to be inherited.
 _OPEN_BASES = {"ABC", "Protocol", "Enum", "IntEnum", "StrEnum", "NamedTuple", "TypedDict"}
