@@ -72,10 +72,6 @@ class ModelSpec:
         for switch in ("use_sliding_window", "mlp_bias"):
             if config.get(switch):
                 raise ConfigError(f"{switch}={config[switch]!r} of {architecture} is not supported; allowed: false")
-        if config.get("quantization_config"):
-            method = dict(config["quantization_config"]).get("quant_method", "unknown")
-            raise ConfigError(f"quantization_config of method {method!r} is not supported; allowed: float32, bfloat16 "
-                              "or float16 weights, or a GGUF file")
         if (activation := config.get("hidden_act", "silu")) != "silu":
             raise ConfigError(f"hidden_act={activation!r} is not supported; allowed: silu")
         if missing := [key for key in _REQUIRED if key not in config]:

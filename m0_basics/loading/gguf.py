@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from ..config import ConfigError
 from ..model_spec import FAMILIES
 from .gguf_tokenizer import build_tokenizer
+from .weights import WeightSource
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -66,7 +67,7 @@ def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
         build_tokenizer(metadata, path).save(str(scratch / "tokenizer.json"))
         _write_json(scratch / "tokenizer_config.json", _tokenizer_config(metadata))
         _write_json(scratch / "generation_config.json", {"eos_token_id": _eos_token_ids(metadata)})
-        _write_shards(scratch, hf_tensors(reader, config, path), dtype)
+        _write_shards(scratch, GGUFWeights(reader, config, path), dtype)
         _write_json(scratch / "config.json", config | {"dtype": name})
         try:
             scratch.rename(folder)
@@ -140,19 +141,33 @@ def hf_config(metadata: dict[str, Any], reader: GGUFReader, path: Path) -> dict[
     return config
 
 
-def hf_tensors(reader: GGUFReader, config: dict[str, Any], path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, float32 tensor) for every weight of the file."""
-    for tensor in reader.tensors:
-        if tensor.name == "rope_freqs.weight":
-            continue
-        name = hf_name(tensor.name)
-        if name is None:
-            raise GGUFError(f"tensor {tensor.name} of {path} has no place in {config['architectures'][0]}")
-        weight = dequantise(tensor, path)
-        if config["model_type"] == "llama" and re.search(r"attn_[qk]\.", tensor.name):
-            key = "num_attention_heads" if ".attn_q." in tensor.name else "num_key_value_heads"
-            weight = unpermute(weight, config[key])
-        yield name, weight
+class GGUFWeights(WeightSource):
+    """The tensors of a file under their Hugging Face names, as float32 and in Hugging Face's row order."""
+
+    def __init__(self, reader: GGUFReader, config: Mapping[str, Any], path: Path) -> None:
+        """`config` is the file's `hf_config`. Raises GGUFError for a tensor that has no place in that model."""
+        self.location, self._config = path, config
+        self.stored: dict[str, ReaderTensor] = {}           # as they lie in the file
+        for tensor in reader.tensors:
+            if tensor.name == "rope_freqs.weight":          # part of the configuration
+                continue
+            name = hf_name(tensor.name)
+            if name is None:
+                raise GGUFError(f"tensor {tensor.name} of {path} has no place in {config['architectures'][0]}")
+            self.stored[name] = tensor
+
+    def names(self) -> Collection[str]:
+        return self.stored.keys()
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, dequantised."""
+        if name not in self.stored:
+            raise GGUFError(f"{self.location} lacks the tensor {name}")
+        weight = dequantise(self.stored[name], self.location)
+        if self._config["model_type"] == "llama" and (match := re.search(r"\.([qk])_proj\.", name)):
+            key = "num_attention_heads" if match[1] == "q" else "num_key_value_heads"
+            weight = unpermute(weight, self._config[key])
+        return weight
 
 
 def hf_name(name: str) -> str | None:
@@ -181,7 +196,7 @@ def unpermute(weight: Tensor, num_heads: int) -> Tensor:
     return weight.reshape(num_heads, rows // num_heads // 2, 2, *rest).swapaxes(1, 2).reshape(rows, *rest)
 
 
-def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> None:
+def _write_shards(folder: Path, source: WeightSource, dtype: torch.dtype) -> None:
     from safetensors.torch import save_file
     shard: dict[str, Tensor] = {}
     weight_map: dict[str, str] = {}
@@ -195,8 +210,8 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], dtype: to
         weight_map.update(dict.fromkeys(shard, file))
         shard, held = {}, 0
 
-    for name, tensor in tensors:
-        shard[name] = tensor.to(dtype).contiguous()
+    for name in source.names():
+        shard[name] = source.read(name).to(dtype).contiguous()
         held += shard[name].nbytes
         if held >= _SHARD_BYTES:
             flush()

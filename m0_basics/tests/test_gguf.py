@@ -17,7 +17,8 @@ from m0_basics import LLM
 from m0_basics.config import ConfigError, ModelConfig
 from m0_basics.loading import gguf
 from m0_basics.loading.gguf import GGUFError, cache_dir, convert_gguf
-from m0_basics.loading.loader import SafetensorsFolder, load_spec, resolve_model
+from m0_basics.loading.loader import load_spec, resolve_model
+from m0_basics.loading.weights import SafetensorsFolder
 from m0_basics.tools.testing.conformance import greedy
 from m0_basics.tools.testing.gguf_blocks import BLOCKS
 from m0_basics.tools.testing.gguf_files import write_gguf

@@ -328,16 +328,6 @@ def test_an_exported_model_is_the_same_for_transformers(variant, tiny_model, tmp
     assert_same_tokens([out.outputs[0].token_ids], reference_greedy(source, [out.prompt_token_ids], 4))
 
 
-def test_quantised_weights_are_refused(tiny_model, tmp_path):
-    """F0.9: their scales would be ignored, and the numbers would be garbage."""
-    folder = tmp_path / "quantised"
-    shutil.copytree(tiny_model("qwen3"), folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(ConfigError, match=r"quantization_config of method 'fp8' is not supported; allowed: float32"):
-        LLM(str(folder))
-
-
 def test_a_huge_max_model_len_is_refused_before_anything_is_allocated(tiny_model):
     """F0.1: the model's own limit is named."""
     with pytest.raises(ConfigError, match=r"max_model_len=1000000000000 is not valid; allowed: at most \d+"):
