@@ -25,7 +25,9 @@ class Tokenizer:
         """`backend` is a `tokenizers.Tokenizer`; `settings` is the content of `tokenizer_config.json`."""
         self._backend = backend
         self._settings = settings
-        self._texts: dict[tuple[int, bool], str] = {}       # of single tokens
+        self._texts: dict[tuple[int, bool], str] = {}       # of single tokens, alone
+        self._inner_texts: dict[int, str] = {}              # and in the middle of a text
+        self._a_word: list[int] | None = None               # the tokens of some text
         template = settings.get("chat_template")
         if isinstance(template, list):      # several named templates: chat is the one called "default"
             template = {t["name"]: t["template"] for t in template}.get("default")
@@ -87,6 +89,41 @@ class Tokenizer:
         text = self._texts.get((token_id, skip_special_tokens))
         if text is None:
             text = self._texts[token_id, skip_special_tokens] = self.decode([token_id], skip_special_tokens)
+        return text
+
+    def decode_output(self, token_ids: Sequence[int], prompt_token_ids: Sequence[int],
+                      skip_special_tokens: bool = True) -> str:
+        """The text that `token_ids` add to a prompt: what its text grows by.
+
+        Decoded alone the first token would begin a text, and a SentencePiece decoder drops the space before it.
+        """
+        context = self.context(prompt_token_ids, skip_special_tokens)
+        before = self.decode(context, skip_special_tokens)
+        whole = self.decode([*context, *token_ids], skip_special_tokens)
+        # Byte fallback judges a run of bytes as a whole: broken ones spoil the context as well.
+        return whole[len(before):] if whole.startswith(before) else self.decode(token_ids, skip_special_tokens)
+
+    def context(self, prompt_token_ids: Sequence[int], skip_special_tokens: bool = True) -> list[int]:
+        """The tokens of a prompt that decide how its output begins: the last one with a text, and those after it.
+
+        Tokens that are no whole character are left out: what completes them belongs to the output alone.
+        """
+        after: list[int] = []                           # without a text, such as special tokens
+        for token_id in reversed(prompt_token_ids):
+            text = self.decode_one(token_id, skip_special_tokens)
+            if "\ufffd" not in text:
+                after.append(token_id)
+                if text:
+                    break
+        return after[::-1]
+
+    def token_text(self, token_id: int) -> str:
+        """What a token, special or not, adds in the middle of a text: with its space, where it begins a word."""
+        text = self._inner_texts.get(token_id)
+        if text is None:
+            if self._a_word is None:
+                self._a_word = self.encode("a", add_special_tokens=False)
+            text = self._inner_texts[token_id] = self.decode_output([token_id], self._a_word, False)
         return text
 
     def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
