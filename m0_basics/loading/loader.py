@@ -9,6 +9,7 @@ import importlib.util
 import json
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..model import CausalLM
 from ..model_spec import ModelSpec
 from .files import LoadError, read_json
 from .gguf import convert_gguf
+from .special_tokens import eos_token_id
 from .tokenizer import Tokenizer
 from .weights import SafetensorsFolder, hf_parts, load_weights, part_rows
 
@@ -93,11 +95,19 @@ def _download(model: str) -> Path:
 
 
 def load_spec(folder: Path) -> ModelSpec:
-    """The model's shape, with the end-of-sequence tokens of its generation settings."""
+    """The model's shape, with all the tokens that end a sequence: those of its settings, and the tokenizer's own.
+
+    An id outside the vocabulary is left out: no token ever has it.
+    """
     config = read_json(folder / "config.json")
-    eos = read_json(folder / "generation_config.json", required=False).get("eos_token_id", config.get("eos_token_id"))
-    ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    return ModelSpec.from_hf_config(config, ids)
+    named = read_json(folder / "generation_config.json", required=False).get("eos_token_id", config.get("eos_token_id"))
+    ids = [] if named is None else named if isinstance(named, list) else [named]
+    if bad := [i for i in ids if isinstance(i, bool) or not isinstance(i, int)]:
+        raise LoadError(f"eos_token_id={bad[0]!r} of {folder} is not valid; allowed: an integer, or a list of them")
+    spec = ModelSpec.from_hf_config(config)
+    own = eos_token_id(folder)
+    ends = dict.fromkeys(i for i in (*ids, *([] if own is None else [own])) if 0 <= i < spec.vocab_size)
+    return replace(spec, eos_token_ids=tuple(ends))
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer | None:

@@ -260,14 +260,25 @@ def test_padding(folder):
 
 
 @pytest.mark.parametrize(("generation", "config", "expected"), [
-    ([7, 9], 5, (7, 9)), (7, 5, (7,)), (None, 5, (5,)), (None, [5, 6], (5, 6)), (None, None, ())])
+    ([7, 9], 5, (7, 9)), (7, 5, (7,)), (None, 5, (5,)), (None, [5, 6], (5, 6)), (None, None, ()),
+    ([7, 267], None, (7,)), ([-1, 10 ** 12, VOCAB_SIZE, 8], None, (8,))])
 def test_end_of_sequence_tokens(folder, generation, config, expected):
-    """The generation settings know best; they may name several."""
+    """The generation settings know best, and may name several; the tokenizer's own ends an output as well."""
     change_json(folder / "config.json", eos_token_id=config)
     change_json(folder / "generation_config.json", eos_token_id=generation)
-    assert load_spec(folder).eos_token_ids == expected
+    own = (267,)
+    assert load_spec(folder).eos_token_ids == (*expected, *own)
     (folder / "generation_config.json").unlink()
+    assert load_spec(folder).eos_token_ids == (*(() if config is None else (config,) if config == 5 else (5, 6)), *own)
+    change_json(folder / "tokenizer_config.json", eos_token=None)
     assert load_spec(folder).eos_token_ids == (() if config is None else (config,) if config == 5 else (5, 6))
+
+
+@pytest.mark.parametrize("eos", ["5", 5.0, True, [5, None], {"a": 5}])
+def test_an_end_of_sequence_token_that_is_none(eos, folder):
+    change_json(folder / "generation_config.json", eos_token_id=eos)
+    with pytest.raises(LoadError, match=r"eos_token_id=.* is not valid; allowed: an integer, or a list of them"):
+        LLM(str(folder))
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [
