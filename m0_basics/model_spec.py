@@ -62,6 +62,9 @@ class ModelSpec:
         if architecture not in FAMILIES:
             raise ConfigError(f"architecture {architecture} is not supported; allowed: {', '.join(FAMILIES)}")
         family = FAMILIES[architecture]
+        for switch in ("use_sliding_window", "mlp_bias", "attention_bias", "tie_word_embeddings"):
+            if config.get(switch) not in (None, True, False):
+                raise reject(switch, config[switch], "true, false")
         for switch in ("use_sliding_window", "mlp_bias"):
             if config.get(switch):
                 raise ConfigError(f"{switch}={config[switch]!r} of {architecture} is not supported; allowed: false")
@@ -100,7 +103,7 @@ class ModelSpec:
 
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_MAX_SIZE = 1 << 31                     # of one dimension: a hundred times the largest there is
+_MAX_SIZE = 1 << 31                     # of one dimension: far above the largest there is
 
 
 def _size(name: str, value: object) -> int:

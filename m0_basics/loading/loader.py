@@ -14,16 +14,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from ..config import DEFAULT_MODEL, DTYPES, ConfigError, ModelConfig, reject
 from ..model import CausalLM
 from ..model_spec import ModelSpec
 from .files import LoadError, read_json
-from .gguf import convert_gguf
+from .model_cache import convert_gguf
 from .special_tokens import eos_token_id
 from .tokenizer import Tokenizer
-from .weights import SafetensorsFolder, hf_parts, load_weights, part_rows
+from .weights import SafetensorsFolder, check_layers, hf_parts, load_weights, part_rows
 
 
 def resolve_device(device: str) -> torch.device:
@@ -126,16 +127,29 @@ def load_model(config: ModelConfig) -> CausalLM:
     if (method := quantization_method(folder)) is not None:
         raise ConfigError(f"quantization_config of method {method!r} is not supported; allowed: float32, bfloat16 "
                           "or float16 weights, or a GGUF file")
-    model = new_model(load_spec(folder), config.max_model_len, dtype, device)
-    load_weights(model, SafetensorsFolder(folder))
+    spec, source = load_spec(folder), SafetensorsFolder(folder)
+    check_layers(spec, source)
+    model = new_model(spec, config.max_model_len, dtype, device)
+    load_weights(model, source)
     return model.eval()
 
 
 def new_model(spec: ModelSpec, max_model_len: int | None, dtype: torch.dtype, device: torch.device) -> CausalLM:
-    """A model whose weights are still missing. Raises ConfigError for a `max_model_len` above the model's limit."""
+    """A model whose weights are still missing. Raises ConfigError for a `max_model_len` above the model's limit.
+
+    Its rotary table is made here; one that the memory does not hold is refused as well.
+    """
     if max_model_len is not None and max_model_len > spec.max_position_embeddings:
         raise reject("max_model_len", max_model_len, f"at most {spec.max_position_embeddings}, the model's own limit")
-    return CausalLM(spec, max_model_len or spec.max_position_embeddings, dtype, device)
+    length = max_model_len or spec.max_position_embeddings
+    needed, free = 5 * 4 * length * spec.head_dim, psutil.virtual_memory().available      # float32 angles, and copies
+    if needed > free:
+        raise reject("max_model_len", length, f"at most {length * free // needed}: the rotary table of each position "
+                                              f"takes {needed // length} bytes")
+    try:
+        return CausalLM(spec, length, dtype, device)
+    except (RuntimeError, OverflowError) as error:          # sizes whose product no tensor can have
+        raise LoadError(f"the sizes in config.json make no model: {str(error).splitlines()[0]}") from error
 
 
 def quantization_method(folder: Path) -> str | None:

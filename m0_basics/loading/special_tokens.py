@@ -50,7 +50,7 @@ def added_tokens(settings: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
     """Id -> content and flags of every token that the settings add."""
     entries = settings.get("added_tokens_decoder") or {}
     try:
-        tokens = {int(token_id): dict(token) for token_id, token in entries.items()}
+        tokens: dict[int, Mapping[str, Any]] = {int(i): dict(token) for i, token in entries.items()}
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"added_tokens_decoder of the tokenizer's settings is not valid: {error}; "
                           "allowed: ids with an added token each") from error

@@ -5,6 +5,8 @@ A test holds both equal.
 """
 from __future__ import annotations
 
+import importlib.metadata
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,14 +159,31 @@ class Tokenizer:
 
 
 def _convert_slow_tokenizer(folder: Path) -> Any:
-    """A folder with a SentencePiece model only: transformers converts it."""
+    """A folder with the file of another library only: transformers converts it, with that library's help."""
     # Asked for before transformers is: it makes an empty tokenizer of a folder that has none.
-    if not (folder / "tokenizer.model").is_file():
+    file = folder / "tokenizer.model"
+    if not file.is_file():
         raise ConfigError(f"{folder} has neither tokenizer.json nor tokenizer.model; "
                           "use skip_tokenizer_init=True to work with token ids only")
+    with file.open("rb") as content:
+        is_tiktoken = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content.read(4096)) is not None
+    # Without it transformers takes a SentencePiece model for tiktoken's, and asks for the wrong one.
+    needed = ("transformers", "tiktoken") if is_tiktoken else ("transformers", "sentencepiece", "protobuf")
+    if missing := [name for name in needed if not _is_installed(name)]:
+        raise ConfigError(f"{folder} has no tokenizer.json, and its tokenizer.model cannot be converted without "
+                          f"{', '.join(missing)}; get it with: pip install {' '.join(missing)}; or use "
+                          "skip_tokenizer_init=True to work with token ids only")
     try:
         from transformers import AutoTokenizer
         return AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
     except Exception as error:
         raise ConfigError(f"{folder} has no tokenizer.json, and transformers could not make one: {error}; "
                           "use skip_tokenizer_init=True to work with token ids only") from error
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

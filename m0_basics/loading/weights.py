@@ -82,6 +82,14 @@ def load_weights(model: CausalLM, source: WeightSource, fill: FillLinear = fill_
                         + "; without it the model would compute something else")
 
 
+def check_layers(spec: ModelSpec, source: WeightSource) -> None:
+    """Raise LoadError where the checkpoint lacks a layer: before a model of a billion of them is built."""
+    held = {int(match[1]) for name in source.names() if (match := re.match(r"model\.layers\.(\d{1,6})\.", name))}
+    first = next(layer for layer in range(len(held) + 1) if layer not in held)
+    if first < spec.num_hidden_layers:
+        raise LoadError(f"{source.location} lacks the tensor model.layers.{first}.input_layernorm.weight")
+
+
 def hf_parts(name: str) -> list[str]:
     """What Hugging Face calls the parts that make up one of our modules (or parameters), in order."""
     if name.startswith("lm_head"):

@@ -149,6 +149,18 @@ def test_how_numbers_are_split(pre, split):
     assert pieces(build_tokenizer(byte_level_header(pre), Path("x.gguf")), "ab 12345c") == split
 
 
+@pytest.mark.parametrize(("alias", "name"), [
+    ("deepseek-r1-qwen", "qwen2"), ("megrez", "qwen2"), ("llama3", "llama-bpe"), ("llama-v3", "llama-bpe"),
+    ("falcon3", "llama-bpe"), ("phi-2", "gpt-2")])
+def test_other_names_of_a_splitting(alias, name):
+    """llama.cpp's table. What it calls llama-bpe begins with BOS."""
+    more = {"tokenizer.ggml.bos_token_id": 266}
+    ours, theirs = (build_tokenizer(byte_level_header(pre, **more), Path("x.gguf")) for pre in (alias, name))
+    for text in TEXTS:
+        assert pieces(ours, text) == pieces(theirs, text)
+    assert (ours.encode("a").ids[0] == 266) == (name == "llama-bpe")
+
+
 def test_special_and_added_tokens_of_a_header():
     header = byte_level_header("gpt-2")
     header["tokenizer.ggml.tokens"] += ["<tool>", "[PAD269]"]
