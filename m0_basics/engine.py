@@ -100,7 +100,7 @@ class NaiveEngine(Engine):
             # The token that ended the output is no part of its text.
             token_ids = sequence.output_token_ids[:-1] if status is SequenceStatus.FINISHED_STOPPED else (
                 sequence.output_token_ids)
-            text = self.tokenizer.decode(token_ids, params.skip_special_tokens)
+            text = self.tokenizer.decode_output(token_ids, request.prompt_token_ids, params.skip_special_tokens)
             # A character whose bytes span tokens is not complete yet: hold it back until it is.
             sequence.output_text = text if status else text.rstrip("\ufffd")
         return [RequestOutput.from_request(request)]

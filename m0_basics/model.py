@@ -56,6 +56,7 @@ class RotaryEmbedding(nn.Module):
 def inverse_frequencies(spec: ModelSpec) -> Tensor:
     """theta ** (-2i / D) for i in [0, D/2), stretched as the model's rotary scaling asks; float32 [D / 2]."""
     inverse = 1.0 / spec.rope_theta ** (torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim)
+    inverse /= spec.rope_linear_factor
     if spec.rope_factors is not None:
         return inverse / torch.tensor(spec.rope_factors)
     if (scaling := spec.rope_scaling) is None:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .config import ConfigError
+from .config import ConfigError, reject
+from .loading.rope_config import Llama3RopeScaling, positive, read_rope
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,6 @@ FAMILIES: dict[str, Family] = {
     "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True),
     "LlamaForCausalLM": Family("llama", bias_option="attention_bias"),
 }
-
-
-@dataclass(frozen=True)
-class Llama3RopeScaling:
-    """Llama 3's stretching of the low rotary frequencies (source: Llama 3.1's `config.json`, `rope_type: llama3`)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True)
@@ -60,55 +51,62 @@ class ModelSpec:
     o_bias: bool = False
     rope_scaling: Llama3RopeScaling | None = None
     rope_factors: tuple[float, ...] | None = None       # GGUF's form of the same: one divisor per frequency
+    rope_linear_factor: float = 1.0                     # positions are divided by it
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any], eos_token_ids: tuple[int, ...] = ()) -> ModelSpec:
         """Read a `config.json` of transformers 4 or 5. Raises ConfigError for what this model cannot run."""
-        architecture = (config.get("architectures") or ["(none)"])[0]
+        names = config.get("architectures") or ["(none)"]
+        architecture = str(names[0] if isinstance(names, list) else names)
         if architecture not in FAMILIES:
             raise ConfigError(f"architecture {architecture} is not supported; allowed: {', '.join(FAMILIES)}")
         family = FAMILIES[architecture]
+        for switch in ("use_sliding_window", "mlp_bias", "attention_bias", "tie_word_embeddings"):
+            if config.get(switch) not in (None, True, False):
+                raise reject(switch, config[switch], "true, false")
         for switch in ("use_sliding_window", "mlp_bias"):
             if config.get(switch):
                 raise ConfigError(f"{switch}={config[switch]!r} of {architecture} is not supported; allowed: false")
-        if config.get("quantization_config"):
-            method = dict(config["quantization_config"]).get("quant_method", "unknown")
-            raise ConfigError(f"quantization_config of method {method!r} is not supported; allowed: float32, bfloat16 "
-                              "or float16 weights, or a GGUF file")
         if (activation := config.get("hidden_act", "silu")) != "silu":
             raise ConfigError(f"hidden_act={activation!r} is not supported; allowed: silu")
         if missing := [key for key in _REQUIRED if key not in config]:
             raise ConfigError(f"config.json lacks {', '.join(missing)}")
+        sizes = {key: _size(key, config[key]) for key in _REQUIRED}
+        heads = sizes["num_attention_heads"]
+        kv_heads = _size("num_key_value_heads", config.get("num_key_value_heads") or heads)
+        head_dim = _size("head_dim", config.get("head_dim") or sizes["hidden_size"] // heads)
+        if heads % kv_heads:
+            raise reject("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads={heads}")
+        if head_dim % 2:
+            raise reject("head_dim", head_dim, "an even number: rotary position embedding turns pairs")
+        max_len = _size("max_position_embeddings", config.get("max_position_embeddings", 2048))
         bias = bool(family.bias_option and config.get(family.bias_option))
-        heads = config["num_attention_heads"]
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        rope = read_rope(config, max_len, head_dim)
         return cls(
             architecture=architecture,
-            **{key: config[key] for key in _REQUIRED},
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            max_position_embeddings=config.get("max_position_embeddings", 2048),
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+            **sizes,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=max_len,
+            rms_norm_eps=positive("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
+            rope_theta=rope.theta,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             qk_norm=family.qk_norm,
             qkv_bias=family.qkv_bias or bias,
             o_bias=bias,
-            rope_scaling=_rope_scaling(rope),
-            rope_factors=tuple(rope["factors"]) if rope.get("rope_type") == "gguf_factors" else None,
+            rope_scaling=rope.scaling,
+            rope_factors=rope.factors,
+            rope_linear_factor=rope.linear_factor,
             eos_token_ids=eos_token_ids,
         )
 
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_MAX_SIZE = 1 << 31                     # of one dimension: far above the largest there is
 
 
-def _rope_scaling(rope: Mapping[str, Any]) -> Llama3RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind in ("default", "gguf_factors"):
-        return None
-    if kind == "llama3":
-        return Llama3RopeScaling(float(rope["factor"]), float(rope["low_freq_factor"]),
-                                 float(rope["high_freq_factor"]), int(rope["original_max_position_embeddings"]))
-    raise ConfigError(f"rope_type={kind!r} is not supported; allowed: default, llama3")
+def _size(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _MAX_SIZE:
+        raise reject(name, value, f"an integer from 1 to {_MAX_SIZE - 1}")
+    return value

@@ -168,4 +168,4 @@ def _result(tokens: list[int], sequence: Sequence, params: BeamSearchParams, rea
 def _with_text(result: BeamSearchSequence, num_prompt: int, tokenizer: Tokenizer | None) -> BeamSearchSequence:
     if tokenizer is None:
         return result
-    return replace(result, text=tokenizer.decode(result.tokens[num_prompt:]))
+    return replace(result, text=tokenizer.decode_output(result.tokens[num_prompt:], result.tokens[:num_prompt]))

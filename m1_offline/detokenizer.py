@@ -6,27 +6,31 @@ wait as well.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from m0_basics.loading.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"         # what a decoder writes for bytes that form no character
 
 
 class IncrementalDetokenizer:
-    """Text of a growing list of tokens, in pieces.
+    """Text of a growing list of tokens, in pieces: what it adds to the prompt's text.
 
         token_ids  [ ...done... | context | window .......... ]
                                 ^start    ^read
 
-    Only `token_ids[start:]` is decoded at each step. The context (the tokens of the last finished piece) is there
-    for decoders that treat the first token of a text differently: SentencePiece's drop its leading space.
+    Only `token_ids[start:]` is decoded at each step. The context (the tokens of the last finished piece, at first the
+    end of the prompt) is there for decoders that treat the first token of a text differently: SentencePiece's drop its
+    leading space.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True,
+                 prompt_token_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._token_ids: list[int] = []
-        self._start = self._read = 0
-        self._context = ""              # text of token_ids[start:read]
+        self._token_ids = tokenizer.context(prompt_token_ids, skip_special_tokens)
+        self._start, self._read = 0, len(self._token_ids)
+        self._context = self._decode(0, self._read)         # text of token_ids[start:read]
         self._emitted = 0               # characters of the window that were returned already
 
     def push(self, token_id: int) -> str:

@@ -17,7 +17,8 @@ class _TextState:
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer) -> None:
         params = sequence.sampling_params
         assert isinstance(params.stop, list)
-        self.detokenizer = IncrementalDetokenizer(tokenizer, params.skip_special_tokens)
+        self.detokenizer = IncrementalDetokenizer(tokenizer, params.skip_special_tokens,
+                                                  sequence.data.prompt_token_ids)
         self.stop = StopChecker(params.stop, params.include_stop_str_in_output)
         self.text = ""
         self.num_read = 0               # output tokens that are in the text
@@ -126,5 +127,5 @@ def _decode_newest(entries: list[dict[int, Logprob] | None], tokenizer: Tokenize
 
 def decode_logprobs(logprobs: dict[int, Logprob], tokenizer: Tokenizer) -> dict[int, Logprob]:
     """Fill in `decoded_token`."""
-    return {i: replace(entry, decoded_token=tokenizer.decode_one(i, skip_special_tokens=False))
+    return {i: replace(entry, decoded_token=tokenizer.token_text(i))
             for i, entry in logprobs.items()}

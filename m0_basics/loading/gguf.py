@@ -1,34 +1,28 @@
-"""GGUF files: converted once into a Hugging Face folder that lies in a cache, then loaded like any other.
+"""GGUF files: the header, read within bounds, and the tensors under their Hugging Face names.
 
-The conversion reads the file with the `gguf` package, dequantises every tensor, undoes llama.cpp's reordering
-of rotary rows, and rebuilds the tokenizer. The folder is keyed by the file's SHA-256, so a changed file is
-converted anew and a moved one is not. Format: the GGUF specification (ggml, docs/gguf.md).
+    GGUF | version | counts | key, type, value ... | name, shape, type, offset ... | padding | tensors
+
+The `gguf` package decodes the blocks; its reader of the header trusts the file (an array may claim 2^63 elements), so
+the header is read here, where every length is compared with what is left. Format: ggml, docs/gguf.md.
 """
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
+import struct
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import ConfigError
-from ..model_spec import FAMILIES
-from .gguf_tokenizer import build_tokenizer
+from .files import LoadError
+from .weights import WeightSource
 
-if TYPE_CHECKING:
-    from gguf import GGUFReader
-    from gguf.gguf_reader import ReaderTensor
-
-_FORMAT = 1                           # raise it when the layout of the converted folder changes
-_SHARD_BYTES = 2 << 30                # tensors held in memory at once while converting
 _TENSOR_NAMES = {                     # GGUF -> Hugging Face, within a layer
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
@@ -37,194 +31,219 @@ _TENSOR_NAMES = {                     # GGUF -> Hugging Face, within a layer
 }
 _TOP_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
               "output.weight": "lm_head.weight"}
+_BIASED = ("q_proj", "k_proj", "v_proj", "o_proj")
+# The rotary divisors are part of the configuration; the other is a table that old files carry and nothing reads.
+_NO_WEIGHTS = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_MAX_HEADER_BYTES = 256 << 20         # the largest vocabularies in use take some 10 MB
+_MAX_TEXT_BYTES = 16 << 20
+_MAX_ITEMS = 1 << 22                  # of an array; a vocabulary has 2^18
+_MAX_COUNT = 1 << 18                  # of keys, and of tensors
+_MAX_DIMS = 4
 
 
-class GGUFError(ConfigError):
+class GGUFError(LoadError):
     """A GGUF file that cannot be read, or holds what this model cannot run."""
 
 
-def cache_dir() -> Path:
-    """Where converted models lie: `$LLM_LAB_CACHE`, or `llm-inference-lab` in the user's cache folder."""
-    if custom := os.environ.get("LLM_LAB_CACHE"):
-        return Path(custom)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-inference-lab"
+@dataclass(frozen=True)
+class GGUFTensor:
+    """A tensor as it lies in the file."""
+
+    name: str
+    tensor_type: Any                    # gguf.GGMLQuantizationType
+    shape: tuple[int, ...]              # of the weights, outermost dimension first
+    data: np.ndarray[Any, Any]          # uint8, mapped: the blocks of each row, one row after the other
+
+    @property
+    def n_bytes(self) -> int:
+        return int(self.data.nbytes)
 
 
-def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
-    """Return the Hugging Face folder made from the file at `path` with weights in `dtype`; make it if need be."""
-    name = str(dtype).removeprefix("torch.")
-    folder = cache_dir() / f"{_sha256(path)[:32]}-v{_FORMAT}-{name}"
-    if (folder / "config.json").exists():
-        return folder
-    reader = open_gguf(path)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Built beside its place and renamed into it: a reader never sees half a folder, whoever comes first.
-    scratch = Path(tempfile.mkdtemp(prefix="converting-", dir=folder.parent))
+@dataclass(frozen=True)
+class GGUFFile:
+    """What a file holds. Metadata values are numbers, texts, and lists of those."""
+
+    metadata: dict[str, Any]
+    tensors: list[GGUFTensor]
+
+
+def open_gguf(path: Path) -> GGUFFile:
+    """Read the header. Raises GGUFError where it does not fit the file, or the tensors do not."""
     try:
-        metadata = read_metadata(reader)
-        config = hf_config(metadata, reader, path)
-        build_tokenizer(metadata, path).save(str(scratch / "tokenizer.json"))
-        _write_json(scratch / "tokenizer_config.json", _tokenizer_config(metadata))
-        _write_json(scratch / "generation_config.json", {"eos_token_id": _eos_token_ids(metadata)})
-        _write_shards(scratch, hf_tensors(reader, config, path), dtype)
-        _write_json(scratch / "config.json", config | {"dtype": name})
+        data = np.memmap(path, np.uint8, "r")
+    except (OSError, ValueError) as error:
+        raise GGUFError(f"{path} is not a complete GGUF file: {error}") from error
+    header = _Header(data.data, path)
+    if header.bytes(4) != b"GGUF":
+        raise header.damaged("it does not begin with GGUF")
+    if (version := header.scalar("I")) not in (2, 3):
+        raise header.damaged(f"version {version}; allowed: 2 and 3, little-endian")
+    num_tensors, num_keys = (header.count() for _ in range(2))
+    metadata: dict[str, Any] = {}
+    for _ in range(num_keys):
+        key = header.text()
+        if key in metadata:
+            raise header.damaged(f"it holds the key {key!r} twice")
+        metadata[key] = header.value(header.scalar("I"))
+    infos = [(header.text(), header.shape(), header.scalar("I"), header.scalar("Q")) for _ in range(num_tensors)]
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
+        raise header.damaged(f"general.alignment={alignment!r}; allowed: a power of two")
+    start = -(-header.at // alignment) * alignment
+    if not infos:
+        raise GGUFError(f"{path} is cut short: it holds no tensors")
+    return GGUFFile(metadata, _tensors(infos, data, start, alignment, path))
+
+
+class _Header:
+    """A position in the file that never passes its end."""
+
+    def __init__(self, data: memoryview, path: Path) -> None:
+        self._data, self._path, self.at = data, path, 0
+        self._end = min(len(data), _MAX_HEADER_BYTES)
+
+    def damaged(self, reason: str) -> GGUFError:
+        return GGUFError(f"{self._path} is not a complete GGUF file: {reason}")
+
+    def bytes(self, size: int) -> bytes:
+        if size > self._end - self.at:
+            raise self.damaged(f"its header goes on after byte {self._end:,}")
+        self.at += size
+        return bytes(self._data[self.at - size:self.at])
+
+    def scalar(self, form: str) -> Any:
+        return struct.unpack("<" + form, self.bytes(struct.calcsize("<" + form)))[0]
+
+    def count(self, limit: int = _MAX_COUNT) -> int:
+        number: int = self.scalar("Q")
+        if number > limit:
+            raise self.damaged(f"its header announces {number:,} of something; allowed: at most {limit:,}")
+        return number
+
+    def text(self) -> str:
+        raw = self.bytes(self.count(_MAX_TEXT_BYTES))
         try:
-            scratch.rename(folder)
-        except OSError:
-            if not (folder / "config.json").exists():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            raise self.damaged(f"a text in its header is not UTF-8: {error}") from error
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.text()
+        if kind in _SCALARS:
+            return self.scalar(_SCALARS[kind])
+        if kind != _ARRAY:
+            raise self.damaged(f"a value in its header has the type {kind}; allowed: 0 to 12")
+        kind, size = self.scalar("I"), self.count(_MAX_ITEMS)
+        if kind == _STRING:
+            return [self.text() for _ in range(size)]
+        if kind not in _SCALARS:
+            raise self.damaged(f"an array in its header has items of type {kind}; allowed: numbers and texts")
+        form = f"<{size}{_SCALARS[kind]}"
+        return list(struct.unpack(form, self.bytes(struct.calcsize(form))))
+
+    def shape(self) -> tuple[int, ...]:
+        """The file lists dimensions innermost first."""
+        num_dims = self.scalar("I")
+        if not 1 <= num_dims <= _MAX_DIMS:
+            raise self.damaged(f"a tensor has {num_dims} dimensions; allowed: 1 to {_MAX_DIMS}")
+        return tuple(reversed([self.count(1 << 40) for _ in range(num_dims)]))
 
 
-def open_gguf(path: Path) -> GGUFReader:
-    """Open a GGUF file and check that every tensor it announces is there."""
-    from gguf import GGUFReader
-    try:
-        reader = GGUFReader(str(path))
-        end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
-    except (ValueError, IndexError, OSError, KeyError, OverflowError, AttributeError) as error:
-        raise GGUFError(f"{path} is not a complete GGUF file: {str(error) or type(error).__name__}") from error
-    if end > path.stat().st_size or not reader.tensors:
-        raise GGUFError(f"{path} is cut short: {path.stat().st_size:,} bytes, its tensors end at {end:,}")
-    return reader
+def _tensors(infos: list[tuple[str, tuple[int, ...], int, int]], data: np.ndarray[Any, Any], start: int,
+             alignment: int, path: Path) -> list[GGUFTensor]:
+    """Each tensor's bytes: inside the file, aligned, and nobody else's."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    tensors, ends = [], []
+    for name, shape, kind, offset in infos:
+        try:
+            tensor_type = GGMLQuantizationType(kind)
+            block_size, block_bytes = GGML_QUANT_SIZES[tensor_type]
+        except (ValueError, KeyError):
+            raise GGUFError(f"tensor {name} of {path} has type {kind}, which is not known") from None
+        size = block_bytes
+        for dimension in (*shape[:-1], shape[-1] // block_size):
+            size *= dimension
+        if shape[-1] % block_size or not size:
+            raise GGUFError(f"tensor {name} of {path} has the shape {shape}, which {tensor_type.name} does not fill")
+        if offset % alignment:
+            raise GGUFError(f"tensor {name} of {path} begins at {offset:,}, which is not aligned to {alignment}")
+        begin = start + offset
+        ends.append((begin, begin + size, name))
+        tensors.append(GGUFTensor(name, tensor_type, shape, data[begin:begin + size]))
+    if (last := max(end for _, end, _ in ends)) > len(data):
+        raise GGUFError(f"{path} is cut short: {len(data):,} bytes, its tensors end at {last:,}")
+    for (_, end, one), (begin, _, other) in pairwise(sorted(ends)):
+        if begin < end:
+            raise GGUFError(f"the tensors {one} and {other} of {path} overlap")
+    name, times = Counter(tensor.name for tensor in tensors).most_common(1)[0]
+    if times > 1:
+        raise GGUFError(f"{path} holds the tensor {name} {times} times")
+    return tensors
 
 
-def read_metadata(reader: GGUFReader) -> dict[str, Any]:
-    """Every key of the file's header -> its value."""
-    return {key: field.contents() for key, field in reader.fields.items()}
+class GGUFWeights(WeightSource):
+    """The tensors of a file under their Hugging Face names, as float32 and in Hugging Face's row order."""
 
+    def __init__(self, file: GGUFFile, config: Mapping[str, Any], path: Path) -> None:
+        """`config` is the file's `hf_config`. Raises GGUFError for a tensor that has no place in that model."""
+        self.location, self._config = path, config
+        self.stored: dict[str, GGUFTensor] = {}             # as they lie in the file
+        for tensor in file.tensors:
+            if _NO_WEIGHTS.fullmatch(tensor.name):
+                continue
+            name = hf_name(tensor.name)
+            if name is None:
+                raise GGUFError(f"tensor {tensor.name} of {path} has no place in {config['architectures'][0]}")
+            self.stored[name] = tensor
+        # A file has any of a layer's four biases; Hugging Face's switch asks for all of them.
+        self._zeros = [name for layer in range(config["num_hidden_layers"]) for part in _BIASED
+                       if (name := f"model.layers.{layer}.self_attn.{part}.bias") not in self.stored
+                       and config["attention_bias"]]
 
-def hf_config(metadata: dict[str, Any], reader: GGUFReader, path: Path) -> dict[str, Any]:
-    """The `config.json` that describes the same model."""
-    kind = metadata.get("general.architecture")
-    architectures = {family.gguf_architecture: name for name, family in FAMILIES.items()}
-    if kind not in architectures:
-        raise GGUFError(f"architecture {kind!r} of {path} is not supported; allowed: {', '.join(architectures)}")
-    if (scaling := metadata.get(f"{kind}.rope.scaling.type", "none")) != "none":
-        raise GGUFError(f"rope scaling {scaling!r} of {path} is not supported; allowed: none, or rope_freqs.weight")
-    try:
-        heads = metadata[f"{kind}.attention.head_count"]
-        hidden = metadata[f"{kind}.embedding_length"]
-        config = {
-            "architectures": [architectures[kind]],
-            "model_type": kind,
-            "hidden_size": hidden,
-            "num_hidden_layers": metadata[f"{kind}.block_count"],
-            "intermediate_size": metadata[f"{kind}.feed_forward_length"],
-            "num_attention_heads": heads,
-            "num_key_value_heads": metadata.get(f"{kind}.attention.head_count_kv", heads),
-            "head_dim": metadata.get(f"{kind}.attention.key_length", hidden // heads),
-            "max_position_embeddings": metadata.get(f"{kind}.context_length", 2048),
-            # The file holds a float32; its shortest text is the number that was meant.
-            "rms_norm_eps": float(f"{metadata[f'{kind}.attention.layer_norm_rms_epsilon']:.6g}"),
-            "hidden_act": "silu",
-        }
-    except KeyError as error:
-        raise GGUFError(f"{path} lacks the key {error}") from error
-    tensors = {t.name: t for t in reader.tensors}
-    if "token_embd.weight" not in tensors:
-        raise GGUFError(f"{path} lacks the tensor token_embd.weight")
-    config["vocab_size"] = int(tensors["token_embd.weight"].shape[1])
-    config["tie_word_embeddings"] = "output.weight" not in tensors
-    config["attention_bias"] = "blk.0.attn_output.bias" in tensors
-    rope: dict[str, Any] = {"rope_type": "default",
-                            "rope_theta": float(metadata.get(f"{kind}.rope.freq_base", 10000.0))}
-    if "rope_freqs.weight" in tensors:
-        rope |= {"rope_type": "gguf_factors", "factors": tensors["rope_freqs.weight"].data.tolist()}
-    config["rope_parameters"] = rope
-    eos = _eos_token_ids(metadata)
-    config["eos_token_id"] = eos[0] if eos else None
-    config["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
-    return config
+    def names(self) -> Collection[str]:
+        return [*self.stored, *self._zeros]
 
-
-def hf_tensors(reader: GGUFReader, config: dict[str, Any], path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, float32 tensor) for every weight of the file."""
-    for tensor in reader.tensors:
-        if tensor.name == "rope_freqs.weight":
-            continue
-        name = hf_name(tensor.name)
-        if name is None:
-            raise GGUFError(f"tensor {tensor.name} of {path} has no place in {config['architectures'][0]}")
-        weight = dequantise(tensor, path)
-        if config["model_type"] == "llama" and re.search(r"attn_[qk]\.", tensor.name):
-            key = "num_attention_heads" if ".attn_q." in tensor.name else "num_key_value_heads"
-            weight = unpermute(weight, config[key])
-        yield name, weight
+    def read(self, name: str) -> Tensor:
+        """One tensor, dequantised; zeros for a bias that the file leaves out."""
+        if name in self._zeros:
+            return torch.zeros(self.read(name.replace(".bias", ".weight")).shape[0])
+        if name not in self.stored:
+            raise GGUFError(f"{self.location} lacks the tensor {name}")
+        weight = dequantise(self.stored[name], self.location)
+        if self._config["model_type"] == "llama" and (match := re.search(r"\.([qk])_proj\.", name)):
+            heads = self._config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
+            if weight.shape[0] % (2 * heads):
+                raise GGUFError(f"tensor {self.stored[name].name} of {self.location} has {weight.shape[0]} rows, which "
+                                f"{heads} heads do not divide")
+            weight = unpermute(weight, heads)
+        return weight
 
 
 def hf_name(name: str) -> str | None:
     """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; None for a tensor no family has."""
-    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
+    if match := re.fullmatch(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)", name, re.ASCII):
         layer, part, kind = match.groups()
         return f"model.layers.{layer}.{_TENSOR_NAMES[part]}.{kind}" if part in _TENSOR_NAMES else None
     return _TOP_NAMES.get(name)
 
 
-def dequantise(tensor: ReaderTensor, path: Path) -> Tensor:
+def dequantise(tensor: GGUFTensor, path: Path) -> Tensor:
     """One tensor as float32, whatever its type in the file."""
     from gguf.quants import dequantize
+    rows = tensor.data.reshape(*tensor.shape[:-1], -1)
     try:
-        array = dequantize(tensor.data, tensor.tensor_type)
+        array = dequantize(rows, tensor.tensor_type)
     except NotImplementedError as error:
         raise GGUFError(f"tensor {tensor.name} of {path} has type {tensor.tensor_type.name}, which is not supported; "
                         "allowed: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K") from error
-    # gguf lists dimensions innermost first; the array comes in torch's order already.
-    return torch.from_numpy(array.astype("float32")).reshape(tuple(int(n) for n in reversed(tensor.shape)))
+    return torch.from_numpy(array.astype("float32")).reshape(tensor.shape)
 
 
 def unpermute(weight: Tensor, num_heads: int) -> Tensor:
     """Undo llama.cpp's row order, which interleaves the two halves of each head for its rotary kernel."""
     rows, rest = weight.shape[0], weight.shape[1:]
     return weight.reshape(num_heads, rows // num_heads // 2, 2, *rest).swapaxes(1, 2).reshape(rows, *rest)
-
-
-def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> None:
-    from safetensors.torch import save_file
-    shard: dict[str, Tensor] = {}
-    weight_map: dict[str, str] = {}
-    held = count = 0
-
-    def flush() -> None:
-        nonlocal shard, held, count
-        count += 1
-        file = f"model-{count:05d}.safetensors"
-        save_file(shard, str(folder / file), metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, file))
-        shard, held = {}, 0
-
-    for name, tensor in tensors:
-        shard[name] = tensor.to(dtype).contiguous()
-        held += shard[name].nbytes
-        if held >= _SHARD_BYTES:
-            flush()
-    if shard:
-        flush()
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-
-
-def _tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
-    tokens = metadata["tokenizer.ggml.tokens"]
-    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {key: metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in names.items()}
-    config: dict[str, Any] = {key: tokens[i] for key, i in ids.items() if i is not None and i < len(tokens)}
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if template := metadata.get("tokenizer.chat_template"):
-        config["chat_template"] = template
-    return config
-
-
-def _eos_token_ids(metadata: dict[str, Any]) -> list[int]:
-    ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
-    return list(dict.fromkeys(int(i) for i in ids if i is not None))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=1, ensure_ascii=False))

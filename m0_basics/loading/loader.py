@@ -9,22 +9,22 @@ import importlib.util
 import json
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from torch import Tensor
 
 from ..config import DEFAULT_MODEL, DTYPES, ConfigError, ModelConfig, reject
 from ..model import CausalLM
 from ..model_spec import ModelSpec
-from .gguf import convert_gguf
+from .files import LoadError, read_json
+from .model_cache import convert_gguf
+from .special_tokens import eos_token_id
 from .tokenizer import Tokenizer
-
-
-class LoadError(ConfigError):
-    """A model that is not there, or whose files are damaged or do not fit together."""
+from .weights import SafetensorsFolder, check_layers, hf_parts, load_weights, part_rows
 
 
 def resolve_device(device: str) -> torch.device:
@@ -95,25 +95,20 @@ def _download(model: str) -> Path:
         raise LoadError(f"model={model!r} is no local folder or file, and could not be downloaded: {reason}") from error
 
 
-def read_json(path: Path, required: bool = True) -> dict[str, Any]:
-    """A JSON object from a model folder; {} where it may be missing and is."""
-    if not path.is_file() and not required:
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path} cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise LoadError(f"{path} does not hold a JSON object")
-    return data
-
-
 def load_spec(folder: Path) -> ModelSpec:
-    """The model's shape, with the end-of-sequence tokens of its generation settings."""
+    """The model's shape, with all the tokens that end a sequence: those of its settings, and the tokenizer's own.
+
+    An id outside the vocabulary is left out: no token ever has it.
+    """
     config = read_json(folder / "config.json")
-    eos = read_json(folder / "generation_config.json", required=False).get("eos_token_id", config.get("eos_token_id"))
-    ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    return ModelSpec.from_hf_config(config, ids)
+    named = read_json(folder / "generation_config.json", required=False).get("eos_token_id", config.get("eos_token_id"))
+    ids = [] if named is None else named if isinstance(named, list) else [named]
+    if bad := [i for i in ids if isinstance(i, bool) or not isinstance(i, int)]:
+        raise LoadError(f"eos_token_id={bad[0]!r} of {folder} is not valid; allowed: an integer, or a list of them")
+    spec = ModelSpec.from_hf_config(config)
+    own = eos_token_id(folder)
+    ends = dict.fromkeys(i for i in (*ids, *([] if own is None else [own])) if 0 <= i < spec.vocab_size)
+    return replace(spec, eos_token_ids=tuple(ends))
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer | None:
@@ -129,84 +124,45 @@ def load_model(config: ModelConfig) -> CausalLM:
     device = resolve_device(config.device)
     dtype = resolve_dtype(str(config.dtype), device)
     folder = resolve_model(config.model, dtype)
-    spec = load_spec(folder)
-    if config.max_model_len is not None and config.max_model_len > spec.max_position_embeddings:
-        raise reject("max_model_len", config.max_model_len,
-                     f"at most {spec.max_position_embeddings}, the model's own limit")
-    model = CausalLM(spec, config.max_model_len or spec.max_position_embeddings, dtype, device)
-    load_weights(model, SafetensorsFolder(folder))
+    if (method := quantization_method(folder)) is not None:
+        raise ConfigError(f"quantization_config of method {method!r} is not supported; allowed: float32, bfloat16 "
+                          "or float16 weights, or a GGUF file")
+    spec, source = load_spec(folder), SafetensorsFolder(folder)
+    check_layers(spec, source)
+    model = new_model(spec, config.max_model_len, dtype, device)
+    load_weights(model, source)
     return model.eval()
 
 
-def load_weights(model: CausalLM, source: SafetensorsFolder) -> None:
-    """Fill the model from Hugging Face tensors, joining q, k, v and gate, up on the way."""
-    weights: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if name == "lm_head.weight" and model.spec.tie_word_embeddings:
-            continue
-        parts = [source.read(part) for part in hf_parts(name)]
-        shapes = [tuple(part.shape) for part in parts]
-        rows, rest = sum(shape[0] for shape in shapes if shape), parameter.shape[1:]
-        if rows != parameter.shape[0] or any(not shape or shape[1:] != rest for shape in shapes):
-            raise LoadError(f"{source.folder}: {' + '.join(hf_parts(name))} has shape "
-                            f"{' + '.join(map(str, shapes))}, config.json says {tuple(parameter.shape)}")
-        weights[name] = torch.cat([part.to(model.device, model.dtype) for part in parts])
-    model.load_state_dict(weights, assign=True, strict=not model.spec.tie_word_embeddings)
-    if model.spec.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight        # one parameter under two names
-    model.requires_grad_(False)
+def new_model(spec: ModelSpec, max_model_len: int | None, dtype: torch.dtype, device: torch.device) -> CausalLM:
+    """A model whose weights are still missing. Raises ConfigError for a `max_model_len` above the model's limit.
+
+    Its rotary table is made here; one that the memory does not hold is refused as well.
+    """
+    if max_model_len is not None and max_model_len > spec.max_position_embeddings:
+        raise reject("max_model_len", max_model_len, f"at most {spec.max_position_embeddings}, the model's own limit")
+    length = max_model_len or spec.max_position_embeddings
+    needed, free = 5 * 4 * length * spec.head_dim, psutil.virtual_memory().available      # float32 angles, and copies
+    if needed > free:
+        raise reject("max_model_len", length, f"at most {length * free // needed}: the rotary table of each position "
+                                              f"takes {needed // length} bytes")
+    try:
+        return CausalLM(spec, length, dtype, device)
+    except (RuntimeError, OverflowError) as error:          # sizes whose product no tensor can have
+        raise LoadError(f"the sizes in config.json make no model: {str(error).splitlines()[0]}") from error
 
 
-def hf_parts(name: str) -> list[str]:
-    """The Hugging Face tensors that make up one of our parameters, in order."""
-    if name.startswith("lm_head."):
-        return [name]
-    for merged, parts in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj"))):
-        if f".{merged}." in name:
-            return ["model." + name.replace(merged, part) for part in parts]
-    return ["model." + name]
-
-
-class SafetensorsFolder:
-    """Tensors by name from one `model.safetensors`, or from the shards that an index names."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            files_by_name = read_json(index).get("weight_map")
-            if not isinstance(files_by_name, dict) or not all(isinstance(f, str) for f in files_by_name.values()):
-                raise LoadError(f"{index} holds no weight_map from tensor names to files")
-            self._file_of: dict[str, Path] = {n: folder / f for n, f in files_by_name.items()}
-            if missing := sorted({f.name for f in self._file_of.values() if not f.is_file()}):
-                raise LoadError(f"{folder} lacks {', '.join(missing)}, which its index names")
-        else:
-            files = sorted(folder.glob("*.safetensors"))
-            if not files:
-                raise LoadError(f"{folder} holds no *.safetensors file")
-            self._file_of = {name: file for file in files for name in self._open(file).keys()}  # noqa: SIM118
-        self._opened: dict[Path, Any] = {}
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, mapped from its file."""
-        if name not in self._file_of:
-            raise LoadError(f"{self.folder} lacks the tensor {name}")
-        file = self._file_of[name]
-        if file not in self._opened:
-            self._opened[file] = self._open(file)
-        try:
-            tensor: Tensor = self._opened[file].get_tensor(name)
-        except Exception as error:
-            raise LoadError(f"{file} is damaged: {error}") from error
-        return tensor
-
-    @staticmethod
-    def _open(file: Path) -> Any:
-        from safetensors import SafetensorError, safe_open
-        try:
-            return safe_open(str(file), framework="pt")
-        except (SafetensorError, OSError, ValueError) as error:
-            raise LoadError(f"{file} is damaged or cut short: {error}") from error
+def quantization_method(folder: Path) -> str | None:
+    """How the weights in `folder` are packed ("gptq", "awq", "fp8", ...) by its settings; None where they are not."""
+    # Before config.json had a place for it, AutoGPTQ and AutoAWQ wrote files of their own.
+    settings = read_json(folder / "config.json")
+    packing = settings.get("quantization_config") or settings.get("compression_config")
+    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        if not packing and (folder / name).is_file():
+            packing = {"quant_method": method}
+    if not packing:
+        return None
+    return str(packing.get("quant_method", "unknown")) if isinstance(packing, dict) else "unknown"
 
 
 def export_hf_folder(model: CausalLM, source: Path, target: Path,
@@ -215,13 +171,11 @@ def export_hf_folder(model: CausalLM, source: Path, target: Path,
     from safetensors.torch import save_file
     target.mkdir(parents=True, exist_ok=True)
     spec, tensors = model.spec, {}
-    heads = {"q_proj": spec.num_attention_heads, "k_proj": spec.num_key_value_heads, "v_proj": spec.num_key_value_heads}
     for name, parameter in model.named_parameters():
         if name == "lm_head.weight" and spec.tie_word_embeddings:
             continue
         parts = hf_parts(name)
-        sizes = [heads[p.split(".")[-2]] * spec.head_dim for p in parts] if len(parts) == 3 else (
-            [parameter.shape[0] // len(parts)] * len(parts))
+        sizes = part_rows(parts, parameter.shape[0], spec)
         for part, tensor in zip(parts, parameter.split(sizes), strict=True):
             tensors[part] = tensor.detach().cpu().clone().contiguous()
     progress(f"writing {target}")
@@ -229,6 +183,7 @@ def export_hf_folder(model: CausalLM, source: Path, target: Path,
     for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (source / file).is_file():
             (target / file).write_bytes((source / file).read_bytes())
-    config = read_json(source / "config.json") | {"dtype": str(model.dtype).removeprefix("torch.")}
+    config = read_json(source / "config.json") | {"dtype": str(model.dtype).removeprefix("torch."),
+                                                  "tie_word_embeddings": spec.tie_word_embeddings}
     (target / "config.json").write_text(json.dumps(config, indent=1))
     return target

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -11,13 +12,16 @@ import gguf as gguf_library
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from m0_basics import LLM
 from m0_basics.config import ConfigError, ModelConfig
-from m0_basics.loading import gguf
-from m0_basics.loading.gguf import GGUFError, cache_dir, convert_gguf
-from m0_basics.loading.loader import SafetensorsFolder, load_spec, resolve_model
+from m0_basics.loading import model_cache
+from m0_basics.loading.gguf import GGUFError, open_gguf
+from m0_basics.loading.loader import load_spec, resolve_model
+from m0_basics.loading.model_cache import cache_dir, convert_gguf
+from m0_basics.loading.weights import SafetensorsFolder
+from m0_basics.model import inverse_frequencies
 from m0_basics.tools.testing.conformance import greedy
 from m0_basics.tools.testing.gguf_blocks import BLOCKS
 from m0_basics.tools.testing.gguf_files import write_gguf
@@ -92,6 +96,20 @@ def test_block_decoders_agree_with_the_gguf_package(kind):
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
+def test_the_header_agrees_with_the_gguf_package(tiny_model, tmp_path):
+    """Every key, and every byte of every tensor."""
+    file = tmp_path / "model.gguf"
+    write_gguf(file, tiny_model("qwen3"), "Q5_1", metadata={
+        "a.u8": np.uint8(3), "a.bool": True, "a.list": [1, 2, 3], "a.floats": [0.5, -1.5], "a.texts": ["é", ""]})
+    ours, theirs = open_gguf(file), gguf_library.GGUFReader(str(file))
+    fields = {key: field.contents() for key, field in theirs.fields.items() if not key.startswith("GGUF.")}
+    assert ours.metadata == fields
+    assert [t.name for t in ours.tensors] == [t.name for t in theirs.tensors]
+    for a, b in zip(ours.tensors, theirs.tensors, strict=True):
+        assert (a.tensor_type, a.shape, a.n_bytes) == (b.tensor_type, tuple(map(int, b.shape[::-1])), b.n_bytes)
+        assert a.data.tobytes() == b.data.tobytes()
+
+
 def test_rotary_factors(tiny_model, tmp_path):
     """Llama 3's scaling comes as a tensor of divisors, one for each frequency; it takes the formula's place."""
     folder = tiny_model("llama3_rope")
@@ -127,11 +145,91 @@ def test_an_engine_over_a_gguf_file(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(("ids", "expected"), [
-    ({"eos": 5, "eot": 9}, (5, 9)), ({"eos": 5, "eot": 5}, (5,)), ({"eos": None, "eot": None}, ())])
+    ({"eos": 5, "eot": 9}, (5, 9)), ({"eos": 5, "eot": 5}, (5,)), ({"eos": None, "eot": None}, ()),
+    ({"eos": 5, "eom": 9, "eot": 2}, (5, 2, 9)), ({"eos": 2 ** 31, "eot": VOCAB_SIZE}, ())])
 def test_end_of_sequence_tokens(ids, expected, tiny_model, tmp_path):
+    """Those of the keys, and <|im_end|>, which ends an output by its text."""
     write_gguf(tmp_path / "model.gguf", tiny_model("qwen2"),
                metadata={f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()})
-    assert load_spec(convert_gguf(tmp_path / "model.gguf", torch.float32)).eos_token_ids == expected
+    assert load_spec(convert_gguf(tmp_path / "model.gguf", torch.float32)).eos_token_ids == (*expected, 267)
+
+
+@pytest.mark.parametrize("text", ["<|eot_id|>", "<|endoftext|>", "<end_of_turn>", "<|end_of_text|>", "<|eom_id|>"])
+def test_tokens_that_end_an_output_by_their_text(text, tiny_model, tmp_path):
+    """As in llama.cpp: early Llama 3 files name another end, and some give the token a wrong type."""
+    tokens = [f"[PAD{i}]" for i in range(VOCAB_SIZE)]
+    folder = tiny_model("llama")
+    known = json.loads((folder / "tokenizer.json").read_text())
+    for token, i in known["model"]["vocab"].items():
+        tokens[i] = token
+    tokens[266:269] = ["<|im_start|>", "<none>", text]
+    write_gguf(tmp_path / "model.gguf", folder, metadata={
+        "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1] * VOCAB_SIZE,
+        "tokenizer.ggml.eos_token_id": 267})
+    llm = LLM(str(tmp_path / "model.gguf"), dtype="float32")
+    assert llm.spec.eos_token_ids == (267, 268)
+    assert llm.get_tokenizer().encode(f"a{text}") == [*llm.get_tokenizer().encode("a"), 268]
+    assert llm.get_tokenizer().decode([268]) == "", "it is special"
+
+
+def test_biases_of_which_a_file_holds_some(tiny_model, tmp_path):
+    """llama.cpp adds each that is there; Hugging Face's switch asks for all four. What is missing is zero."""
+    folder = shutil.copytree(tiny_model("llama_bias"), tmp_path / "folder")
+
+    def edit(tensors):
+        for name in [name for name in tensors if name.endswith("o_proj.bias")]:
+            del tensors[name]
+
+    write_gguf(tmp_path / "model.gguf", folder, edit=edit)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: torch.zeros_like(t) if name.endswith("o_proj.bias") else t for name, t in tensors.items()},
+              folder / "model.safetensors", metadata={"format": "pt"})
+    for prompt, logits in zip(PROMPTS, all_logits(make_runner(tmp_path / "model.gguf"), PROMPTS), strict=True):
+        torch.testing.assert_close(logits, reference_logits(folder, prompt), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("variant", "name"), [
+    ("llama", "mlp.up_proj.bias"), ("qwen2", "self_attn.o_proj.bias"), ("llama", "self_attn.q_norm.weight")])
+def test_a_tensor_that_this_family_does_not_use(variant, name, tiny_model, tmp_path):
+    write_gguf(tmp_path / "model.gguf", tiny_model(variant),
+               edit=lambda tensors: tensors.update({f"model.layers.1.{name}": torch.ones(64)}))
+    with pytest.raises(ConfigError, match=rf"tensor model\.layers\.1\.{name} of .* has no place in"):
+        LLM(str(tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize(("metadata", "divisor"), [
+    ({"scaling.factor": 4.0}, 4), ({"scale_linear": 2.0}, 2), ({"scaling.type": "linear", "scaling.factor": 8.0}, 8),
+    ({"scaling.factor": 4.0, "scale_linear": 2.0}, 4), ({"scaling.type": "none", "scaling.factor": 4.0}, 1),
+    ({"scaling.factor": 0.0}, 1), ({"scaling.type": "linear"}, 1), ({"dimension_count": 16}, 1)])
+def test_linear_rope_scaling(metadata, divisor, tiny_model, tmp_path):
+    """llama.cpp's rules; the frequencies are transformers' for the same factor."""
+    write_gguf(tmp_path / "model.gguf", tiny_model("llama"),
+               metadata={f"llama.rope.{key}": value for key, value in metadata.items()})
+    spec = load_spec(convert_gguf(tmp_path / "model.gguf", torch.float32))
+    torch.testing.assert_close(inverse_frequencies(spec), 10000.0 ** -(torch.arange(0, 16, 2) / 16) / divisor)
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "folder")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] |= {"rope_type": "linear", "factor": float(divisor)}
+    (folder / "config.json").write_text(json.dumps(config))
+    [logits] = all_logits(make_runner(tmp_path / "model.gguf"), PROMPTS[:1])
+    torch.testing.assert_close(logits, reference_logits(folder, PROMPTS[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_linear_scaling_on_top_of_rotary_factors(tiny_model, tmp_path):
+    factors = torch.arange(1.0, 9.0)
+    write_gguf(tmp_path / "model.gguf", tiny_model("llama"), metadata={"llama.rope.scaling.factor": 2.0},
+               edit=lambda tensors: tensors.update({"rope_freqs.weight": factors}))
+    spec = load_spec(convert_gguf(tmp_path / "model.gguf", torch.float32))
+    expected = 10000.0 ** -(torch.arange(0, 16, 2) / 16) / factors / 2
+    torch.testing.assert_close(inverse_frequencies(spec), expected)
+
+
+def test_a_number_for_each_layer(tiny_model, tmp_path):
+    """Lists, as some converters write them: one value for all layers is one value."""
+    metadata = {"llama.attention.head_count_kv": [2, 2, 2], "llama.feed_forward_length": [96] * 3}
+    write_gguf(tmp_path / "model.gguf", tiny_model("llama"), metadata=metadata)
+    spec = load_spec(convert_gguf(tmp_path / "model.gguf", torch.float32))
+    assert (spec.num_key_value_heads, spec.intermediate_size) == (2, 96)
 
 
 def test_sizes_that_a_file_may_leave_out(tiny_model, tmp_path):
@@ -183,7 +281,22 @@ REFUSED = [
     ({"tokenizer.ggml.model": "bert"}, "tokenizer 'bert' of .* is not supported; allowed: gpt2, llama"),
     ({"tokenizer.ggml.model": None}, "tokenizer None of .* is not supported"),
     ({"tokenizer.ggml.pre": "tekken"}, "pre-tokenizer 'tekken' of .* is not supported; allowed: default, gpt-2"),
-    ({"qwen2.rope.scaling.type": "yarn"}, "rope scaling 'yarn' of .* is not supported; allowed: none, or rope_freqs"),
+    ({"qwen2.rope.scaling.type": "yarn"}, "rope scaling 'yarn' of .* is not supported; allowed: none, linear, rope_f"),
+    ({"qwen2.rope.scaling.attn_factor": 1.5}, "rope.scaling.attn_factor=1.5 of .* is not supported; allowed: 1"),
+    ({"qwen2.rope.dimension_count": 8}, "rope.dimension_count=8 of .* is not supported; allowed: 16, the size"),
+    ({"qwen2.attention.value_length": 32}, "attention.value_length=32 of .* is not supported; allowed: 16"),
+    ({"qwen2.attention.scale": 0.5}, "attention.scale=0.5 of .* is not supported; allowed: none"),
+    ({"qwen2.block_count": 2}, r"announces 2 layers \(block_count\) and holds tensors of 3"),
+    ({"qwen2.block_count": 10 ** 9}, r"announces 1,000,000,000 layers \(block_count\) and holds tensors of 3"),
+    ({"qwen2.attention.head_count_kv": [2, 1, 2]}, r"head_count_kv of .* differs between layers: \[2, 1, 2\]; allowed"),
+    ({"qwen2.attention.head_count": "four"}, "attention.head_count='four' of .* is not valid; allowed: a number"),
+    ({"qwen2.attention.head_count": 0}, "attention.head_count=0 of .* is not valid; allowed: an integer above 0"),
+    ({"split.count": 3}, "is one of 3 parts of a split file; allowed: a whole one"),
+    ({"tokenizer.ggml.tokens": ["a", "a"]}, "has 2 tokens and 288 values in tokenizer.ggml.token_type"),
+    ({"tokenizer.ggml.tokens": [1, 2]}, "tokenizer.ggml.tokens of .* is not valid; allowed: a list of texts"),
+    ({"tokenizer.ggml.tokens": ["a"] * 288}, "the tokens of .* are not valid; allowed: texts of 1 to"),
+    ({"tokenizer.ggml.tokens": [*map(str, range(287)), "x" * 9999]}, "the tokens of .* are not valid; allowed: texts"),
+    ({"tokenizer.ggml.merges": ["no such"]}, "the tokenizer of .* is damaged: .*no"),
     ({"qwen2.embedding_length": None}, r"lacks the key 'qwen2\.embedding_length'"),
     ({"qwen2.attention.layer_norm_rms_epsilon": None}, r"lacks the key 'qwen2\.attention\.layer_norm_rms_epsilon'"),
     ({"tokenizer.ggml.tokens": None}, r"lacks the key 'tokenizer\.ggml\.tokens'"),
@@ -244,7 +357,7 @@ def test_a_file_is_converted_once(file, cache, monkeypatch):
     folder = convert_gguf(file, torch.float32)
     assert folder.parent == cache
     opened = []
-    monkeypatch.setattr(gguf, "open_gguf", opened.append)
+    monkeypatch.setattr(model_cache, "open_gguf", opened.append)
     assert convert_gguf(file, torch.float32) == folder
     assert convert_gguf(Path(shutil.copy(file, file.with_name("moved.gguf"))), torch.float32) == folder
     assert opened == []
@@ -266,13 +379,45 @@ def test_a_conversion_that_fails_leaves_nothing(file, cache, monkeypatch):
     def full_disk(*args):
         raise OSError("no space left")
 
-    monkeypatch.setattr(gguf, "_write_shards", full_disk)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr(model_cache, "_write_shards", full_disk)
+    with pytest.raises(GGUFError, match=r"model\.gguf cannot be converted into .*cache: no space left; allowed: "):
         convert_gguf(file, torch.float32)
     assert list(cache.iterdir()) == []
     monkeypatch.undo()
     monkeypatch.setenv("LLM_LAB_CACHE", str(cache))
     assert convert_gguf(file, torch.float32).is_dir()
+
+
+def test_a_cache_that_cannot_be_written(file, monkeypatch, tmp_path):
+    """One line, for the default model too."""
+    monkeypatch.setenv("LLM_LAB_CACHE", str(file / "below a file"))
+    with pytest.raises(GGUFError, match=r"cannot be (read|converted into .*): Not a directory"):
+        LLM(str(file))
+
+
+def test_what_a_killed_conversion_left_is_removed(file, cache):
+    """After a while, and only if nobody works on it."""
+    old, young, busy = (cache / f"converting-{name}" for name in ("old", "young", "busy"))
+    for folder in (old, young, busy):
+        folder.mkdir(parents=True)
+        (folder / "model-00001.safetensors").write_bytes(b"x")
+    for folder in (old, busy):
+        os.utime(folder, (0, 0))
+    with model_cache._locked(busy):
+        converted = convert_gguf(file, torch.float32)
+    assert sorted(cache.iterdir()) == sorted([young, busy, converted])
+
+
+@pytest.mark.parametrize("gone", ["config.json", "tokenizer.json", "model-00001.safetensors",
+                                  "model.safetensors.index.json", "all"])
+def test_a_converted_folder_that_lost_a_file_is_made_anew(gone, file, cache):
+    folder = convert_gguf(file, torch.float32)
+    for part in [*folder.iterdir()] if gone == "all" else [folder / gone]:
+        part.unlink()
+    assert convert_gguf(file, torch.float32) == folder
+    assert load_spec(folder).num_hidden_layers == 3
+    assert len(SafetensorsFolder(folder).names()) == 30
+    assert list(cache.iterdir()) == [folder]
 
 
 def test_conversions_at_the_same_time(file, cache):
@@ -283,7 +428,7 @@ def test_conversions_at_the_same_time(file, cache):
 
 
 def test_a_large_file_is_written_in_shards(file, tiny_model, monkeypatch):
-    monkeypatch.setattr(gguf, "_SHARD_BYTES", 60_000)
+    monkeypatch.setattr(model_cache, "_SHARD_BYTES", 60_000)
     folder = convert_gguf(file, torch.float32)
     assert len(list(folder.glob("*.safetensors"))) > 4
     out = LLM(str(file), dtype="float32").generate(PROMPTS[0], greedy(4), use_tqdm=False)[0].outputs[0]

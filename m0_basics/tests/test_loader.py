@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from m0_basics import LLM
 from m0_basics.config import ConfigError, ModelConfig
-from m0_basics.loading import loader
+from m0_basics.loading import loader, tokenizer
 from m0_basics.loading.loader import (
     LoadError,
     cpu_has_bfloat16,
@@ -200,7 +200,7 @@ def test_a_tensor_of_the_wrong_shape(folder, name, cut, message):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"architectures": ["MambaForCausalLM"]}, "architecture MambaForCausalLM is not supported; allowed: Qwen3"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; allowed: silu"),
-    ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not supported; allowed: default, llama3"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not supported; allowed: default, linear, llama3"),
     ({"num_hidden_layers": 4}, r"lacks the tensor model\.layers\.3\."),
     ({"vocab_size": 280}, r"shape \(288, 64\), config.json says \(280, 64\)"),
     ({"vocab_size": None}, r"config\.json lacks vocab_size"),
@@ -211,7 +211,7 @@ def test_a_configuration_that_does_not_fit(folder, changes, message):
         LLM(str(folder))
 
 
-def test_a_damaged_tokenizer(folder):
+def test_a_damaged_tokenizer(folder, monkeypatch):
     (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"tokenizer_config\.json cannot be read"):
         LLM(str(folder))
@@ -223,10 +223,22 @@ def test_a_damaged_tokenizer(folder):
     with pytest.raises(ConfigError, match=r"neither tokenizer\.json nor tokenizer\.model.*skip_tokenizer_init=True"):
         LLM(str(folder))
     (folder / "tokenizer.model").write_bytes(b"no SentencePiece model")
+    monkeypatch.setattr(tokenizer, "_is_installed", lambda name: True)
     with pytest.raises(ConfigError, match=r"transformers could not make one: .*skip_tokenizer_init=True"):
         LLM(str(folder))
     out = LLM(str(folder), dtype="float32", skip_tokenizer_init=True).generate(PROMPT, greedy(8), use_tqdm=False)
     assert_same_tokens([out[0].outputs[0].token_ids], reference_greedy(folder, [PROMPT], 8))
+
+
+@pytest.mark.parametrize(("content", "library"), [
+    (b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02", "sentencepiece, protobuf"),
+    (b"IQ== 0\nIg== 1\n", "tiktoken")])
+def test_a_tokenizer_model_alone_names_the_library_that_reads_it(content, library, folder, monkeypatch):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(content)
+    monkeypatch.setattr(tokenizer, "_is_installed", lambda name: name == "transformers")
+    with pytest.raises(ConfigError, match=rf"without {library}; get it with: pip install "):
+        LLM(str(folder))
 
 
 def test_the_padded_rows_of_a_vocabulary_are_kept(tiny_model):
@@ -250,26 +262,37 @@ def test_a_tied_output_matrix_is_the_embedding(variant, tied, tiny_model):
 
 def test_padding(folder):
     """Generation pads on the left; a model without a padding token borrows the end-of-sequence token."""
-    tokenizer = load_tokenizer(ModelConfig(str(folder), dtype="float32"))
-    assert tokenizer.padding_side == "left"
-    eos = tokenizer.encode(EOS)[0]
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (eos, eos)
+    loaded = load_tokenizer(ModelConfig(str(folder), dtype="float32"))
+    assert loaded.padding_side == "left"
+    eos = loaded.encode(EOS)[0]
+    assert (loaded.eos_token_id, loaded.pad_token_id) == (eos, eos)
     for pad in ("!", {"content": "!", "lstrip": False}):
         change_json(folder / "tokenizer_config.json", pad_token=pad)
-        assert load_tokenizer(ModelConfig(str(folder), dtype="float32")).pad_token_id == tokenizer.encode("!")[0] != eos
+        assert load_tokenizer(ModelConfig(str(folder), dtype="float32")).pad_token_id == loaded.encode("!")[0] != eos
     change_json(folder / "tokenizer_config.json", pad_token=None, eos_token=None)
     assert load_tokenizer(ModelConfig(str(folder), dtype="float32")).pad_token_id is None
 
 
 @pytest.mark.parametrize(("generation", "config", "expected"), [
-    ([7, 9], 5, (7, 9)), (7, 5, (7,)), (None, 5, (5,)), (None, [5, 6], (5, 6)), (None, None, ())])
+    ([7, 9], 5, (7, 9)), (7, 5, (7,)), (None, 5, (5,)), (None, [5, 6], (5, 6)), (None, None, ()),
+    ([7, 267], None, (7,)), ([-1, 10 ** 12, VOCAB_SIZE, 8], None, (8,))])
 def test_end_of_sequence_tokens(folder, generation, config, expected):
-    """The generation settings know best; they may name several."""
+    """The generation settings know best, and may name several; the tokenizer's own ends an output as well."""
     change_json(folder / "config.json", eos_token_id=config)
     change_json(folder / "generation_config.json", eos_token_id=generation)
-    assert load_spec(folder).eos_token_ids == expected
+    own = (267,)
+    assert load_spec(folder).eos_token_ids == (*expected, *own)
     (folder / "generation_config.json").unlink()
+    assert load_spec(folder).eos_token_ids == (*(() if config is None else (config,) if config == 5 else (5, 6)), *own)
+    change_json(folder / "tokenizer_config.json", eos_token=None)
     assert load_spec(folder).eos_token_ids == (() if config is None else (config,) if config == 5 else (5, 6))
+
+
+@pytest.mark.parametrize("eos", ["5", 5.0, True, [5, None], {"a": 5}])
+def test_an_end_of_sequence_token_that_is_none(eos, folder):
+    change_json(folder / "generation_config.json", eos_token_id=eos)
+    with pytest.raises(LoadError, match=r"eos_token_id=.* is not valid; allowed: an integer, or a list of them"):
+        LLM(str(folder))
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [
@@ -328,16 +351,6 @@ def test_an_exported_model_is_the_same_for_transformers(variant, tiny_model, tmp
     assert json.loads((target / "config.json").read_text())["dtype"] == "float32"
     out = LLM(str(target), dtype="float32").generate("the 中", greedy(4), use_tqdm=False)[0]
     assert_same_tokens([out.outputs[0].token_ids], reference_greedy(source, [out.prompt_token_ids], 4))
-
-
-def test_quantised_weights_are_refused(tiny_model, tmp_path):
-    """F0.9: their scales would be ignored, and the numbers would be garbage."""
-    folder = tmp_path / "quantised"
-    shutil.copytree(tiny_model("qwen3"), folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(ConfigError, match=r"quantization_config of method 'fp8' is not supported; allowed: float32"):
-        LLM(str(folder))
 
 
 def test_a_huge_max_model_len_is_refused_before_anything_is_allocated(tiny_model):

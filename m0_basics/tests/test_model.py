@@ -1,6 +1,7 @@
 """F0.10: logits equal transformers', for each family and variant; a packed batch equals each sequence alone."""
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -149,6 +150,25 @@ def test_both_ways_to_write_rotary_settings(config):
     assert dataclasses.astuple(spec.rope_scaling) == (8.0, 1.0, 4.0, 8192)
 
 
+@pytest.mark.parametrize("rope", [
+    {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, {"rope_scaling": {"type": "linear", "factor": 4}},
+    {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rope_scaling": {"type": "linear", "factor": 2}},
+    {"rope_theta": 700.0, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+     "rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_theta": 700.0, "rope_scaling": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0,
+                                           "high_freq_factor": 4.0}, "max_position_embeddings": 64},
+    {"rope_scaling": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+     "original_max_position_embeddings": 32, "max_position_embeddings": 128}])
+def test_rotary_frequencies_of_any_configuration(rope):
+    """As transformers reads it, whichever of the two names it stands under, or both."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    config = CONFIG | {"head_dim": 16} | rope
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**copy.deepcopy(config))).inv_freq
+    torch.testing.assert_close(inverse_frequencies(ModelSpec.from_hf_config(config)), theirs, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"architectures": ["GPT2LMHeadModel"]},
      "architecture GPT2LMHeadModel is not supported; allowed: Qwen3ForCausalLM, Qwen2ForCausalLM, LlamaForCausalLM"),
@@ -157,7 +177,24 @@ def test_both_ways_to_write_rotary_settings(config):
     ({"mlp_bias": True}, "mlp_bias=True of LlamaForCausalLM is not supported; allowed: false"),
     ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, "use_sliding_window=True"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn' is not supported; allowed: default"),
-    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_type='linear' is not supported"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type='dynamic' is not supported; allowed: default, l"),
+    ({"rope_scaling": {"type": "linear"}}, "rope_scaling of rope_type='linear' lacks factor"),
+    ({"rope_scaling": {"type": "linear", "factor": 0}}, r"rope_scaling\.factor=0 is not valid; allowed: a number"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type='llama3' lacks low_freq_factor"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},
+     r"rope_parameters\.high_freq_factor=4.0 is not valid; allowed: more than low_freq_factor"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "of its own for full_attention is not supported"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported; allowed: 1.0"),
+    ({"rope_scaling": "linear"}, "rope_scaling='linear' is not valid; allowed: an object"),
+    ({"rope_theta": "x"}, "rope_theta='x' is not valid; allowed: a number above 0"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan is not valid; allowed: a number above 0"),
+    ({"vocab_size": -3}, "vocab_size=-3 is not valid; allowed: an integer from 1 to"),
+    ({"num_hidden_layers": 2.5}, "num_hidden_layers=2.5 is not valid; allowed: an integer"),
+    ({"num_key_value_heads": [2, 2]}, r"num_key_value_heads=\[2, 2\] is not valid; allowed: an integer"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads=3 is not valid; allowed: a divisor of num_attention_heads=4"),
+    ({"head_dim": 7}, "head_dim=7 is not valid; allowed: an even number"),
+    ({"num_attention_heads": 32}, "head_dim=0 is not valid; allowed: an integer from 1 to"),
+    ({"max_position_embeddings": 10 ** 12}, "max_position_embeddings=1000000000000 is not valid"),
 ])
 def test_what_the_model_cannot_run_is_refused(change, message):
     """F0.9"""

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m0_basics.config import DEFAULT_MODEL, ConfigError
+from m0_basics.config import DEFAULT_MODEL
 from m0_basics.loading.gguf_tokenizer import build_tokenizer
 from m0_basics.loading.loader import resolve_model
 from m0_basics.loading.tokenizer import Tokenizer
@@ -104,62 +103,6 @@ def _byte_alphabet() -> list[str]:
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
 
 
-# ---------------------------------------------------------------- chat templates
-
-def with_template(folder: Path, tmp_path: Path, template, **names) -> Tokenizer:
-    target = shutil.copytree(folder, tmp_path / "model", dirs_exist_ok=True)
-    data = json.loads((target / "tokenizer_config.json").read_text())
-    (target / "tokenizer_config.json").write_text(json.dumps({**data, "chat_template": template, **names}))
-    return Tokenizer.from_folder(target)
-
-
-@pytest.mark.parametrize("template", [
-    "{{ messages | tojson }}", "{{ messages | tojson(indent=2) }}",
-    "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}{{ m.content | trim }}{{ eos_token }}"
-    "{% endfor %}",
-    "{% for m in messages %}\n    {%- if m.role == 'system' %}{% continue %}{% endif %}\n"
-    "    {{- m.content }}\n{% endfor %}",
-    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
-    "{{ strftime_now('%Y') }}{% if add_generation_prompt %}go{% endif %}", "{{ messages[-1]['content'] }}\n",
-])
-def test_the_dialect_of_templates(template, tiny_model, tmp_path):
-    ours = with_template(tiny_model("qwen3"), tmp_path, template, bos_token=BOS)
-    theirs = transformers_tokenizer(tmp_path / "model")
-    for chat in CHATS:
-        expected = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        assert ours.apply_chat_template(chat) == expected
-
-
-def test_a_template_in_a_file_of_its_own_comes_first(tiny_model, tmp_path):
-    with_template(tiny_model("qwen3"), tmp_path, "from the settings")
-    (tmp_path / "model" / "chat_template.jinja").write_text("from the file: {{ messages[0].content }} 中")
-    tokenizer = Tokenizer.from_folder(tmp_path / "model")
-    assert tokenizer.apply_chat_template(CHATS[0]) == "from the file: Hello 中"
-
-
-def test_of_several_templates_the_default_one_is_used(tiny_model, tmp_path):
-    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
-    assert with_template(tiny_model("qwen3"), tmp_path, named).apply_chat_template(CHATS[0]) == "plain"
-
-
-@pytest.mark.parametrize(("template", "message"), [
-    (None, "this model has no chat template; use generate instead of chat"),
-    ("{{ raise_exception('roles must alternate') }}", "the chat template refuses these messages: roles must alternate"),
-    ("{% for %}", "the chat template refuses these messages"),
-    ("{{ ''.__class__.__mro__ }}", "the chat template refuses these messages: .*unsafe"),
-])
-def test_a_template_that_does_not_render(template, message, tiny_model, tmp_path):
-    with pytest.raises(ConfigError, match=message):
-        with_template(tiny_model("qwen3"), tmp_path, template).apply_chat_template(CHATS[0])
-
-
-@pytest.mark.parametrize("bad", [{"role": "user"}, {"content": "x"}, "text", None])
-def test_messages_that_are_none(bad, tiny_model):
-    tokenizer = Tokenizer.from_folder(tiny_model("qwen3"))
-    with pytest.raises(ConfigError, match=r"messages\[1\]=.* is not valid; allowed: a dict with role and content"):
-        tokenizer.apply_chat_template([{"role": "user", "content": "x"}, bad])
-
-
 # ---------------------------------------------------------------- tokenizers in GGUF headers
 
 def byte_level_header(pre: str | None, **more) -> dict:
@@ -204,6 +147,18 @@ def test_texts_are_split_as_transformers_splits_them(pre, reference):
     ("llama-bpe", ["ab", "Ġ", "123", "45", "c"]), ("smollm", ["ab", "Ġ", "1", "2", "3", "4", "5", "c"])])
 def test_how_numbers_are_split(pre, split):
     assert pieces(build_tokenizer(byte_level_header(pre), Path("x.gguf")), "ab 12345c") == split
+
+
+@pytest.mark.parametrize(("alias", "name"), [
+    ("deepseek-r1-qwen", "qwen2"), ("megrez", "qwen2"), ("llama3", "llama-bpe"), ("llama-v3", "llama-bpe"),
+    ("falcon3", "llama-bpe"), ("phi-2", "gpt-2")])
+def test_other_names_of_a_splitting(alias, name):
+    """llama.cpp's table. What it calls llama-bpe begins with BOS."""
+    more = {"tokenizer.ggml.bos_token_id": 266}
+    ours, theirs = (build_tokenizer(byte_level_header(pre, **more), Path("x.gguf")) for pre in (alias, name))
+    for text in TEXTS:
+        assert pieces(ours, text) == pieces(theirs, text)
+    assert (ours.encode("a").ids[0] == 266) == (name == "llama-bpe")
 
 
 def test_special_and_added_tokens_of_a_header():

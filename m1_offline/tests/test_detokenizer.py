@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from m0_basics.config import DEFAULT_MODEL, ModelConfig
@@ -13,7 +13,7 @@ from m0_basics.loading.loader import load_tokenizer
 from m0_basics.loading.tokenizer import Tokenizer
 from m0_basics.request import Logprob, Request, Sequence, SequenceData, SequenceStatus, next_seq_id
 from m0_basics.sampling_params import SamplingParams
-from m0_basics.tools.testing.tiny_models import BOS, EOS, byte_level_tokenizer
+from m0_basics.tools.testing.tiny_models import BOS, EOS, byte_level_tokenizer, sentencepiece_tokenizer
 from m1_offline.detokenizer import IncrementalDetokenizer, StopChecker
 from m1_offline.output_processor import OutputProcessor
 
@@ -25,12 +25,15 @@ TEXTS = st.lists(st.sampled_from(["the ", "in", " an", " ", "\n", "naïve", "é"
 BYTES = st.lists(st.sampled_from([b"a", b" ", b"\xc3", b"\xa9", b"\xe4", b"\xb8", b"\xad", b"\xf0", b"\x9f", b"\x98",
                                   b"\x80", b"\xff", b"\xc0", b"\xed", b"\xa0", b"\xef\xbf\xbd"]),
                  max_size=16).map(b"".join)
+# Words, spaces, bytes that begin, continue and break characters, special tokens; the same numbers in every tokenizer.
+TOKENS = st.one_of(st.integers(257, 268), st.integers(257, 268), st.integers(0, 268))
 EXAMPLES = settings(max_examples=150, deadline=None)
 
 
-def pieces(tokenizer: Tokenizer, token_ids: list[int], skip_special_tokens: bool = True) -> list[str]:
+def pieces(tokenizer: Tokenizer, token_ids: list[int], skip_special_tokens: bool = True,
+           prompt: list[int] | tuple[int, ...] = ()) -> list[str]:
     """What each token adds, and what is left at the end."""
-    detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens)
+    detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens, prompt)
     return [*(detokenizer.push(i) for i in token_ids), detokenizer.flush()]
 
 
@@ -53,27 +56,23 @@ def default_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def sentencepiece_like(prepend: str) -> Tokenizer:
-    """A small Unigram model with byte fallback that writes a space as U+2581, decoded as Llama 2's or T5's is."""
-    from tokenizers import AddedToken, decoders, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-    from tokenizers.models import Unigram
-    words = ["▁", "▁the", "▁in", "the", "in", "a", "n", "中", "，", "é", "."]
-    vocab = [("<unk>", 0.0), *((f"<0x{i:02X}>", -20.0) for i in range(256)), *((word, -2.0) for word in words)]
-    backend = Backend(Unigram(vocab, unk_id=0, byte_fallback=True))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
-    if prepend == "always":             # Llama 2's
-        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                             decoders.Strip(" ", 1, 0)])
-    else:
-        backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=prepend)])
-    backend.add_special_tokens([AddedToken("<s>", normalized=False)])
-    return Tokenizer(backend, {})
+@lru_cache
+def sentencepiece(prepend: str) -> Tokenizer:
+    return Tokenizer(sentencepiece_tokenizer(prepend), {})
 
 
 @lru_cache
-def sentencepiece(prepend: str) -> Tokenizer:
-    return sentencepiece_like(prepend)
+def reference(kind: str) -> Any:
+    """The same tokenizer in transformers' hands."""
+    from transformers import PreTrainedTokenizerFast
+    backend = byte_level_tokenizer() if kind == "byte level" else sentencepiece_tokenizer(kind)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def reference_decode(kind: str, token_ids: list[int], skip_special_tokens: bool) -> str:
+    text: str = reference(kind).decode(token_ids, skip_special_tokens=skip_special_tokens,
+                                       clean_up_tokenization_spaces=False)
+    return text
 
 
 def split_at_random(data: st.DataObject, text: str) -> list[str]:
@@ -133,6 +132,46 @@ class TestIncrementalDetokenizer:
         for at in specials:
             ids.insert(at, 268)
         assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+
+    @pytest.mark.parametrize("kind", ["always", "first", "never", "byte level"])
+    @EXAMPLES
+    @given(prompt=st.lists(TOKENS, max_size=5), output=st.lists(TOKENS, max_size=8), skip=st.booleans())
+    def test_the_prompt_is_the_context(self, kind: str, prompt: list[int], output: list[int], skip: bool) -> None:
+        """What the output adds is what transformers' text of both has more than its text of the prompt."""
+        tokenizer = byte_level() if kind == "byte level" else sentencepiece(kind)
+        before, whole = (reference_decode(kind, ids, skip) for ids in (prompt, prompt + output))
+        assume(REPLACEMENT not in before and whole.startswith(before))
+        assert tokenizer.decode_output(output, prompt, skip) == whole[len(before):]
+        assume(REPLACEMENT not in whole)            # how a broken run is written depends on when it is looked at
+        assert "".join(pieces(tokenizer, output, skip, prompt)) == whole[len(before):]
+
+    def test_the_space_before_the_first_token(self) -> None:
+        tokenizer = sentencepiece("always")
+        the, inside, dot, space, bos = map(tokenizer._backend.token_to_id, ("▁the", "▁in", ".", "▁", "<s>"))
+        for prompt, output, texts in (
+                ([the], [inside, the, dot], [" in", " the", "."]), ([bos, the], [inside], [" in"]),
+                ([the, bos], [inside], [" in"]), ([bos], [inside, the], ["in", " the"]), ([], [inside], ["in"]),
+                ([the, space], [space, inside], [" ", " in"]), ([space], [inside], [" in"]),
+                ([1 + 0x0a], [space, space, inside], [" ", " ", " in"]), ([the, 1 + 0xe4], [inside], [" in"])):
+            assert pieces(tokenizer, output, prompt=prompt) == [*texts, ""]
+            assert tokenizer.decode_output(output, prompt) == "".join(texts)
+        assert pieces(tokenizer, [inside], False, [bos]) == [" in", ""], "a special token that is shown"
+
+    def test_the_text_of_a_token_in_the_middle(self) -> None:
+        """As a list of tokens is shown: joined they give the text, with its spaces."""
+        for kind in ("always", "first", "never"):
+            tokenizer = sentencepiece(kind)
+            words = tokenizer.encode("the in the.")
+            assert "".join(map(tokenizer.token_text, words)).removeprefix(" ") == "the in the."
+            assert [tokenizer.token_text(i) for i in (268, 1 + 0xe4)] == ["<s>", REPLACEMENT]
+        for i in range(268):
+            assert byte_level().token_text(i) == byte_level().decode([i], False)
+
+    def test_half_a_character_at_the_end_of_a_prompt_is_the_prompts(self) -> None:
+        first, *rest = byte_ids("中".encode())
+        for prompt in ([first], [*byte_ids(b"a"), first]):
+            assert "".join(pieces(byte_level(), rest, prompt=prompt)) == byte_level().decode(rest) == REPLACEMENT * 2
+            assert byte_level().decode_output(rest, prompt) == REPLACEMENT * 2
 
     def test_byte_fallback_shows_no_broken_character(self) -> None:
         """Its decoder writes one replacement per byte, and spoils whole runs: nothing of it may be shown early."""

@@ -78,7 +78,7 @@ class _Choice:
             self.echo = decoded if output.prompt is None else output.prompt
         self.is_first = True
         skip = body.skip_special_tokens is not False
-        self.offsets = _Offsets(len(self.echo), tokenizer, skip)
+        self.offsets = _Offsets(len(self.echo), tokenizer, skip, self.prompt_token_ids)
         self._echoed: dict[str, list[Any]] | None = None
 
     def prepare_echo(self) -> dict[str, list[Any]]:
@@ -87,7 +87,7 @@ class _Choice:
             known = self.prompt_logprobs or []
             unknown = [None] * (len(self.prompt_token_ids) - len(known))        # it ended before its prompt had run
             self._echoed = self._logprobs(self.prompt_token_ids, [*known, *unknown],
-                                          _Offsets(0, self.tokenizer, False, len(self.echo)))
+                                          _Offsets(0, self.tokenizer, False, end=len(self.echo)))
         return self._echoed
 
     def piece(self, index: int, part: CompletionOutput) -> dict[str, Any]:
@@ -133,16 +133,17 @@ class _Offsets:
     """Where each token begins in the text of the choice, in characters."""
 
     def __init__(self, start: int, tokenizer: Tokenizer | None, skip_special_tokens: bool,
-                 end: int | None = None) -> None:
+                 prompt_token_ids: Sequence[int] = (), end: int | None = None) -> None:
         self._position = start
         self._end = end
         self._tokenizer = tokenizer
-        self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens) if tokenizer else None
+        self._detokenizer = (IncrementalDetokenizer(tokenizer, skip_special_tokens, prompt_token_ids) if tokenizer
+                             else None)
 
     def next(self, token_id: int) -> int:
         begin = self._position
         if self._detokenizer is not None and self._tokenizer is not None:
             self._position += len(self._detokenizer.push(token_id))
             # Characters of earlier tokens that were held back until now stand before it.
-            begin = max(begin, self._position - len(self._tokenizer.decode([token_id], False)))
+            begin = max(begin, self._position - len(self._tokenizer.token_text(token_id)))
         return begin if self._end is None else min(begin, self._end)

@@ -13,7 +13,7 @@ from m0_basics.tools.testing.parity import mixed_length_prompts, reference_logit
 from m2_continuous_batching import LLM
 from m2_continuous_batching.server.completions import _Choice
 from m2_continuous_batching.tools.testing.fixtures import server_and_offline
-from m2_continuous_batching.tools.testing.server import MODEL
+from m2_continuous_batching.tools.testing.server import MODEL, RunningServer
 
 server, offline = server_and_offline(LLM, max_model_len=128)
 PROMPTS = ["the one", "on the 中", "Hello", "in an error"]
@@ -270,3 +270,16 @@ def test_what_asks_for_nothing_is_accepted(server):
 def test_unknown_model_is_404(server):
     with pytest.raises(openai.NotFoundError, match="'other' does not exist; allowed: 'tiny'"):
         complete(server, model="other", prompt="x")
+
+
+def test_the_space_between_prompt_and_output(tiny_model):
+    """A SentencePiece tokenizer: echo does not join words, and each token's text stands at its offset."""
+    with RunningServer(lambda **extra: LLM(str(tiny_model("sentencepiece")), dtype="float32", **extra)) as server:
+        choice = complete(server, prompt="the", echo=True, logprobs=1, max_tokens=5).choices[0]
+        assert choice.text == "the in. 中 the"
+        assert choice.logprobs.tokens == ["the", " in", ".", " ", "中", " the"]
+        assert choice.logprobs.text_offset == [0, 3, 6, 7, 8, 9]
+        pieces = [c.choices[0].text for c in complete(server, prompt="the", max_tokens=5, stream=True)]
+        assert "".join(pieces) == " in. 中 the"
+        body = {"structured_outputs": {"choice": [" in", " the"]}}
+        assert complete(server, prompt="the", extra_body=body).choices[0].text == " in"

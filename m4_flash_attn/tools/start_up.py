@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from m0_basics.loading.gguf import cache_dir
+from m0_basics.loading.model_cache import cache_dir
 from m0_basics.tools.bench import BenchError
 from m0_basics.tools.cli.options import as_flags
 

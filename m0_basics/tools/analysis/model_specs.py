@@ -5,7 +5,8 @@ from them equal the published ones, which a test checks.
 """
 from __future__ import annotations
 
-from m0_basics.model_spec import Llama3RopeScaling, ModelSpec
+from m0_basics.loading.rope_config import Llama3RopeScaling
+from m0_basics.model_spec import ModelSpec
 
 SPECS: dict[str, ModelSpec] = {
     "SmolLM2-135M": ModelSpec(

@@ -213,6 +213,10 @@ class StopConformance(StopTokenConformance):
         assert output.text == PARROT_TEXT + "aé中😀"
         assert output.stop_reason == "z"
 
+    def test_stop_string_that_begins_with_the_space_after_the_prompt(self) -> None:
+        output = self.run(self.make("sentencepiece"), "the", greedy(8, stop=[" in"]))[0].outputs[0]
+        assert (output.text, output.stop_reason, len(output.token_ids)) == ("", " in", 1)
+
     def test_stop_string_while_streaming(self) -> None:
         """What a stop string may still cut off is not handed out."""
         for stop, text in (("😀z?a", "aé中"), ("z!", PARROT_TEXT * 2)):
@@ -240,6 +244,14 @@ class StreamingConformance(Conformance):
     def test_a_character_that_spans_tokens_comes_whole(self) -> None:
         parts = list(self.make("parrot").stream(BOS, greedy(len(PARROT_TEXT.encode()))))
         assert [part.outputs[0].text for part in parts if part.outputs[0].text] == list(PARROT_TEXT)
+
+    def test_the_space_after_the_prompt_comes_too(self) -> None:
+        """A SentencePiece decoder drops the space before its first token: that is the prompt's, not the output's."""
+        llm = self.make("sentencepiece")
+        whole = self.run(llm, "the", greedy(6))[0].outputs[0]
+        assert whole.text == " in. 中 the in"
+        assert "".join(part.outputs[0].text for part in llm.stream("the", greedy(6))) == whole.text
+        assert self.run(llm, whole.token_ids[:2], greedy(3))[0].outputs[0].text == " 中 the"
 
     def test_a_character_cut_by_the_end_is_not_lost(self) -> None:
         llm = self.make("parrot")

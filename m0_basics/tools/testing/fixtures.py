@@ -12,7 +12,7 @@ import torch
 from ..exercise.book import Python, run_python
 from .forked_python import ForkedPython
 from .real_model import RealReference, real_reference
-from .tiny_models import FAMILIES_UNDER_TEST, save_parrot_model, save_tiny_model
+from .tiny_models import FAMILIES_UNDER_TEST, save_parrot_model, save_sentencepiece_model, save_tiny_model
 
 TinyModels = Callable[[str], Path]
 
@@ -30,7 +30,8 @@ PARROT_TEXT = "aé中😀z?"
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     """Name of a variant -> its folder, made when it is first asked for.
 
-    Besides the variants of FAMILIES_UNDER_TEST: "parrot" recites PARROT_TEXT for ever, "parrot_eos" once.
+    Besides the variants of FAMILIES_UNDER_TEST: "parrot" recites PARROT_TEXT for ever, "parrot_eos" once;
+    "sentencepiece" begins with a space.
     """
     root = tmp_path_factory.mktemp("tiny_models")
     made: dict[str, Path] = {}
@@ -39,6 +40,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
         if name not in made:
             if name in ("parrot", "parrot_eos"):
                 made[name] = save_parrot_model(root / name, PARROT_TEXT, then_eos=name == "parrot_eos")
+            elif name == "sentencepiece":
+                made[name] = save_sentencepiece_model(root / name)
             else:
                 tiny = FAMILIES_UNDER_TEST[name]
                 made[name] = save_tiny_model(root / name, tiny.family, tie=tiny.tie, **tiny.overrides)

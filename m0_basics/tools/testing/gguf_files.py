@@ -166,7 +166,9 @@ def _tokenizer_header(folder: Path, vocab_size: int) -> dict[str, Any]:
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
-    if isinstance(value, bool):
+    if isinstance(value, np.uint8):
+        writer.add_uint8(key, int(value))
+    elif isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
         writer.add_uint32(key, value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -83,6 +83,23 @@ def save_parrot_model(folder: Path, text: str, *, then_eos: bool = False) -> Pat
     tokenizer = byte_level_tokenizer()
     cycle = [tokenizer.token_to_id(c) for c in _byte_characters(text)]
     assert len(set(cycle)) == len(cycle), "the bytes of the text must differ from each other"
+    start, end = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+    # The end of the cycle and <|im_start|> both lead to its beginning: the sum answers to either.
+    steps = [(start, cycle[0]), *pairwise(cycle), (cycle[-1], end if then_eos else cycle[0])]
+    return save_model(folder, build_reciting_model(steps))
+
+
+def save_sentencepiece_model(folder: Path) -> Path:
+    """Write a model over a SentencePiece tokenizer that goes on " in. 中 the in. ..." after the prompt "the"."""
+    tokenizer = sentencepiece_tokenizer("always")
+    cycle = [tokenizer.token_to_id(token) for token in ("▁the", "▁in", ".", "▁", "中")]
+    model = build_reciting_model([*pairwise(cycle), (cycle[-1], cycle[0])])
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.token_to_id("<s>")
+    return save_model(folder, model, tokenizer=tokenizer)
+
+
+def build_reciting_model(steps: Sequence[tuple[int, int]]) -> Any:
+    """A model in which the token on the left of each step is followed by the one on its right, whatever was before."""
     model = build_tiny_model("llama")
     state = model.state_dict()
     for name, weight in state.items():
@@ -92,20 +109,17 @@ def save_parrot_model(folder: Path, text: str, *, then_eos: bool = False) -> Pat
             weight.fill_(1.0)
     embedding, output = state["model.embed_tokens.weight"], state["lm_head.weight"]
     output.zero_()
-    start, end = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
-    # The end of the cycle and <|im_start|> both lead to its beginning: the sum answers to either.
-    steps = [(start, cycle[0]), *pairwise(cycle), (cycle[-1], end if then_eos else cycle[0])]
     for token, following in steps:
         output[following] += embedding[token] / embedding[token].norm()
     model.load_state_dict(state)
-    return save_model(folder, model)
+    return model
 
 
-def save_model(folder: Path, model: Any, max_shard_size: str = "5GB") -> Path:
-    """Write a transformers model and the byte-level tokenizer to `folder`."""
+def save_model(folder: Path, model: Any, max_shard_size: str = "5GB", tokenizer: Any = None) -> Path:
+    """Write a transformers model and its tokenizer (default: the byte-level one) to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(str(folder), max_shard_size=max_shard_size)
-    byte_level_tokenizer().save(str(folder / "tokenizer.json"))
+    (tokenizer or byte_level_tokenizer()).save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "chat_template": CHAT_TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
@@ -120,6 +134,26 @@ def byte_level_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(BOS, normalized=False), AddedToken(EOS, normalized=False)])
+    return tokenizer
+
+
+def sentencepiece_tokenizer(prepend: str) -> Any:
+    """A `tokenizers.Tokenizer` that writes a space as U+2581: eleven words over byte fallback, and `<s>`.
+
+    `prepend`: "always" decodes as Llama 2's does, "first" and "never" as T5's and Mistral's later ones do.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import Unigram
+    words = ["▁", "▁the", "▁in", "the", "in", "a", "n", "中", "，", "é", "."]
+    vocab = [("<unk>", 0.0), *((f"<0x{i:02X}>", -20.0) for i in range(256)), *((word, -2.0) for word in words)]
+    tokenizer = Tokenizer(Unigram(vocab, unk_id=0, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
+    if prepend == "always":
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                               decoders.Strip(" ", 1, 0)])
+    else:
+        tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=prepend)])
+    tokenizer.add_special_tokens([AddedToken("<s>", normalized=False)])
     return tokenizer
 
 

@@ -20,7 +20,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from m0_basics.loading.gguf import cache_dir
+from m0_basics.loading.model_cache import cache_dir
 
 Command = tuple[str, ...]
 

@@ -1,0 +1,121 @@
+"""F0.9: chat templates render what transformers renders, and end whatever they are."""
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from m0_basics.config import ConfigError
+from m0_basics.loading import chat_template
+from m0_basics.loading.tokenizer import Tokenizer
+from m0_basics.tests.test_tokenizer import CHATS, transformers_tokenizer
+from m0_basics.tools.testing.tiny_models import BOS
+
+
+def with_template(folder: Path, tmp_path: Path, template, **names) -> Tokenizer:
+    target = shutil.copytree(folder, tmp_path / "model", dirs_exist_ok=True)
+    data = json.loads((target / "tokenizer_config.json").read_text())
+    (target / "tokenizer_config.json").write_text(json.dumps({**data, "chat_template": template, **names}))
+    return Tokenizer.from_folder(target)
+
+
+@pytest.mark.parametrize("template", [
+    "{{ messages | tojson }}", "{{ messages | tojson(indent=2) }}",
+    "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}{{ m.content | trim }}{{ eos_token }}"
+    "{% endfor %}",
+    "{% for m in messages %}\n    {%- if m.role == 'system' %}{% continue %}{% endif %}\n"
+    "    {{- m.content }}\n{% endfor %}",
+    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "{% if tools is not none %}tools{% endif %}{% if documents is none %}no documents{% endif %}",
+    "{% if tools %}tools{% else %}{{ tools }}{% endif %}",
+    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "{% for m in messages %}\n  {%- generation -%}\n {{ m.role }}\n  {%- endgeneration %}\n{% endfor %}",
+    "{{ messages | tojson(ensure_ascii=true, sort_keys=true) }}", "{{ messages | tojson(separators=(',', ':')) }}",
+    "{{ {'b': 1, 'a': [none, '中']} | tojson(false, 1, (', ', ' = '), true) }}",
+    "{{ 'a' ~ 3 ~ none ~ messages | length }}{% for k, v in messages[0].items() %}{{ loop.index ~ k ~ v }}{% endfor %}",
+    "{% for m in messages %}{{ loop.length }}{{ loop.last }}{{ loop.previtem.role if loop.previtem }}{% else %}x"
+    "{% endfor %}",
+    "{% macro show(m) %}{{ m.content + '!' * 3 }}{% endmacro %}{% for m in messages %}{{ show(m) }}{% endfor %}",
+    "{% for m in messages if m.role == 'user' %}{{ m.content.split(' ') | join('-') | replace('a', 'b') }}{% endfor %}",
+    "{{ messages[::-1] | map(attribute='role') | list }}{{ dict(a=1) }}{{ range(3) | list }}{{ '%s %d' % ('x', 3) }}",
+    "{{ strftime_now('%Y') }}{% if add_generation_prompt %}go{% endif %}", "{{ messages[-1]['content'] }}\n",
+])
+def test_the_dialect_of_templates(template, tiny_model, tmp_path):
+    ours = with_template(tiny_model("qwen3"), tmp_path, template, bos_token=BOS)
+    theirs = transformers_tokenizer(tmp_path / "model")
+    for chat in CHATS:
+        expected = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert ours.apply_chat_template(chat) == expected
+
+
+def test_a_template_in_a_file_of_its_own_comes_first(tiny_model, tmp_path):
+    with_template(tiny_model("qwen3"), tmp_path, "from the settings")
+    (tmp_path / "model" / "chat_template.jinja").write_text("from the file: {{ messages[0].content }} 中")
+    tokenizer = Tokenizer.from_folder(tmp_path / "model")
+    assert tokenizer.apply_chat_template(CHATS[0]) == "from the file: Hello 中"
+
+
+def test_of_several_templates_the_default_one_is_used(tiny_model, tmp_path):
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    assert with_template(tiny_model("qwen3"), tmp_path, named).apply_chat_template(CHATS[0]) == "plain"
+
+
+@pytest.mark.parametrize(("template", "message"), [
+    (None, "this model has no chat template; use generate instead of chat"),
+    ("{{ raise_exception('roles must alternate') }}", "the chat template refuses these messages: roles must alternate"),
+    ("{% for %}", "the chat template refuses these messages"),
+    ("{{ ''.__class__.__mro__ }}", "the chat template refuses these messages: .*unsafe"),
+])
+def test_a_template_that_does_not_render(template, message, tiny_model, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        with_template(tiny_model("qwen3"), tmp_path, template).apply_chat_template(CHATS[0])
+
+
+@pytest.mark.parametrize("bad", [{"role": "user"}, {"content": "x"}, "text", None])
+def test_messages_that_are_none(bad, tiny_model):
+    tokenizer = Tokenizer.from_folder(tiny_model("qwen3"))
+    with pytest.raises(ConfigError, match=r"messages\[1\]=.* is not valid; allowed: a dict with role and content"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}, bad])
+
+
+HOSTILE = {
+    "loops": "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+    "calls": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "recursion": "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(60) }}",
+    "a loop in itself": "{% for a in messages recursive %}{{ loop(messages) }}{% endfor %}",
+    "brackets": "{{ " + "(" * 5000 + ")" * 5000 + " }}",
+    "long text": "{% for i in range(100000) %}" + "x" * 500 + "{% endfor %}",
+    **{f"growing: {step}": "{% set n = namespace(x='a' * 99, i=9) %}{% for i in range(99) %}{% set " + step
+       + " %}{% endfor %}"
+       for step in ("n.x = n.x ~ n.x", "n.x = n.x + n.x", "n.i = n.i * n.i", "n.x = n.x.replace('a', n.x)",
+                    "n.x = n.x | replace('a', n.x)", "n.x = n.x.join(n.x)")},
+    **{expression: "{{ " + expression + " }}"
+       for expression in ("'x' * 10**9", "10 ** 10 ** 10", "'x'.ljust(10**9)", "'%1000000000d' % 3",
+                          "'%*d' % (1000000000, 3)", "'x' | center(1000000000)", "'{:1000000000}'.format(3)",
+                          "[0] * 10**9", "1 / 0", "[][5] + 1")},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_template_that_would_never_end_or_fill_the_memory(name, tiny_model, tmp_path, monkeypatch):
+    """One line, in bounded time and memory."""
+    monkeypatch.setattr(chat_template, "_MAX_SECONDS", 0.3)
+    tokenizer = with_template(tiny_model("qwen3"), tmp_path, HOSTILE[name])
+    begin = time.monotonic()
+    with pytest.raises(ConfigError, match=r"the chat template refuses these messages: .+") as caught:
+        tokenizer.apply_chat_template(CHATS[1])
+    assert time.monotonic() - begin < 5
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("template", [5, {"a": 1}, [5], [{"name": "default", "template": 5}]])
+def test_a_template_that_is_no_text(template, tiny_model, tmp_path):
+    """A list that holds no template is none."""
+    if template == [5]:
+        assert with_template(tiny_model("qwen3"), tmp_path, template).chat_template is None
+        return
+    with pytest.raises(ConfigError, match=r"chat_template=.* of the tokenizer's settings is not valid; allowed: text"):
+        with_template(tiny_model("qwen3"), tmp_path, template)
