@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, wraps
@@ -39,7 +40,7 @@ def compile_template(source: str) -> Callable[..., str]:
     template = environment.from_string(source)
 
     def render(**variables: Any) -> str:
-        environment.deadline = time.monotonic() + _MAX_SECONDS
+        environment.clock.deadline = time.monotonic() + _MAX_SECONDS
         pieces, length = [], 0
         for piece in template.generate(**variables):
             environment.tick()
@@ -52,14 +53,20 @@ def compile_template(source: str) -> Callable[..., str]:
     return render
 
 
+class _Clock(threading.local):
+    """When the rendering of this thread has to end: a server renders in several."""
+
+    deadline = float("inf")
+
+
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """Jinja's sandbox, with a clock that loops and calls look at, and a limit to what an operator may make."""
 
     intercepted_binops = frozenset({"*", "**", "+", "%"})
-    deadline = 0.0
+    clock = _Clock()
 
     def tick(self) -> None:
-        if time.monotonic() > self.deadline:
+        if time.monotonic() > self.clock.deadline:
             raise jinja2.TemplateError(f"it takes more than {_MAX_SECONDS:g} s")
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:      # every call, macros' too
