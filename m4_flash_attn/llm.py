@@ -25,6 +25,7 @@ from m3_paged_kv.swap import make_host_cache
 from .backends import Situation, choose
 from .config import EngineConfig
 from .cuda_graph import GraphRunner
+from .kernels.cpu.runner import DecodeRunner, can_decode
 from .kernels.layer_kernels import layer_kernels_for
 from .layers import fuse
 
@@ -61,6 +62,8 @@ class LLM(PagedLLM):
         runner: Runner = model_runner
         if weights.device.type == "cuda" and backend.graphs and not attention.enforce_eager and not hooks.attention:
             runner = GraphRunner(model_runner, memory.block_size, limits.max_num_seqs, limits.max_model_len)
+        elif can_decode(model_runner):
+            runner = DecodeRunner(model_runner)
         scheduler = PrefillFirstScheduler(make_policy(limits.policy), manager, limits.max_num_seqs,
                                           limits.max_num_batched_tokens, limits.max_model_len)
         engine_class = AsyncSchedulingEngine if limits.async_scheduling else LLMEngine
