@@ -37,9 +37,9 @@ class LayerKernels:
     """What layers are made of on some machine."""
 
     ops: ElementwiseOps
-    pack: Callable[[nn.Linear], nn.Module]                              # a linear layer -> the one that runs
-    gate: Callable[[nn.Linear], nn.Module]                              # gate_up_proj -> silu(gate(x)) * up(x)
-    head: Callable[[nn.Linear], nn.Module]                              # the output matrix -> the one that runs
+    pack: Callable[[nn.Module], nn.Module]                              # a linear layer -> the one that runs
+    gate: Callable[[nn.Module], nn.Module]                              # gate_up_proj -> silu(gate(x)) * up(x)
+    head: Callable[[nn.Module], nn.Module]                              # the output matrix -> the one that runs
     stack: Callable[[list[FusedDecoderLayer], FusedRMSNorm, nn.Module], Stacked]        # layers, norm and head as one
 
 

@@ -23,6 +23,7 @@ from m3_paged_kv.paged_memory import allocate_memory
 from .backends import choose, situation_of
 from .config import EngineConfig
 from .cuda_graph import with_graphs
+from .kernels.cpu.runner import with_decode_call
 from .kernels.layer_kernels import layer_kernels_for
 from .layers import fuse
 
@@ -51,7 +52,7 @@ class LLM(PagedLLM):
         queues = Queues(make_policy(limits.policy), manager, limits.max_num_seqs, limits.longest)
         engine_class = AsyncSchedulingEngine if limits.async_scheduling else LLMEngine
         engine = engine_class(PrefillFirstScheduler(queues, limits.max_num_batched_tokens),
-                              with_graphs(runner, config) if may_record else runner,
+                              with_graphs(runner, config) if may_record else with_decode_call(runner),
                               StructuredSampler(FullSampler(tokenizer), tokenizer, weights.spec),
                               OutputProcessor(tokenizer, limits.longest), memory.host_cache.copy_slots, hooks.scheduler)
         super().__init__(config, engine, weights.spec, tokenizer)

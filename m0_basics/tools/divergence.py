@@ -139,26 +139,28 @@ class GreedyRun:
 
 
 def run_engine(llm: BaseLLM, prompt: Prompt, max_tokens: int) -> GreedyRun:
-    """Generate greedily with `llm`, recording the logits as they leave the output matrix.
+    """Generate greedily with `llm`, recording the logits as they leave the runner.
 
     Recording the run itself, instead of computing its logits again, keeps what distinguishes the engine: its
-    cache, its chunks, its kernels. Needs an engine whose output matrix runs as a module at every step.
+    cache, its chunks, its kernels.
     """
-    engine: Any = llm.engine
-    rows: list[Tensor] = []
+    runner: Any = llm.engine.runner                 # type: ignore[attr-defined]
+    execute, rows = runner.execute, list[Tensor]()
 
-    def record(module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
-        rows.extend(output.detach().float().cpu().unbind(0))
+    def recorded(inputs: Any) -> Tensor:
+        logits: Tensor = execute(inputs)
+        rows.extend(logits.to("cpu", torch.float32, copy=True).unbind(0))      # valid until the next call
+        return logits
 
-    hook = engine.runner.model.lm_head.register_forward_hook(record)
+    runner.execute = recorded
     try:
         output = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=max_tokens), use_tqdm=False)[0]
     finally:
-        hook.remove()
+        del runner.execute
     token_ids = output.outputs[0].token_ids
     if len(rows) != len(token_ids):
         raise ConfigError(f"{len(rows)} rows of logits for {len(token_ids)} tokens; allowed: an engine that computes "
-                          "one row for each token (no captured graphs, no drafts)")
+                          "one row for each token (no drafts)")
     return GreedyRun(output.prompt_token_ids, token_ids, rows)
 
 

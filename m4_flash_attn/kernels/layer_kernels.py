@@ -10,7 +10,7 @@ from ..elementwise import ElementwiseOps, TorchOps
 from ..layers import FusedDecoderLayer, FusedRMSNorm, GatedLinear, LayerKernels, Stacked
 from .cpu import bindings as cpu
 from .cpu.build import BuildError
-from .cpu.decoder import CpuDecoder, CpuHead, can_end_with, can_stack
+from .cpu.decoder import CpuDecoder, can_end_with, can_stack
 from .cpu.linear import PackedGatedLinear, PackedLinear, choose
 from .triton import has_triton
 
@@ -18,20 +18,29 @@ logger = logging.getLogger(__name__)
 
 
 def layer_kernels_for(device: torch.device, dtype: torch.dtype) -> LayerKernels:
-    """The fastest parts that there are for a model on `device` in `dtype`."""
+    """The fastest parts that there are for a model on `device` in `dtype`. Linear modules of other kinds stay."""
     ops = make_ops(device, dtype)
     if device.type != "cpu":
         return plain_layer_kernels(ops)
     native = choose(dtype, dtype) == "native"
-    return LayerKernels(ops, PackedLinear.of,
-                 gate=lambda linear: (PackedGatedLinear(linear.weight) if native and linear.bias is None
-                                      else GatedLinear(PackedLinear.of(linear), ops)),
-                 head=lambda linear: PackedLinear.of(linear, torch.float32), stack=stack)
+
+    def pack(linear: nn.Module) -> nn.Module:
+        return PackedLinear.of(linear) if isinstance(linear, nn.Linear) else linear
+
+    def gate(linear: nn.Module) -> nn.Module:
+        if native and isinstance(linear, nn.Linear) and linear.bias is None:
+            return PackedGatedLinear(linear.weight)
+        return GatedLinear(pack(linear), ops)
+
+    def head(linear: nn.Module) -> nn.Module:
+        return PackedLinear.of(linear, torch.float32) if isinstance(linear, nn.Linear) else linear
+
+    return LayerKernels(ops, pack, gate, head, stack)
 
 
 def plain_layer_kernels(ops: ElementwiseOps) -> LayerKernels:
     """Linear layers as they are, the layers one after the other."""
-    def as_it_is(linear: nn.Linear) -> nn.Linear:
+    def as_it_is(linear: nn.Module) -> nn.Module:
         return linear
 
     return LayerKernels(ops, as_it_is, lambda linear: GatedLinear(linear, ops), as_it_is, one_by_one)
@@ -51,13 +60,10 @@ def make_ops(device: torch.device, dtype: torch.dtype) -> ElementwiseOps:
 
 
 def stack(layers: list[FusedDecoderLayer], norm: FusedRMSNorm, head: nn.Module) -> Stacked:
-    """One call for all of it where there is a kernel for that, else one by one."""
+    """One call for all layers and the norm where there is a kernel for that, else one by one."""
     if not can_stack(layers):
         return one_by_one(layers, norm, head)
-    if not can_end_with(head, layers):
-        return Stacked([CpuDecoder(layers, norm)], nn.Identity(), head)
-    decoder = CpuDecoder(layers, norm, head)
-    return Stacked([decoder], nn.Identity(), CpuHead(decoder, head))
+    return Stacked([CpuDecoder(layers, norm, head if can_end_with(head, layers) else None)], nn.Identity(), head)
 
 
 def one_by_one(layers: list[FusedDecoderLayer], norm: FusedRMSNorm, head: nn.Module) -> Stacked:

@@ -229,7 +229,7 @@ def test_forward_without_fused_layers(tiny_model) -> None:
     """F4.1: behind m0's own layers the backend gets q, k and v, and stores them itself."""
     options = {"dtype": "float32", "max_model_len": 64, "skip_tokenizer_init": True, "num_blocks": 8}
     llm, reference = (LLM(str(tiny_model("qwen2")), **options) for _ in range(2))
-    llm.engine.runner.backend = GpuAttention(llm.cache, llm.manager.tables)
+    llm.engine.runner = ModelRunner(llm.engine.runner.model, GpuAttention(llm.cache, llm.manager.tables))
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
     one, other = (engine.generate({"prompt_token_ids": [5, 6, 7]}, params, use_tqdm=False)[0].outputs[0].token_ids
                   for engine in (llm, reference))

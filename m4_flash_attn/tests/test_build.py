@@ -2,13 +2,16 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
+import os
 import stat
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +32,30 @@ extern "C" int kernels_have_threads() { return 0; }
 #endif
 """
 NO_COMPILER = "no C++ compiler was found; install one (g++ or clang++), or set CXX"
+
+
+OTHER_LINEAR = """#include "decoder.hpp"
+
+struct Sums {
+    struct Weights { int32_t columns, depth; };
+    template <class T, class Out, bool GATED>
+    static void share(const Weights& weights, const T* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t num_rows,
+                      int thread, int num_threads) {
+        for (int64_t row = thread; row < num_rows; row += num_threads)
+            for (int c = 0; c < weights.columns; c++) elementwise::put(y + row * y_stride + c, 1.0f);
+    }
+};
+
+extern "C" int sums_compiled() {
+    return decoder::run<float, Sums> != nullptr && decoder::run<bf16, Sums> != nullptr;
+}
+"""
+
+
+def _owned(status: os.stat_result, uid: int) -> SimpleNamespace:
+    """The status of the same file, were it that user's."""
+    fields = {name: getattr(status, name) for name in dir(status) if name.startswith("st_")}
+    return SimpleNamespace(**fields | {"st_uid": uid})
 
 
 def forget() -> None:
@@ -64,9 +91,10 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     seen: list[Path] = []
     original = build._compile
 
-    def watched(compiler: build.Command, flags: tuple[str, ...], path: Path) -> None:
-        seen.append(path)
-        original(compiler, flags, path)
+    def watched(compiler: build.Command, flags: tuple[str, ...], sources: Path, stem: Path) -> Path:
+        seen.append(stem)
+        seen[-1] = original(compiler, flags, sources, stem)
+        return seen[-1]
 
     monkeypatch.setattr(build, "_compile", watched)
     return seen
@@ -146,13 +174,13 @@ def test_two_at_once(source: Path, kernels: Path, monkeypatch: pytest.MonkeyPatc
     both = Barrier(2, timeout=60)
     original = build._compile
 
-    def together(compiler: build.Command, flags: tuple[str, ...], path: Path) -> None:
+    def together(*arguments: Any) -> Path:
         both.wait()
-        original(compiler, flags, path)
+        return original(*arguments)
 
     monkeypatch.setattr(build, "_compile", together)
     with ThreadPoolExecutor(2) as pool:
-        loaded = list(pool.map(lambda _: build._load.__wrapped__(None, None), range(2)))
+        loaded = list(pool.map(lambda _: build._load.__wrapped__(None, build.Target(build.SOURCES)), range(2)))
     assert all(isinstance(kernel, ctypes.CDLL) and kernel.answer() == 42 for kernel in loaded)
     assert len(list(kernels.iterdir())) == 1
 
@@ -258,7 +286,7 @@ def test_a_compiler_without_openmp(source: Path, kernels: Path, tmp_path: Path, 
     assert library().answer() == 42
     notice = capfd.readouterr().err
     assert notice.count("has no OpenMP: the kernels will use one thread.") == 1
-    file, _ = build._locate(None)
+    [file] = kernels.iterdir()
     assert f"delete {file}" in notice
     assert describe() == f"{file} (built, one thread: the compiler has no OpenMP)"
 
@@ -286,12 +314,65 @@ def test_no_place_for_the_kernels(source: Path, tmp_path: Path) -> None:
         library()
 
 
-def test_a_damaged_library(source: Path, kernels: Path) -> None:
-    file, _ = build._locate(None)
-    kernels.mkdir(parents=True)
-    file.write_text("damaged")
-    with pytest.raises(BuildError, match=f"cannot be loaded .*delete {file} to build them again"):
+def test_half_a_library_is_built_again(source: Path, kernels: Path, compilations: list[Path]) -> None:
+    """To load it would be a bus error, not an exception: the process would be gone. A changed one is no better."""
+    library()
+    whole = compilations[0].read_bytes()
+    for damage in (whole[:len(whole) // 2], b"", whole[:-1] + b"x"):
+        compilations[0].unlink()                # what is loaded keeps its own
+        compilations[0].write_bytes(damage)
+        forget()
+        assert library().answer() == 42
+    assert len(compilations) == 4
+    assert [path.read_bytes() for path in kernels.iterdir()] == [whole]
+
+
+def test_a_library_that_another_user_has_put_there(source: Path, kernels: Path, compilations: list[Path],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache may lie where others can write. Root's is fine: it may do all else, too."""
+    library()
+    target, stat = build.Target(build.SOURCES), Path.stat
+    for uid, expected in ((0, compilations[0]), (os.getuid(), compilations[0]), (os.getuid() + 1, None)):
+        monkeypatch.setattr(Path, "stat", lambda self, uid=uid, **kind: _owned(stat(self, **kind), uid))
+        assert build._locate(target)[0] == expected
+
+
+def test_what_is_no_library_says_so(source: Path, kernels: Path) -> None:
+    """Made by a compiler that is none, and whole."""
+    library()
+    [file] = kernels.iterdir()
+    text = b"not a library"
+    stem = file.name.rsplit("-", 1)[0]
+    file.unlink()
+    wrong = file.with_name(f"{stem}-{hashlib.sha256(text).hexdigest()[:32]}.so")
+    wrong.write_bytes(text)
+    forget()
+    with pytest.raises(BuildError, match=f"cannot be loaded .*delete {wrong} to build them again"):
         library()
+
+
+def test_another_packages_sources_are_built_against_these_headers(source: Path, kernels: Path, tmp_path: Path,
+                                                                  compilations: list[Path]) -> None:
+    """A library of its own, which a change of either package builds again."""
+    folder, header = tmp_path / "other", source.parent / "shared.hpp"
+    folder.mkdir()
+    (folder / "answer.cpp").write_text('#include "shared.hpp"\nextern "C" int answer() { return ANSWER + OWN; }\n')
+    header.write_text("#define ANSWER 40\n#include <own.hpp>\n")
+    (folder / "own.hpp").write_text("#define OWN 3\n")
+    include = (source.parent, folder)
+    assert library(sources=folder, include=include).answer() == 43
+    assert library().answer() == 42
+    forget()
+    header.write_text("#define ANSWER 50\n#include <own.hpp>\n")
+    assert library(sources=folder, include=include).answer() == 53
+    assert len(set(compilations)) == len(compilations) == 3
+
+
+def test_the_real_headers_serve_other_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers over a product of somebody else's: here, of one that adds up every row."""
+    (tmp_path / "sums.cpp").write_text(OTHER_LINEAR)
+    kernels = library(sources=tmp_path, include=(build.SOURCES,))
+    assert kernels.sums_compiled() == 1
 
 
 def test_without_a_compiler_the_engine_runs_on_sdpa(tiny_model: TinyModels, tmp_path: Path,

@@ -24,7 +24,9 @@ from m4_flash_attn import LLM
 from m4_flash_attn.elementwise import TorchOps
 from m4_flash_attn.kernels import layer_kernels
 from m4_flash_attn.kernels.cpu import bindings, linear
-from m4_flash_attn.kernels.cpu.decoder import CpuDecoder, CpuHead
+from m4_flash_attn.kernels.cpu.decoder import CpuDecoder
+from m4_flash_attn.kernels.cpu.linear import PackedLinear
+from m4_flash_attn.kernels.cpu.runner import DecodeRunner
 from m4_flash_attn.kernels.layer_kernels import layer_kernels_for, plain_layer_kernels
 from m4_flash_attn.layers import FusedDecoderLayer, fuse
 from m4_flash_attn.tests.cpu_variants import VARIANTS, variant_library
@@ -51,6 +53,7 @@ def make(tiny_model: TinyModels, name: str = "qwen3", **settings: Any) -> LLM:
 def hidden_states(llm: LLM, prompts: list[list[int]], cuts: tuple[int, ...]) -> list[Tensor]:
     """Hidden states [tokens, hidden] of each prompt, run side by side in steps that end at `cuts` and at its end."""
     runner = llm.engine.runner
+    runner = runner.runner if isinstance(runner, DecodeRunner) else runner
     assert isinstance(runner, ModelRunner)
     sequences = [s.sequence for s in schedule(prompts)]
     rows: list[list[Tensor]] = [[] for _ in prompts]
@@ -131,7 +134,7 @@ def test_what_runs_on_a_cpu(tiny_model: TinyModels) -> None:
     model = make(tiny_model).engine.runner.model
     assert [type(layer) for layer in model.layers] == [CpuDecoder]
     assert type(model.norm) is nn.Identity, "the decoder has done it"
-    assert type(model.lm_head) is CpuHead
+    assert type(model.lm_head) is PackedLinear
     assert not any(isinstance(module, nn.Linear) for module in model.modules())
     plain = make(tiny_model, fused_layers=False).engine.runner.model
     assert not any(isinstance(module, CpuDecoder | FusedDecoderLayer) for module in plain.modules())
@@ -154,26 +157,60 @@ def test_one_call_gives_the_same_bits_as_layer_by_layer(tiny_model: TinyModels, 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 3])
-def test_logits_come_with_the_decode_step(tiny_model: TinyModels, dtype: str, threads: int) -> None:
-    """In decode the call ends with the output matrix: the same bits as by itself; and nobody else gets them."""
+def test_a_decode_step_ends_with_the_output_matrix(tiny_model: TinyModels, dtype: str, threads: int) -> None:
+    """In one call: the bits of the layers' call and then the output matrix. Other steps do not."""
     llm = make(tiny_model, dtype=dtype)
     torch.set_num_threads(threads)
-    runner, model = llm.engine.runner, llm.engine.runner.model
-    decoder, sequences = model.layers[0], [s.sequence for s in schedule(PROMPTS[:3])]
-    with torch.inference_mode():
+    runner, sequences = llm.engine.runner, [s.sequence for s in schedule(PROMPTS[:3])]
+    assert isinstance(runner, DecodeRunner)
+    with pytest.MonkeyPatch.context() as patch:
+        decodes: list[int] = []
+        decode = CpuDecoder.decode
+        patch.setattr(CpuDecoder, "decode", lambda self, x, *rest: decodes.append(len(x)) or decode(self, x, *rest))
         for in_decode in (False, True):
             step = [ScheduledSequence(s, s.num_computed_tokens, 1 if in_decode else s.num_tokens - 1)
                     for s in sequences]
             assert all(llm.manager.allocate_slots(*s[:3]) for s in step)
-            hidden = runner.forward(runner.prepare_inputs(step))
+            inputs = runner.prepare_inputs(step)
+            logits, expected = runner.execute(inputs), runner.runner.execute(inputs)
+            assert torch.equal(logits, expected)
+            assert len(logits) == (3 if in_decode else 0)
+            assert decodes == ([3] if in_decode else [])
             for s in step:
                 s.sequence.num_computed_tokens = s.end
-            expected = model.lm_head.head(hidden)
-            assert decoder.take_logits(hidden.clone()) is None, "hidden states of another call"
-            logits = decoder.take_logits(hidden)
-            assert (logits is not None) == in_decode
-            assert logits is None or torch.equal(logits, expected)
-            assert torch.equal(model.compute_logits(hidden), expected), "taken once, then computed"
+
+
+def test_with_something_around_the_attention_decode_goes_layer_by_layer(tiny_model: TinyModels) -> None:
+    for settings in ({"plugins": [Watch()]}, {"attention_backend": "sdpa"}, {"fused_layers": False}):
+        assert type(make(tiny_model, **settings).engine.runner) is ModelRunner
+
+
+class Doubled(nn.Module):
+    """A linear layer of another kind: what quantised weights look like from outside."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.halved = nn.Parameter(linear.weight / 2, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.halved * 2, self.bias)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama_bias"])
+def test_linear_modules_of_other_kinds_stay(tiny_model: TinyModels, name: str) -> None:
+    """Quantised ones, for example: they run as they are, between the same fused parts."""
+    model = m0_model(tiny_model, name)
+    expected = torch.cat(expected_states(model, PROMPTS))
+    for layer in model.layers:
+        layer.self_attn.qkv_proj = Doubled(layer.self_attn.qkv_proj)
+        layer.mlp.gate_up_proj = Doubled(layer.mlp.gate_up_proj)
+    model.lm_head = Doubled(model.lm_head)
+    model = fuse(model, layer_kernels_for(CPU, torch.float32))
+    assert type(model.lm_head) is Doubled
+    assert [type(layer.qkv_proj) for layer in model.layers] == [Doubled] * 3
+    torch.testing.assert_close(torch.cat(expected_states(model, PROMPTS)), expected, rtol=1e-5,
+                               atol=1e-5 * float(expected.abs().max()))
 
 
 def test_without_kernels_the_layers_are_fused_in_torch(tiny_model: TinyModels) -> None:

@@ -27,6 +27,7 @@ from m2_continuous_batching.tools.step_costs import decode_steps
 from ..elementwise import ElementwiseOps
 from ..kernels.cpu.attention import CpuAttention
 from ..kernels.cpu.bindings import PagedKernels, Step
+from ..kernels.cpu.runner import DecodeRunner, can_decode
 from ..kernels.layer_kernels import layer_kernels_for, one_by_one
 from ..layers import FusedDecoderLayer, FusedRMSNorm, LayerKernels, Stacked, fuse
 from ..llm import LLM
@@ -80,7 +81,7 @@ class TimedOps(ElementwiseOps):
 
 
 class TimedKernels(PagedKernels):
-    """The paged kernels. Rotating and storing reads and writes each number once: element-wise."""
+    """The paged kernels: all of them in one call, or apart. Rotating and storing is counted as element-wise."""
 
     def __init__(self, watch: Stopwatch, *args: Any) -> None:
         super().__init__(*args)
@@ -89,6 +90,10 @@ class TimedKernels(PagedKernels):
     def rotate_store_kv(self, step: Step, qkv: Tensor, norms: tuple[Tensor, Tensor] | None, eps: float,
                         rotary: tuple[Tensor, Tensor], k_cache: Tensor, v_cache: Tensor) -> None:
         self.watch.time("elementwise", super().rotate_store_kv, step, qkv, norms, eps, rotary, k_cache, v_cache)
+
+    def decoder_layers(self, step: Step, decoder: Any, x: Tensor, rotary: tuple[Tensor, Tensor], k_cache: Tensor,
+                       v_cache: Tensor, logits: Tensor | None) -> None:
+        self.watch.time("layers", super().decoder_layers, step, decoder, x, rotary, k_cache, v_cache, logits)
 
     def attend(self, step: Step, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         return self.watch.time("attention", super().attend, step, q, k_cache, v_cache)
@@ -109,13 +114,12 @@ class TimedSampler(Sampler):
 
 def timed_parts(parts: LayerKernels, watch: Stopwatch, apart: bool) -> LayerKernels:
     """The same parts under the watch: the layers as a whole, or `apart`, one by one and each part by itself."""
-    def timed(part: str, make: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Linear], nn.Module]:
+    def timed(part: str, make: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
         return lambda linear: TimedModule(watch, part, make(linear))
 
     def stack(layers: list[FusedDecoderLayer], norm: FusedRMSNorm, head: nn.Module) -> Stacked:
         modules, norm_left, head_left = parts.stack(layers, norm, head)
-        return Stacked([TimedModule(watch, "layers", module) for module in modules], norm_left,
-                       TimedModule(watch, "linear", head_left))
+        return Stacked(modules, norm_left, TimedModule(watch, "linear", head_left))
 
     if apart:
         return LayerKernels(TimedOps(watch, parts.ops), timed("linear", parts.pack), timed("linear", parts.gate),
@@ -133,8 +137,8 @@ def timed_engine(llm: LLM, watch: Stopwatch, apart: bool) -> LLMEngine:
     spec, engine = model.spec, llm.engine
     shape = (spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim, llm.manager.tables.block_size,
              model.dtype, spec.head_dim ** -0.5)
-    kernels = TimedKernels(watch, *shape) if apart else PagedKernels(*shape)
-    runner = ModelRunner(model, CpuAttention(llm.cache, llm.manager.tables, kernels))
+    model_runner = ModelRunner(model, CpuAttention(llm.cache, llm.manager.tables, TimedKernels(watch, *shape)))
+    runner = DecodeRunner(model_runner) if can_decode(model_runner) else model_runner
     return LLMEngine(engine.scheduler, runner, TimedSampler(watch, engine.sampler), engine.output_processor,
                        engine.copy_slots)
 

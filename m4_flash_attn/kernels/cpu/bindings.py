@@ -111,20 +111,17 @@ class PagedKernels:
         return out
 
     def decoder_layers(self, step: Step, decoder: Any, x: Tensor, rotary: tuple[Tensor, Tensor], k_cache: Tensor,
-                       v_cache: Tensor) -> Tensor | None:
+                       v_cache: Tensor, logits: Tensor | None) -> None:
         """x [T, hidden] through a whole `decoder.Decoder`, in place; caches [layers, num_slots, H_kv, D].
 
-        Where the decoder has an output matrix and each sequence one token: also their logits [T, vocab], float32.
+        Where the decoder has an output matrix, `logits` [T, vocab], float32, may be given to be filled.
         """
         assert x.shape == (step.batch.num_tokens, decoder.hidden_size)
         assert k_cache.shape[0] == v_cache.shape[0] == decoder.num_layers
-        logits = None
-        if decoder.head.packed and step.batch.num_tokens == step.batch.num_sequences:
-            logits = torch.empty(step.batch.num_tokens, decoder.head.columns, dtype=torch.float32)
+        assert logits is None or logits.shape == (step.batch.num_tokens, decoder.head.columns)
         self._in_workspace("decoder_layers", self._shape_ref, byref(step.batch), byref(decoder), self._whole(x),
                            *self._rotary(step, rotary), self._whole(k_cache), self._whole(v_cache), k_cache.stride(0),
-                           None if logits is None else logits.data_ptr())
-        return logits
+                           None if logits is None else _address(logits, torch.float32))
 
     def _in_workspace(self, name: str, *arguments: Any) -> None:
         """Call a kernel that works in our memory. Where that is too small, it does nothing and says how much it takes.

@@ -1,10 +1,13 @@
 """Compile the C++ kernels once, keep the library, load it.
 
-    sources + flags + processor  --sha256-->  ~/.cache/llm-inference-lab/kernels/<hash>-<hash of the compiler>.so
+    sources + flags + processor  --sha256-->  ~/.cache/llm-inference-lab/kernels/<hash>-<compiler>-<content>.so
 
 The functions stand behind `extern "C"` and take pointers: no torch headers, so the build takes seconds, not minutes.
 A changed source or flag has another hash, so nothing stale is ever loaded. Nothing runs to find the file: the compiler
 is known by its file. Where there is none, what any compiler made of these sources for this processor is right.
+
+The file's name ends with the hash of its content: half a file, which would crash the process that uses it, or one that
+was tampered with is not loaded but built again. Nor is one that another user could have put there.
 """
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -24,7 +29,7 @@ from m0_basics.loading.model_cache import cache_dir
 
 Command = tuple[str, ...]
 
-SOURCES = Path(__file__).parent
+SOURCES = Path(__file__).parent     # of m4's own kernels; another package's are built against the headers here
 # Reordering sums lets loops run in vector registers. Not -ffast-math as a whole: it assumes that there are no
 # infinities, and linking with it makes denormals zero for the whole process.
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math",
@@ -58,34 +63,44 @@ def find_compiler() -> Command:
 
 def describe() -> str:
     """The kernels' file, and on how many threads they run, in one line. Raises BuildError where there can be none."""
-    path, compiler = _locate(None)
-    if path.exists():
+    path, stem, compiler = _locate(Target(SOURCES))
+    if path is not None:
         return f"{path} (built, {_threads(bool(library().kernels_have_threads()))})"
     flags = _all_flags(compiler, None)
-    return f"{shlex.join((*compiler, *flags))} -> {path} (not built yet, {_threads(_has_threads(flags))})"
+    return f"{shlex.join((*compiler, *flags))} -> {stem}-*.so (not built yet, {_threads(_has_threads(flags))})"
 
 
-def library(processor: tuple[str, ...] | None = None) -> ctypes.CDLL:
+@dataclass(frozen=True)
+class Target:
+    """What is built: all .cpp files of a folder, and for which processor."""
+
+    sources: Path
+    include: tuple[Path, ...] = ()              # folders of headers from elsewhere
+    processor: tuple[str, ...] | None = None    # the compiler's flags for it; None: this machine's
+
+
+def library(processor: tuple[str, ...] | None = None, sources: Path | None = None,
+            include: tuple[Path, ...] = ()) -> ctypes.CDLL:
     """The compiled kernels, built where this was not done before. Raises BuildError.
 
     `processor`: the compiler's flags for the processor to build for, as ("-march=x86-64-v3",); this machine's if None.
+    `sources`: the folder whose .cpp files become the library, m4's if None; they find headers there and in `include`.
     """
-    loaded = _load(os.environ.get("CXX"), processor)
+    loaded = _load(os.environ.get("CXX"), Target(sources or SOURCES, include, processor))
     if isinstance(loaded, str):
         raise BuildError(loaded)
     return loaded
 
 
 @cache
-def _load(cxx: str | None, processor: tuple[str, ...] | None) -> ctypes.CDLL | str:
+def _load(cxx: str | None, target: Target) -> ctypes.CDLL | str:
     """The library, or why there is none: what failed once is not tried again for the next part that asks.
 
     `cxx`, the variable, is there for the cache alone.
     """
     try:
-        path, compiler = _locate(processor)
-        if not path.exists():
-            _build(compiler, processor, path)
+        path, stem, compiler = _locate(target)
+        path = path or _build(compiler, target, stem)
     except BuildError as error:
         return str(error)
     except OSError as error:
@@ -96,21 +111,33 @@ def _load(cxx: str | None, processor: tuple[str, ...] | None) -> ctypes.CDLL | s
         return f"the kernels cannot be loaded ({error}); delete {path} to build them again"
 
 
-def _locate(processor: tuple[str, ...] | None) -> tuple[Path, Command]:
-    """The library's file, built or not, and the compiler. Without one: the newest file that loads, and no command.
+def _locate(target: Target) -> tuple[Path | None, Path, Command]:
+    """The library's file if it is built, what its name begins with, and the compiler.
 
-    Raises BuildError where there is neither; and where CXX names a compiler that does not exist: that is a mistake.
+    Without a compiler: the newest file that loads, and no command. Raises BuildError where there is neither; and where
+    CXX names a compiler that does not exist: that is a mistake.
     """
-    folder, name = cache_dir() / "kernels", _fingerprint(processor)
+    stem = cache_dir() / "kernels" / _fingerprint(target)
     try:
         compiler = find_compiler()
     except BuildError:
-        built = sorted(folder.glob(f"{name}-*.so"), key=lambda path: path.stat().st_mtime, reverse=True)
-        usable = next(filter(_loads, built), None)
+        usable = next(filter(_loads, _built(stem)), None)
         if usable is None or os.environ.get("CXX", "").strip():
             raise
-        return usable, ()
-    return folder / f"{name}-{_identity(compiler)}.so", compiler
+        return usable, stem, ()
+    stem = stem.with_name(f"{stem.name}-{_identity(compiler)}")
+    return next(_built(stem), None), stem, compiler
+
+
+def _built(stem: Path) -> Iterator[Path]:
+    """The files that begin with `stem`, are whole and belong to whom code may be run for; the newest first."""
+    found = sorted(stem.parent.glob(f"{stem.name}-*.so"), key=lambda path: path.stat().st_mtime, reverse=True)
+    ours = (os.getuid(), 0)
+    return (path for path in found if path.stat().st_uid in ours and path.stem.endswith(_content_hash(path)))
+
+
+def _content_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
 def _loads(path: Path) -> bool:
@@ -122,11 +149,12 @@ def _loads(path: Path) -> bool:
     return True
 
 
-def _fingerprint(processor: tuple[str, ...] | None) -> str:
+def _fingerprint(target: Target) -> str:
     """What decides over the machine code's meaning: sources, flags, processor."""
-    target = _FLAGS, _NATIVE if processor is None else processor, _OPENMP, platform.machine(), _processor()
-    digest = hashlib.sha256(repr(target).encode())
-    for source in sorted(SOURCES.glob("*.[ch]pp")):
+    processor = _NATIVE if target.processor is None else target.processor
+    digest = hashlib.sha256(repr((_FLAGS, processor, _OPENMP, platform.machine(), _processor())).encode())
+    headers = [header for folder in target.include for header in sorted(folder.glob("*.hpp"))]
+    for source in [*sorted(target.sources.glob("*.[ch]pp")), *headers]:
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:32]
 
@@ -148,14 +176,15 @@ def _processor() -> str:
     return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
 
 
-def _build(compiler: Command, processor: tuple[str, ...] | None, path: Path) -> None:
-    """With a notice, and another one where there will be no threads."""
+def _build(compiler: Command, target: Target, stem: Path) -> Path:
+    """With a notice, and another one where there will be no threads. Returns the file."""
     print("building the CPU kernels (once, some seconds) ...", file=sys.stderr, flush=True)
-    flags = _all_flags(compiler, processor)
+    flags = _all_flags(compiler, target.processor)
+    path = _compile(compiler, (*flags, *(f"-I{folder}" for folder in target.include)), target.sources, stem)
     if not _has_threads(flags):
         print(f"{shlex.join(compiler)} has no OpenMP: the kernels will use one thread. To change that, install OpenMP "
               f"(libomp) or set CXX, and delete {path}", file=sys.stderr, flush=True)
-    _compile(compiler, flags, path)
+    return path
 
 
 @cache
@@ -191,12 +220,14 @@ def _run(command: list[str], text: bytes = b"") -> subprocess.CompletedProcess[b
         raise BuildError(f"the kernels cannot be built: {error}") from error
 
 
-def _compile(compiler: Command, flags: tuple[str, ...], path: Path) -> None:
-    """In a folder of its own first: somebody else may be building, or be stopped half-way."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as folder:
-        partial = Path(folder) / path.name
-        done = _run([*compiler, *flags, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(partial)])
+def _compile(compiler: Command, flags: tuple[str, ...], sources: Path, stem: Path) -> Path:
+    """In a folder of its own first: somebody else may be building, or be stopped half-way. Returns the file."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=stem.parent, prefix="building-") as folder:
+        partial = Path(folder) / "kernels.so"
+        done = _run([*compiler, *flags, *map(str, sorted(sources.glob("*.cpp"))), "-o", str(partial)])
         if done.returncode != 0:
             raise BuildError(f"{shlex.join(compiler)} failed:\n{done.stderr.decode(errors='replace').strip()[-2000:]}")
-        partial.replace(path)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())         # the name must not reach the disk before the content does
+        return partial.replace(stem.with_name(f"{stem.name}-{_content_hash(partial)}.so"))

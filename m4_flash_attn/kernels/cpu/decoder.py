@@ -1,4 +1,4 @@
-"""The decoder layers, the norm behind them and, in decode, the output matrix as one call: see decoder.cpp."""
+"""The decoder layers, the norm behind them and, in decode, the output matrix as one call: see decoder.hpp."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from .linear import PackedGatedLinear, PackedLinear, Weights
 
 
 class Layer(Structure):
-    """`struct Layer` of decoder.cpp."""
+    """`struct Layer` of decoder.hpp."""
 
     _fields_ = [("qkv", Weights), ("o", Weights), ("gate_up", Weights), ("down", Weights),
                 ("input_norm", c_void_p), ("post_attention_norm", c_void_p), ("q_norm", c_void_p), ("k_norm", c_void_p)]
 
 
 class Decoder(Structure):
-    """`struct Decoder` of decoder.cpp."""
+    """`struct Decoder` of decoder.hpp."""
 
     _fields_ = [("layers", POINTER(Layer)), ("norm", c_void_p), ("head", Weights), ("num_layers", c_int32),
                 ("hidden_size", c_int32), ("eps", c_float)]
@@ -36,46 +36,33 @@ class CpuDecoder(nn.Module):
                  head: PackedLinear | None = None) -> None:
         """Layers that `can_stack`, the norm behind the last of them, and an output matrix that it `can_end_with`."""
         super().__init__()
-        self.layers, self.norm = nn.ModuleList(layers), norm
+        self.layers, self.norm, self.has_head = nn.ModuleList(layers), norm, head is not None
         assert all(layer.eps == norm.eps for layer in layers)
         array = (Layer * len(layers))(*(_layer(layer) for layer in layers))
         weights = Weights() if head is None or head.weights is None else head.weights
         self._decoder = Decoder(array, _address(norm.weight, layers[0]), weights, len(layers), norm.weight.numel(),
                                 norm.eps)
-        self._result: tuple[Tensor, Tensor] | None = None       # of the newest call: hidden states and their logits
 
     def forward(self, x: Tensor, rotary: Rotary, backend: AttentionBackend, metadata: AttentionMetadata) -> Tensor:
         """x [T, hidden], which may be overwritten -> [T, hidden], through all layers, normed."""
         if isinstance(backend, CpuAttention) and isinstance(metadata, CpuMetadata):
-            kv_cache = backend.cache.kv_cache
-            logits = backend.kernels.decoder_layers(metadata.step, self._decoder, x, rotary, kv_cache.k, kv_cache.v)
-            self._result = (x, logits) if logits is not None else None
+            self._run(x, rotary, backend, metadata, None)
             return x
         for layer in self.layers:
             x = layer(x, rotary, backend, metadata)
         return self.norm(x)
 
-
-    def take_logits(self, hidden: Tensor) -> Tensor | None:
-        """The logits of these hidden states, once, where the newest call returned them and went on to the logits."""
-        if self._result is None or self._result[0] is not hidden:
-            return None
-        logits, self._result = self._result[1], None
+    def decode(self, x: Tensor, rotary: Rotary, backend: CpuAttention, metadata: CpuMetadata) -> Tensor:
+        """The same and through the output matrix, which it has: x [T, hidden] -> logits [T, vocab], float32."""
+        assert self.has_head
+        logits = torch.empty(x.shape[0], self._decoder.head.columns, dtype=torch.float32)
+        self._run(x, rotary, backend, metadata, logits)
         return logits
 
-
-class CpuHead(nn.Module):
-    """The output matrix, unless the decoder has been there: each return to Python in between finds cold caches."""
-
-    def __init__(self, decoder: CpuDecoder, head: PackedLinear) -> None:
-        super().__init__()
-        self.head = head
-        self._take_logits = decoder.take_logits
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [R, hidden] -> logits [R, vocab]."""
-        logits = self._take_logits(hidden)
-        return self.head(hidden) if logits is None else logits
+    def _run(self, x: Tensor, rotary: Rotary, backend: CpuAttention, metadata: CpuMetadata,
+             logits: Tensor | None) -> None:
+        kv_cache = backend.cache.kv_cache
+        backend.kernels.decoder_layers(metadata.step, self._decoder, x, rotary, kv_cache.k, kv_cache.v, logits)
 
 
 def can_end_with(head: nn.Module, layers: Sequence[FusedDecoderLayer]) -> TypeGuard[PackedLinear]:
