@@ -28,6 +28,7 @@ class ScheduledSequence(NamedTuple):
 
     `start` stays what it was when the step was scheduled: the sequence may move on while the step runs. Drafted tokens
     are guesses at what follows the sequence's newest token: they run behind it, and the step tells which were right.
+    A sequence whose first output token is still to come has none.
     A tuple, because every step makes one for every sequence, and a frozen dataclass takes twice as long.
     """
 
@@ -55,7 +56,7 @@ class ScheduledSequence(NamedTuple):
     def is_decode(self) -> bool:
         """Whether the first token that runs is the newest one that was sampled. All else is prefill.
 
-        By its position: a piece of a prompt may be one token long, and so may the rest of what is computed once more.
+        By its position: a piece of a prompt may be one token long as well.
         """
         return bool(self.sequence.output_token_ids) and self.start == self.sequence.num_tokens - 1
 

@@ -63,6 +63,7 @@ class ModelRunner(Runner):
         sampled: list[Sequence] = []
         for s in scheduled:
             drafts = s.draft_token_ids
+            assert not drafts or s.sequence.output_token_ids, "drafts follow an output token"
             input_ids += s.sequence.data.token_slice(s.start, s.end - len(drafts))
             if s.reaches_newest:
                 logit_rows += range(len(input_ids) - 1, len(input_ids) + len(drafts))

@@ -107,7 +107,7 @@ class Sequence:
     eos_token_ids: tuple[int, ...] = ()             # the model's
     index: int = 0                                  # which of the request's outputs this is
     status: SequenceStatus = SequenceStatus.WAITING
-    ends_as: SequenceStatus | None = None           # set with its last token: its state from when that is concluded
+    ends_as: SequenceStatus | None = None           # set when its last token is recorded; its status once concluded
     num_computed_tokens: int = 0                    # advanced by the engine, after each step
     cumulative_logprob: float | None = None         # this and the next two are filled from the sampler's output
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
@@ -149,10 +149,9 @@ class Sequence:
                         self.logprobs.copy(), self.prompt_logprobs.copy(), self.output_text, self.stop_reason)
 
     def with_drafts(self, token_ids: Iterable[int]) -> Sequence:
-        """A copy for the sampler: this sequence as it would be with `token_ids` behind its newest token."""
-        ahead = self.fork(self.seq_id, self.index)
-        ahead.data.output_token_ids += token_ids
-        return ahead
+        """For the sampler: this sequence as it would be with `token_ids` behind its newest token."""
+        data = SequenceData(self.data.prompt_token_ids, [*self.data.output_token_ids, *token_ids])
+        return Sequence(self.seq_id, data, self.sampling_params, self.seed, self.eos_token_ids, self.index, self.status)
 
     def truncate(self, num_output_tokens: int) -> None:
         """Forget the output tokens behind the first `num_output_tokens`, and their log-probabilities."""

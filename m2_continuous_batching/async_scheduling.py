@@ -30,7 +30,8 @@ from .scheduler import Sampled, Scheduler, SchedulerOutput
 class AsyncSchedulingEngine(LLMEngine):
     """`LLMEngine` with the step cut in two. The tokens are the same; they are reported one step later.
 
-    The model thread gets a `Batch`, in which nothing changes any more, and touches neither scheduler nor requests.
+    The model thread gets a `Batch`, in which nothing changes any more. Of requests it touches the log-probabilities of
+    prompts alone, and of the scheduler nothing.
     The queue lengths in `StepStats` are those after the next step was chosen.
     """
 
@@ -84,21 +85,27 @@ class AsyncSchedulingEngine(LLMEngine):
 
     def _await(self, running: Future[list[Sampled]],
                scheduled: list[ScheduledSequence]) -> tuple[list[Sampled], list[Failure]]:
-        """What the model thread has sampled. A failed step is run again here, less what has moved on meanwhile.
-
-        Whoever fails alone as well is left at `start`: nothing behind it was computed.
-        """
+        """What the model thread has sampled. A failed step is run again here, less what has moved on meanwhile."""
         try:
             return running.result(), []
         except Exception as error:
-            again = [s for s in scheduled if s.sequence.status is SequenceStatus.RUNNING]
-            for s in again:
-                s.sequence.num_computed_tokens = s.start
+            going_on = [s for s in scheduled if not s.sequence.is_finished]
+            self._take_back(going_on)
             if len(scheduled) == 1:             # it was by itself: there is nobody else to blame
-                return [], [(s.sequence, error) for s in again]
+                return [], [(s.sequence, error) for s in going_on]
+            again = [s for s in going_on if s.sequence.status is SequenceStatus.RUNNING]
             sampled, failures = self._run_each(again)
             failed = {sequence.seq_id for sequence, _ in failures}
             for s in again:
                 if s.sequence.seq_id not in failed:
                     s.sequence.num_computed_tokens = s.end
             return sampled, failures
+
+    def _take_back(self, scheduled: list[ScheduledSequence]) -> None:
+        """Nothing was computed: who still runs is left at `start`; who was sent back meanwhile keeps no cache."""
+        for s in scheduled:
+            if s.sequence.status is SequenceStatus.RUNNING:
+                s.sequence.num_computed_tokens = s.start
+            else:
+                self.scheduler.kv_cache_manager.free(s.sequence)
+                s.sequence.num_computed_tokens = 0

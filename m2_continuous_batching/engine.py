@@ -15,6 +15,7 @@ import torch
 
 from m0_basics.attention import ScheduledSequence
 from m0_basics.base_llm import BaseLLM
+from m0_basics.config import ConfigError
 from m0_basics.engine import Engine
 from m0_basics.model_runner import ModelInputs, Runner
 from m0_basics.outputs import RequestOutput
@@ -131,7 +132,7 @@ class LLMEngine(Engine):
         return Batch(inputs, *self._fan_out(inputs.sampled))
 
     def _run(self, batch: Batch) -> list[Sampled]:
-        """Execute the model and sample. To run it twice gives the same: nothing is recorded before `_record`."""
+        """Execute the model and sample. To run it twice gives the same: no token is recorded before `_record`."""
         logits = self.runner.execute(batch.inputs)
         if len(batch.rows) > logits.shape[0]:
             logits = logits[torch.tensor(batch.rows, device=logits.device)]
@@ -160,34 +161,37 @@ class LLMEngine(Engine):
         sequence nothing is appended.
         """
         accepted = self.scheduler.accept(output, sampled)
-        self._add_forks([sequence for sequence, _, _ in accepted])
+        dropped = self._add_forks([sequence for sequence, _, _ in accepted])
         recorded, num_tokens = dict[int, Sequence](), 0
         for sequence, token_id, logprobs in accepted:
-            if sequence.status is SequenceStatus.RUNNING and sequence.ends_as is None:
+            if sequence.status is SequenceStatus.RUNNING and sequence.ends_as is None and sequence not in dropped:
                 try:
                     self.output_processor.record(sequence, token_id, logprobs)
                     recorded[sequence.seq_id] = sequence
                     num_tokens += 1
                 except Exception as error:
                     self._fail(sequence, error, ended)
+        for sequence in recorded.values():                  # a drafted token that was right may lie behind the last one
+            sequence.num_computed_tokens = min(sequence.num_computed_tokens, sequence.num_tokens)
         return Recorded(list(recorded.values()), num_tokens)
 
-    def _add_forks(self, sequences: list[Sequence]) -> None:
+    def _add_forks(self, sequences: list[Sequence]) -> set[Sequence]:
         """Let the request and the scheduler know of the outputs that part from the first one with this token.
 
-        Where the first one was sent back to the queue meanwhile, or has ended, they are dropped: they part when it
-        runs again.
+        Returns those that are dropped: where the first one was sent back to the queue meanwhile, or has ended. They
+        part when it runs again.
         """
+        dropped: set[Sequence] = set()
         for parent, children in _families(sequences):
             if parent.status is not SequenceStatus.RUNNING:
-                for child in children:
-                    child.status = SequenceStatus.WAITING       # nobody knows of it: its token is lost
+                dropped.update(children)
                 continue
             request = self.queues.get_request(parent)
             for child in children:
                 child.prompt_logprobs = parent.prompt_logprobs.copy()       # which this step has recorded
                 self.queues.fork(parent, child)
                 request.sequences.append(child)
+        return dropped
 
     def _conclude(self, recorded: Recorded, ended: list[Request]) -> list[tuple[Request, int]]:
         """What the newest tokens mean: text, and who is finished. Returns requests with how many tokens each got."""
@@ -268,6 +272,8 @@ def _families(sequences: list[Sequence]) -> Iterator[tuple[Sequence, list[Sequen
 
 
 def engine_of(llm: BaseLLM) -> LLMEngine:
-    """The engine of an `LLM`, where it is one of this milestone or of a later one."""
-    assert isinstance(llm.engine, LLMEngine)
+    """The engine of an `LLM`. Raises ConfigError for one of an earlier milestone."""
+    if not isinstance(llm.engine, LLMEngine):
+        raise ConfigError(f"the engine of {type(llm).__module__} serves one request at a time; allowed: an LLM of "
+                          "m2_continuous_batching or of a later milestone")
     return llm.engine

@@ -45,7 +45,7 @@ class QueuedSequence:
     request: Request
     params: SchedulingParams
     queue_number: int = 0               # sequences that had joined the queue when it did, itself included
-    tokens_this_turn: int = 0           # tokens generated since it was last admitted
+    tokens_this_turn: int = 0           # steps that gave it a token since it was last admitted
     last_step: int = -1                 # the last step that ran it
 
     @property

@@ -107,6 +107,9 @@ class Queues:
         if request is not None:
             for sequence in request.sequences:
                 if not sequence.is_finished:
+                    if sequence.ends_as is not None and isinstance(sequence.stop_reason, int):
+                        sequence.stop_reason = None         # its last token was not concluded: the abort came first
+                    sequence.ends_as = None
                     sequence.set_status(SequenceStatus.FINISHED_ABORTED)
                     self.finish(sequence)
             self._forget(request)

@@ -41,7 +41,7 @@ class SchedulerOutput:
 
     @property
     def num_prefill_tokens(self) -> int:
-        """Of these, those of prompts, and of sequences that are computed once more. Ask before they run."""
+        """Of these, those of prompts and of what is computed once more. Ask before the step's tokens are appended."""
         return sum(s.num_tokens for s in self.scheduled if not s.is_decode)
 
 
@@ -64,9 +64,17 @@ class Scheduler(ABC):
     def check_request(self, request: Request, params: SchedulingParams) -> None:
         """Raise ConfigError for a request that could never be run."""
 
-    @abstractmethod
     def schedule(self) -> SchedulerOutput:
-        """Choose what runs next. An empty step means that nothing can run."""
+        """Abort what is late, then choose what runs next. An empty step means that nothing can run."""
+        self._step += 1
+        output = SchedulerOutput([], expired=self.queues.expire())
+        self._choose(output)
+        output.copies.extend(self.kv_cache_manager.take_copies())
+        return output
+
+    @abstractmethod
+    def _choose(self, output: SchedulerOutput) -> None:
+        """Add to `output` what runs next, its slots allocated, and whom that has sent back."""
 
     def update_from_output(self, output: SchedulerOutput) -> None:
         """The step has run, or is under way and will have run before the next one: its tokens count as computed."""
@@ -134,17 +142,13 @@ class PrefillFirstScheduler(Scheduler):
     def check_request(self, request: Request, params: SchedulingParams) -> None:
         self.queues.check(request, params)
 
-    def schedule(self) -> SchedulerOutput:
-        """Abort what is late, then prefill if something may join, else decode."""
-        self._step += 1
-        output = SchedulerOutput([], expired=self.queues.expire())
+    def _choose(self, output: SchedulerOutput) -> None:
+        """Prefill if something may join, else decode."""
         if not (self._prefilled_last and self.running):
             self._schedule_prefills(output)
         self._prefilled_last = bool(output.scheduled)
         if not output.scheduled:
             self._schedule_decodes(output)
-        output.copies.extend(self.kv_cache_manager.take_copies())
-        return output
 
     def _schedule_prefills(self, output: SchedulerOutput) -> None:
         """Admit waiting sequences in their order, until one does not fit: nobody in its lane overtakes it."""
@@ -186,17 +190,21 @@ class PrefillFirstScheduler(Scheduler):
         in_step = {e for e, _ in joined}
         candidates = [e for e in self.running if e not in in_step and self.queues.policy.may_displace(entry, e)]
         candidates.sort(key=self.queues.policy.key, reverse=True)
+        if not self._fits_without(entry, start, num_tokens, candidates):
+            return Admission.NO_BLOCKS if has_place else Admission.NO_PLACE
         victims: list[QueuedSequence] = []
-        for candidate in candidates:
-            victims.append(candidate)
-            if self.queues.has_place(entry, without=victims) and manager.fits_without(
-                    entry.sequence, start, num_tokens, [victim.sequence for victim in victims]):
-                for victim in victims:
-                    self._preempt(victim, output)
-                allocated = manager.allocate_slots(entry.sequence, start, num_tokens)
-                assert allocated, "fits_without has said so"
-                return Admission.ADMITTED
-        return Admission.NO_BLOCKS if has_place else Admission.NO_PLACE
+        while not self._fits_without(entry, start, num_tokens, victims):
+            victims.append(candidates[len(victims)])
+        for victim in victims:
+            self._preempt(victim, output)
+        allocated = manager.allocate_slots(entry.sequence, start, num_tokens)
+        assert allocated, "fits_without has said so"
+        return Admission.ADMITTED
+
+    def _fits_without(self, entry: QueuedSequence, start: int, num_tokens: int, victims: list[QueuedSequence]) -> bool:
+        """Whether there would be a place and room for a newcomer, once `victims` are preempted."""
+        return self.queues.has_place(entry, without=victims) and self.kv_cache_manager.fits_without(
+            entry.sequence, start, num_tokens, [victim.sequence for victim in victims])
 
     def _schedule_decodes(self, output: SchedulerOutput) -> None:
         """One token for each running sequence, as far as the budget goes; who is left out goes first next time."""

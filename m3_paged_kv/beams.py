@@ -11,22 +11,22 @@ from m0_basics.request import Sequence as TokenSequence
 from m0_basics.sampling_params import BeamSearchParams, SamplingParams
 from m1_offline.beam_search import BeamSearchOutput, beam_search
 from m2_continuous_batching.engine import LLMEngine
-from m2_continuous_batching.kv_cache_manager import SlotCopy
+from m2_continuous_batching.kv_cache_manager import KVCacheManager, SlotCopy
 
-from .kv_cache_manager import PagedKVCacheManager
+from .block_pool import Pool
 
 
 class BeamBlocks:
-    """What `m1_offline.beam_search` asks of a cache, answered by a `PagedKVCacheManager`."""
+    """What `m1_offline.beam_search` asks of a cache, answered by a manager of blocks from `pool`."""
 
-    def __init__(self, manager: PagedKVCacheManager, copy_slots: Callable[[list[SlotCopy]], None]) -> None:
-        self.manager = manager
+    def __init__(self, manager: KVCacheManager, pool: Pool, copy_slots: Callable[[list[SlotCopy]], None]) -> None:
+        self.manager, self.pool = manager, pool
         self.copy_slots = copy_slots
 
     @property
     def num_free(self) -> int:
         """Beams that there may be: each needs at least a block of its own."""
-        return self.manager.pool.num_free
+        return self.pool.num_free
 
     def allocate(self, sequence: TokenSequence) -> None:
         """Nothing yet: blocks come with `reserve`."""
@@ -34,7 +34,7 @@ class BeamBlocks:
     def reserve(self, sequence: TokenSequence, num_tokens: int) -> None:
         """Make room for the next tokens; copy what is shared and about to be written. ConfigError: out of blocks."""
         if not self.manager.allocate_slots(sequence, sequence.num_computed_tokens, num_tokens):
-            raise ConfigError(f"the beams need more than the {self.manager.pool.num_blocks} blocks of the cache; "
+            raise ConfigError(f"the beams need more than the {self.pool.num_blocks} blocks of the cache; "
                               "allowed: a smaller beam_width or max_tokens, or a larger num_blocks")
         self.copy_slots(self.manager.take_copies())
 

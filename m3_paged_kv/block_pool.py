@@ -7,8 +7,41 @@ A block that two sequences hold is one block. It is free again when the last of 
 """
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 
-class BlockPool:
+
+class Pool(ABC):
+    """Blocks handed out one by one. Whoever holds one more of them, or one less, says so."""
+
+    num_blocks: int
+
+    @property
+    @abstractmethod
+    def num_free(self) -> int:
+        """Blocks that `allocate` can hand out."""
+
+    @abstractmethod
+    def allocate(self) -> int:
+        """Take a free block, held once. The caller has made sure that there is one."""
+
+    @abstractmethod
+    def share(self, block: int) -> None:
+        """One more holder of a block."""
+
+    @abstractmethod
+    def release(self, block: int) -> None:
+        """One holder less."""
+
+    @abstractmethod
+    def ref_count(self, block: int) -> int:
+        """How many hold the block."""
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - self.num_free
+
+
+class BlockPool(Pool):
     """Plain integers: which of `num_blocks` blocks are free, and how often the others are held."""
 
     def __init__(self, num_blocks: int) -> None:
@@ -19,10 +52,6 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         return len(self._free)
-
-    @property
-    def num_used(self) -> int:
-        return self.num_blocks - len(self._free)
 
     def allocate(self) -> int:
         """Take a free block, held once. The caller has made sure that there is one."""

@@ -3,24 +3,24 @@
     table of A   [ 4 | 1 | 7 ]      token i lies in slot  table[i // block_size] * block_size + i % block_size
     table of B   [ 4 | 1 | 2 ]      B was forked from A: blocks 4 and 1 are the same memory
 
-A shared block is only read. Before a sequence writes into one, it gets a copy of its own (copy-on-write). One that
-may forget gives up blocks from the middle: its later tokens then lie that much further to the front of its table.
+A shared block is only read. Before a sequence writes into one, it gets a copy of its own (copy-on-write). An eviction
+plugin may take blocks from the middle: later tokens then lie that much further to the front of the table.
 """
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 from m0_basics.request import Sequence
 from m2_continuous_batching.kv_cache_manager import SlotCopy
 
-from .block_pool import BlockPool
+from .block_pool import Pool
 
 
 class BlockTables:
     """The tables of the sequences on the device, over one pool of blocks."""
 
-    def __init__(self, pool: BlockPool, block_size: int) -> None:
+    def __init__(self, pool: Pool, block_size: int) -> None:
         self.pool = pool
         self.block_size = block_size
         self.copies: list[SlotCopy] = []                # that writing asks for, in order, until somebody takes them
@@ -116,7 +116,14 @@ class BlockTables:
             self.pool.release(block)
 
 
+Place = tuple[str, int]             # ("device", block) or ("host", block)
+
+
 class HasBlocks(ABC):
-    """A KV cache manager whose cache consists of blocks: what plugins and backends ask of it."""
+    """A KV cache manager whose cache consists of blocks: what plugins and tools ask of it."""
 
     tables: BlockTables
+
+    @abstractmethod
+    def places_of(self, sequence: Sequence) -> list[Place]:
+        """Where a sequence's blocks lie, in order; [] if it holds none. Only a swapped one has blocks on the host."""

@@ -8,15 +8,14 @@ Slots [0, num_blocks * block_size) are the device's; the host's follow, so that 
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from m0_basics.request import Sequence
 from m2_continuous_batching.kv_cache_manager import SlotCopy
 
-from .block_pool import BlockPool
-from .block_tables import BlockTables
-
-Place = tuple[str, int]             # ("device", block) or ("host", block)
+from .block_pool import Pool
+from .block_tables import BlockTables, Place
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,24 @@ class Holdings:
     blocks: list[Place] = field(default_factory=list)
 
 
+def blocks_to_start(tables: BlockTables, holdings: Holdings, start: int, num_tokens: int,
+                    gone: Mapping[int, int]) -> int:
+    """Free blocks that a sequence takes as it comes in: for what is on the host, for what is new, for a copy.
+
+    Places [start, start + num_tokens) of its table are to be written. `gone` says of blocks how many of their holders
+    will have let go by then.
+    """
+    num_on_device = sum(place == "device" for place, _ in holdings.blocks)
+    first = start // tables.block_size                      # the block that the first new token goes into
+    place, block = holdings.blocks[first] if first < len(holdings.blocks) else ("host", 0)
+    is_shared = place == "device" and tables.pool.ref_count(block) - gone.get(block, 0) > 1
+    return tables.num_blocks_of(start + num_tokens) - num_on_device + is_shared
+
+
 class SwapSpace:
     """The holdings of sequences that were swapped out, over a pool of host blocks; none, if the pool is empty."""
 
-    def __init__(self, tables: BlockTables, host_pool: BlockPool) -> None:
+    def __init__(self, tables: BlockTables, host_pool: Pool) -> None:
         """Copies are written down where those of `tables` are."""
         self.tables = tables
         self.host_pool = host_pool

@@ -7,20 +7,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 
 from m0_basics.request import Sequence, SequenceStatus
 from m2_continuous_batching.kv_cache_manager import KVCacheManager, SlotCopy
 
-from .block_pool import BlockPool
-from .block_tables import BlockTables, HasBlocks
-from .holdings import Place, SwapSpace
+from .block_pool import BlockPool, Pool
+from .block_tables import BlockTables, HasBlocks, Place
+from .holdings import SwapSpace, blocks_to_start
 
 
 class PagedKVCacheManager(KVCacheManager, HasBlocks):
     """Decides who may have blocks: for those who run a table, for those who had to leave a place in host memory."""
 
-    def __init__(self, tables: BlockTables, host_pool: BlockPool, watermark: float = 0.01) -> None:
+    def __init__(self, tables: BlockTables, host_pool: Pool, watermark: float = 0.01) -> None:
         """A `host_pool` without blocks means that preempted sequences are recomputed. `watermark` is the share of the
         blocks that a newcomer has to leave free, so that it is not the next one to be thrown out."""
         self.tables = tables
@@ -33,7 +32,6 @@ class PagedKVCacheManager(KVCacheManager, HasBlocks):
         return min(self.swapped[sequence].num_tokens, sequence.num_tokens - 1)
 
     def places_of(self, sequence: Sequence) -> list[Place]:
-        """Where a sequence's blocks lie, in order; [] if it holds none. Only a swapped one has blocks on the host."""
         if sequence in self.tables:
             return [("device", block) for block in self.tables[sequence]]
         return self.swapped[sequence].blocks.copy()
@@ -67,7 +65,8 @@ class PagedKVCacheManager(KVCacheManager, HasBlocks):
             host_free -= len(private) if swaps else 0
         num_free = self.pool.num_free + sum(self.pool.ref_count(block) == count for block, count in gone.items())
         start = self.tables.place(sequence, num_computed_tokens)
-        return num_free - self._blocks_to_start(sequence, start, num_tokens, gone) >= self.num_reserved
+        needed = blocks_to_start(self.tables, self.swapped[sequence], start, num_tokens, gone)
+        return num_free - needed >= self.num_reserved
 
     def fork(self, parent: Sequence, child: Sequence) -> bool:
         self.tables.fork(parent, child)
@@ -101,24 +100,14 @@ class PagedKVCacheManager(KVCacheManager, HasBlocks):
 
     def _may_start(self, sequence: Sequence, start: int, num_tokens: int) -> bool:
         """Whether a sequence that is not running may come in, and leave the watermark free."""
+        holdings = self.swapped[sequence]
         if len(self.tables):
-            return self.pool.num_free - self._blocks_to_start(sequence, start, num_tokens, {}) >= self.num_reserved
-        while self.pool.num_free < self._blocks_to_start(sequence, start, num_tokens, {}):
+            needed = blocks_to_start(self.tables, holdings, start, num_tokens, {})
+            return self.pool.num_free - needed >= self.num_reserved
+        while self.pool.num_free < blocks_to_start(self.tables, holdings, start, num_tokens, {}):
             if not self._drop_latest_swapped(sequence, start + num_tokens):
                 return False
         return True
-
-    def _blocks_to_start(self, sequence: Sequence, start: int, num_tokens: int, gone: Mapping[int, int]) -> int:
-        """Free blocks that a sequence takes as it comes in: for what is swapped, for what is new, for a copy.
-
-        `gone` says of blocks how many of their holders will have let go by then.
-        """
-        blocks = self.swapped[sequence].blocks
-        num_on_device = sum(place == "device" for place, _ in blocks)
-        first = start // self.tables.block_size                 # the block that the first new token goes into
-        place, block = blocks[first] if first < len(blocks) else ("host", 0)
-        is_shared = place == "device" and self.pool.ref_count(block) - gone.get(block, 0) > 1
-        return self.tables.num_blocks_of(start + num_tokens) - num_on_device + is_shared
 
     def _drop_latest_swapped(self, sequence: Sequence, num_tokens: int) -> bool:
         """Nobody but `sequence` could run, and it has no room: whoever was swapped out last loses what it holds.

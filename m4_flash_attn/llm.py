@@ -57,4 +57,4 @@ class LLM(PagedLLM):
                               OutputProcessor(tokenizer, limits.longest), memory.host_cache.copy_slots, hooks.scheduler)
         super().__init__(config, engine, weights.spec, tokenizer)
         self.cache, self.manager, self.attention_backend = memory.cache, manager, backend.name
-        self._beams = BeamBlocks(manager, memory.host_cache.copy_slots)
+        self._beams = BeamBlocks(manager, manager.pool, memory.host_cache.copy_slots)

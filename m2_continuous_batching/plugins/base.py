@@ -36,7 +36,7 @@ class StepStats:
     start_time: float
     end_time: float
     output: SchedulerOutput
-    num_prompt_tokens: int          # tokens run that were not a sequence's newest: prefill, or recomputation
+    num_prompt_tokens: int          # tokens run that were no decodes: prefill, or recomputation
     num_generation_tokens: int      # tokens sampled
     num_running: int
     num_waiting: int

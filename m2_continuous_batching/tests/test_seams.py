@@ -32,9 +32,9 @@ class MixedScheduler(Scheduler):
     def check_request(self, request: Request, params: SchedulingParams) -> None:
         self.queues.check(request, params)
 
-    def schedule(self) -> SchedulerOutput:
+    def _choose(self, output: SchedulerOutput) -> None:
         self.num_steps += 1
-        output, left = SchedulerOutput([], expired=self.queues.expire()), self.token_budget
+        left = self.token_budget
         for entry in self.running.copy():
             sequence = entry.sequence
             start = sequence.num_computed_tokens
@@ -46,7 +46,6 @@ class MixedScheduler(Scheduler):
             if left and self.queues.has_place(entry):
                 self.queues.start(entry, 0)
                 left -= self._add(output, entry.sequence, 0, min(entry.sequence.num_tokens, left), ())
-        return output
 
     def _add(self, output: SchedulerOutput, sequence: Sequence, start: int, num_tokens: int,
              drafts: tuple[int, ...]) -> int:
@@ -94,6 +93,18 @@ def test_chunks_beside_decodes(tiny_model: TinyModels, budget: int) -> None:
         prompt_tokens = sum(stats.num_prompt_tokens for stats in lab.watcher.stats)
         assert prompt_tokens == sum(map(len, PROMPTS)), "a chunk of one token is no decode"
     assert abs(num_steps[0] - num_steps[1]) <= 1 + budget // 5
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_several_outputs_beside_chunks(tiny_model: TinyModels, ahead: bool) -> None:
+    """They part with the piece that ends their prompt; what does not find a place runs on its own."""
+    params = SamplingParams(n=3, temperature=1.3, seed=3, max_tokens=9, ignore_eos=True)
+    expected = Lab(tiny_model, max_num_seqs=8).run(PROMPTS, params)
+    lab = Lab(tiny_model, max_num_seqs=4, async_scheduling=ahead)
+    with_scheduler(lab, MixedScheduler(lab.engine.scheduler, 7))
+    for ours, theirs in zip(lab.run(PROMPTS, params), expected, strict=True):
+        assert [o.token_ids for o in ours.outputs] == [o.token_ids for o in theirs.outputs]
+    lab.check_empty()
 
 
 def oracle(truth: dict[tuple[int, ...], list[int]], quality: float) -> Propose:

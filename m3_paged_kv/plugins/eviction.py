@@ -51,6 +51,8 @@ class EvictionPlugin(SchedulerPlugin):
     def after_step(self, scheduler: Scheduler, stats: StepStats) -> None:
         tables = self._blocks_of(scheduler)
         for entry in scheduler.running:
+            if entry.sequence.num_computed_tokens < entry.sequence.num_prompt_tokens:
+                continue                            # its prompt is still running
             tables.drop(entry.sequence, self.choose(tables, entry.sequence))
 
     @abstractmethod

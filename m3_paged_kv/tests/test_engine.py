@@ -205,3 +205,28 @@ def test_twice_as_many_run_side_by_side_as_with_rows(tiny_model: TinyModels) -> 
         return sum(counts) / len(counts)
 
     assert mean(blocks) >= 2 * mean(rows)
+
+
+@pytest.mark.parametrize("num_failures", [1, 99])
+def test_a_failed_step_leaves_nothing_in_host_memory(tiny_model: TinyModels, monkeypatch: pytest.MonkeyPatch,
+                                                     num_failures: int) -> None:
+    """F3.6: swapped out while its step ran, which then failed: its blocks were never written, and are not kept."""
+    prompts, params = [[7, 8, 9, 10, 11, 12, 13, 14], [20, 21, 22, 23, 24, 25, 26, 27]], greedy(4)
+    expected = ids_of(make(tiny_model).generate(prompts, params, use_tqdm=False))
+    llm = make(tiny_model, num_blocks=5, block_size=4, async_scheduling=True, swap_space=0.01)
+    execute, calls = llm.engine.runner.execute, []
+
+    def broken(inputs: Any) -> Any:
+        calls.append(inputs)
+        if len(calls) <= num_failures and any(s.start == 0 for s in inputs.scheduled):
+            raise ValueError("out of cheese")
+        return execute(inputs)
+
+    monkeypatch.setattr(llm.engine.runner, "execute", broken)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    if num_failures == 1:
+        assert ids_of(outputs) == expected
+    else:
+        assert [o.outputs[0].finish_reason for o in outputs] == ["abort", "abort"]
+        assert all(o.outputs[0].stop_reason == "error: ValueError: out of cheese" for o in outputs)
+    assert (llm.manager.usage, len(llm.manager.swapped)) == (0.0, 0)

@@ -21,8 +21,7 @@ from m0_basics.config import require
 from m2_continuous_batching.plugins.base import SchedulerPlugin, StepStats
 from m2_continuous_batching.scheduler import Scheduler
 
-from ..holdings import Place
-from ..kv_cache_manager import PagedKVCacheManager
+from ..block_tables import HasBlocks, Place
 
 Holders = dict[int, int]                # seq_id -> how many of its tokens the block holds
 PoolState = dict[Place, Holders]        # the blocks that somebody holds, after one step
@@ -39,7 +38,7 @@ class PoolRecorder(SchedulerPlugin):
 
     def after_step(self, scheduler: Scheduler, stats: StepStats) -> None:
         manager = scheduler.kv_cache_manager
-        assert isinstance(manager, PagedKVCacheManager), "blocks are drawn, not rows"
+        assert isinstance(manager, HasBlocks), "blocks are drawn, not rows"
         tables = manager.tables
         state: PoolState = {}
         for entry in (*scheduler.running, *scheduler.waiting):
