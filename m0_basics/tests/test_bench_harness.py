@@ -254,6 +254,7 @@ def test_one_engine_twice_gives_equal_tokens(llm):
         comparison["c"]
 
 
+@pytest.mark.slow
 def test_benchmark_of_m0_in_its_quick_form(tiny_model, tmp_path, capsys):
     """F0.11, F1.7: the whole benchmark, small; counted FLOPs grow as predicted, and the total with the square."""
     options = {"model": str(tiny_model("qwen3")), "dtype": "float32"}

@@ -21,6 +21,8 @@ from m0_basics.tools.divergence import (
 from m0_basics.tools.testing.parity import mixed_length_prompts, reference_greedy, reference_logits, reference_model
 from m0_basics.tools.testing.tiny_models import VOCAB_SIZE
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = mixed_length_prompts(VOCAB_SIZE, 4, seed=21)
 
 

@@ -216,6 +216,7 @@ def assert_only_the_body_changed(source: bytes, tree: ast.Module, name: str, nod
         assert not line.strip() or re.match(rb" {%d,}#" % (node.col_offset + 1), line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(REPO)))
 def test_every_function_of_the_repository_can_be_cut(path: Path) -> None:
     source = path.read_bytes()

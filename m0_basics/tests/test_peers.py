@@ -17,6 +17,8 @@ from m0_basics.config import ConfigError
 from m0_basics.tools.bench import PEERS, BenchError, BenchRequest, EngineContender, Workload, compare, make_peers
 from m0_basics.tools.bench.subprocess_peers import SubprocessPeer, engines_of, peer_environment
 
+pytestmark = pytest.mark.slow
+
 WORK = Workload("mixed", tuple(BenchRequest(tuple(range(3 + i, 8 + 4 * i)), 2 + 3 * i) for i in range(4)))
 
 

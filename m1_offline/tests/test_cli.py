@@ -203,6 +203,7 @@ class TestHelp:
         assert "the same 4 tokens" in result.out
 
 
+@pytest.mark.slow
 class TestProcess:
     """F1.9: real processes: exit status, streams, no traceback."""
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import pytest
+
 from m0_basics.tools.testing.bad_input_conformance import BadInputConformance
 from m0_basics.tools.testing.conformance import (
     AbortConformance,
@@ -23,6 +25,7 @@ class TestOffline(GreedyConformance, StopConformance, StreamingConformance, Abor
     tiny_memory_options: ClassVar = {"max_num_seqs": 3, "max_model_len": 96}
 
 
+@pytest.mark.slow
 class TestStaticBatch(GreedyConformance, StopConformance, StreamingConformance, AbortConformance,
                       TokenSamplingConformance, BadInputConformance):
     """The baseline (F1.8). What it refuses, several outputs per request and log-probabilities of prompts, is left

@@ -22,6 +22,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, tiny_model: TinyModels) -> 
     return BenchReport.load(folder / "bench.json"), folder
 
 
+@pytest.mark.slow
 def test_every_part_is_there(report: tuple[BenchReport, Path]) -> None:
     """F2.4: three engines side by side, and peers; every contender does the whole work, with the same tokens."""
     result, folder = report

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import pytest
+
 from m0_basics.tools.testing.bad_input_conformance import BadInputConformance
 from m0_basics.tools.testing.conformance import (
     AbortConformance,
@@ -23,6 +25,7 @@ class TestContinuous(GreedyConformance, StopConformance, StreamingConformance, A
     tiny_memory_options: ClassVar = {"max_num_seqs": 2, "max_model_len": 96}
 
 
+@pytest.mark.slow
 class TestNaiveAttention(GreedyConformance, AbortConformance):
     """The mask as it is defined gives the same tokens (F2.3)."""
 
@@ -31,6 +34,7 @@ class TestNaiveAttention(GreedyConformance, AbortConformance):
     tiny_memory_options: ClassVar = {"max_num_seqs": 2, "max_model_len": 96}
 
 
+@pytest.mark.slow
 class TestRoundRobin(GreedyConformance, AbortConformance, StreamingConformance):
     """Sequences that give way after every few tokens, and are recomputed, end with the same tokens (F2.6)."""
 
@@ -39,6 +43,7 @@ class TestRoundRobin(GreedyConformance, AbortConformance, StreamingConformance):
     tiny_memory_options: ClassVar = {"max_num_seqs": 1, "policy": "round-robin:1", "max_model_len": 96}
 
 
+@pytest.mark.slow
 class TestAsyncScheduling(GreedyConformance, StopConformance, StreamingConformance, AbortConformance,
                           SamplingConformance, BadInputConformance):
     """Scheduling ahead of the model changes no token (F2.14)."""

@@ -31,6 +31,7 @@ def start(folder, *arguments, key=None):
     return process, *found.groups()
 
 
+@pytest.mark.slow
 def test_sigterm_ends_open_streams_and_the_process(tiny_model):
     """A short request ends as usual, a long one is cut off with an error, nothing hangs, the status is 0."""
     process, name, url = start(tiny_model("qwen3"), "--grace", "1", "--served-model-name", "tiny", key="sesame")
@@ -69,6 +70,7 @@ def test_sigterm_ends_open_streams_and_the_process(tiny_model):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_sigint_ends_an_idle_server(tiny_model):
     process, _, _ = start(tiny_model("qwen3"))
     try:

@@ -14,6 +14,7 @@ from m3_paged_kv.tools.crossover import crossover
 from m3_paged_kv.tools.facts import bench_results
 
 
+@pytest.mark.slow
 def test_every_part_is_there(tmp_path: Path, tiny_model: TinyModels) -> None:
     options = {"model": str(tiny_model("llama")), "dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 400}
     benchmark.run(options, rounds=1, quick=True, peers=["transformers"], output_dir=tmp_path / "results")

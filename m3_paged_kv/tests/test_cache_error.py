@@ -42,6 +42,7 @@ def test_the_same_cache_has_no_error(tiny_model: TinyModels) -> None:
     assert dictation.same == [1.0] * 40
 
 
+@pytest.mark.slow
 def test_errors_and_bytes(tiny_model: TinyModels) -> None:
     """F3.10: bytes halve and halve again; fewer bits, larger errors; who forgets is exact until then."""
     options: dict[str, Any] = {"model": str(tiny_model("qwen3")), "skip_tokenizer_init": True}

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import pytest
+
 from m0_basics.tools.testing.bad_input_conformance import BadInputConformance
 from m0_basics.tools.testing.conformance import (
     AbortConformance,
@@ -23,6 +25,7 @@ class TestPaged(GreedyConformance, StopConformance, StreamingConformance, AbortC
     tiny_memory_options: ClassVar = {"max_model_len": 96, "num_blocks": 13}
 
 
+@pytest.mark.slow
 class TestRecompute(GreedyConformance, AbortConformance, SamplingConformance):
     """Without host memory, preempted sequences are recomputed."""
 
@@ -31,6 +34,7 @@ class TestRecompute(GreedyConformance, AbortConformance, SamplingConformance):
     tiny_memory_options: ClassVar = {"max_model_len": 96, "num_blocks": 25}
 
 
+@pytest.mark.slow
 class TestRoundRobin(GreedyConformance, AbortConformance):
     """Swapped out and in again every few tokens."""
 
@@ -39,6 +43,7 @@ class TestRoundRobin(GreedyConformance, AbortConformance):
     tiny_memory_options: ClassVar = {"max_model_len": 96, "num_blocks": 7, "policy": "round-robin:1"}
 
 
+@pytest.mark.slow
 class TestAsync(GreedyConformance, AbortConformance, SamplingConformance):
     """Blocks that are freed while a step runs are not filled before it is done."""
 

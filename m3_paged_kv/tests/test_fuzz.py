@@ -168,6 +168,7 @@ def assert_same_but_for_rounding(llm: LLM, request: Request, ours: list[list[int
                 assert may_draw(logits, params, uniform(sequence), ids[parting]), (index, parting, got, expected)
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(work=st.lists(jobs(), min_size=1, max_size=6), policy=st.sampled_from(POLICIES), shape=st.sampled_from(SHAPES),
        swap=st.sampled_from([0.0, 0.00002, 0.01]), places=st.sampled_from([2, 5, 16]), ahead=st.booleans(),

@@ -25,6 +25,8 @@ from m4_flash_attn.kernels.cpu import build
 from m4_flash_attn.kernels.cpu.build import BuildError, describe, find_compiler, library
 from m4_flash_attn.kernels.cpu.linear import choose
 
+pytestmark = pytest.mark.slow
+
 THREADS = """#ifdef _OPENMP
 extern "C" int kernels_have_threads() { return 1; }
 #else

@@ -33,6 +33,7 @@ class TestFlash(GreedyConformance, StopConformance, StreamingConformance, AbortC
     tiny_memory_options: ClassVar = {"max_model_len": 96, "num_blocks": 13}
 
 
+@pytest.mark.slow
 class TestRecompute(GreedyConformance, AbortConformance, SamplingConformance):
     """Without host memory, preempted sequences are recomputed."""
 
@@ -41,6 +42,7 @@ class TestRecompute(GreedyConformance, AbortConformance, SamplingConformance):
     tiny_memory_options: ClassVar = {"max_model_len": 96, "num_blocks": 25}
 
 
+@pytest.mark.slow
 class TestAsync(GreedyConformance, AbortConformance):
     """The next step is prepared while one runs: the kernels' pointers stay valid."""
 
@@ -49,6 +51,7 @@ class TestAsync(GreedyConformance, AbortConformance):
     tiny_memory_options: ClassVar = {"max_model_len": 96, "num_blocks": 7}
 
 
+@pytest.mark.slow
 class TestModelAsItIs(GreedyConformance):
     """The kernels under milestone 0's own layers."""
 
@@ -57,6 +60,7 @@ class TestModelAsItIs(GreedyConformance):
     tiny_memory_options: ClassVar = {"max_model_len": 96, "num_blocks": 7, "policy": "round-robin:1"}
 
 
+@pytest.mark.slow
 class TestSdpa(GreedyConformance):
     """Fused layers over m3's attention: what runs where there is no compiler."""
 
@@ -65,6 +69,7 @@ class TestSdpa(GreedyConformance):
     tiny_memory_options: ClassVar = {"max_model_len": 96, "num_blocks": 7}
 
 
+@pytest.mark.slow
 class TestThreads(GreedyConformance):
     """F4.4, F4.7: the kernels on several threads, in both engines; the classes above run them on one."""
 

@@ -16,6 +16,8 @@ from m4_flash_attn.kernels.cpu.bindings import PagedKernels, Step, make_step
 from m4_flash_attn.reference import MIXED, PagedBatch, paged_attention_reference, random_paged_batch
 from m4_flash_attn.tests.cpu_variants import VARIANTS, variant_library
 
+pytestmark = pytest.mark.slow
+
 DTYPES = [torch.float32, torch.bfloat16]
 ROUNDING = {torch.float32: 2.0 ** -24, torch.bfloat16: 2.0 ** -8}
 

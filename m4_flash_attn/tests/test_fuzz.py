@@ -7,6 +7,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +28,7 @@ def engine(folder: str, policy: str, num_blocks: int, block_size: int, swap_spac
     return llm, auditor
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(work=st.lists(m3.jobs(), min_size=1, max_size=6), policy=st.sampled_from(m3.POLICIES),
        shape=st.sampled_from(m3.SHAPES), swap=st.sampled_from([0.0, 0.00002, 0.01]), places=st.sampled_from([2, 5, 16]),
