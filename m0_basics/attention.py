@@ -51,6 +51,14 @@ class ScheduledSequence(NamedTuple):
         """Whether the step computes the sequence's newest token, so that the next one can be sampled."""
         return self.end - len(self.draft_token_ids) == self.sequence.num_tokens
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether the first token that runs is the newest one that was sampled. All else is prefill.
+
+        By its position: a piece of a prompt may be one token long, and so may the rest of what is computed once more.
+        """
+        return bool(self.sequence.output_token_ids) and self.start == self.sequence.num_tokens - 1
+
 
 @dataclass(frozen=True)
 class AttentionMetadata:

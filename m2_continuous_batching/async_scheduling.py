@@ -21,7 +21,7 @@ from m0_basics.request import SequenceStatus
 from m0_basics.sampler import Sampler
 from m1_offline.output_processor import OutputProcessor
 
-from .engine import Failure, LLMEngine, Recorded, num_prefill_tokens
+from .engine import Failure, LLMEngine, Recorded
 from .kv_cache_manager import SlotCopy
 from .plugins.base import SchedulerPlugin
 from .scheduler import Sampled, Scheduler, SchedulerOutput
@@ -48,7 +48,7 @@ class AsyncSchedulingEngine(LLMEngine):
         self._aborted = []
         output, budget = self._take_chosen()
         ended = output.expired.copy()
-        num_prompt_tokens = sum(map(num_prefill_tokens, output.scheduled))
+        num_prompt_tokens = output.num_prefill_tokens
         self.copy_slots(output.copies)
         running = self._start(output.scheduled) if output.scheduled else None
         updated = self._conclude(self._recorded, ended)

@@ -88,7 +88,7 @@ class LLMEngine(Engine):
         self._aborted = []
         output, budget = self._choose()
         ended = output.expired.copy()                       # requests that end in this step without a token
-        num_prompt_tokens = sum(map(num_prefill_tokens, output.scheduled))
+        num_prompt_tokens = output.num_prefill_tokens
         self.copy_slots(output.copies)
         sampled, failures = self._run_isolated(output.scheduled) if output.scheduled else ([], [])
         for sequence, error in failures:
@@ -265,17 +265,6 @@ def _families(sequences: list[Sequence]) -> Iterator[tuple[Sequence, list[Sequen
     for i in firsts:
         num_outputs = sequences[i].sampling_params.best_of or 1
         yield sequences[i], sequences[i + 1:i + num_outputs]
-
-
-def num_prefill_tokens(scheduled: ScheduledSequence) -> int:
-    """Scheduled tokens that are no decode: of a prompt, or of a sequence that is computed once more."""
-    return 0 if is_decode(scheduled) else scheduled.num_tokens
-
-
-def is_decode(scheduled: ScheduledSequence) -> bool:
-    """Whether the first token that runs is the newest one that was sampled."""
-    sequence = scheduled.sequence
-    return bool(sequence.output_token_ids) and scheduled.start == sequence.num_tokens - 1
 
 
 def engine_of(llm: BaseLLM) -> LLMEngine:

@@ -39,6 +39,11 @@ class SchedulerOutput:
     def total_num_scheduled_tokens(self) -> int:
         return sum(s.num_tokens for s in self.scheduled)
 
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Of these, the tokens of prompts, and of sequences that are computed once more. To be asked before they run."""
+        return sum(s.num_tokens for s in self.scheduled if not s.is_decode)
+
 
 class Scheduler(ABC):
     """Chooses what runs next, out of its queues. The engine runs it, and says what came of it.

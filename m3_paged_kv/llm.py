@@ -18,10 +18,9 @@ from m2_continuous_batching.scheduler import PrefillFirstScheduler
 from m2_continuous_batching.structured_output import StructuredSampler
 
 from .attention import PagedAttention
-from .beam_cache import BeamBlocks
+from .beams import BeamBlocks, PagedLLM
 from .config import EngineConfig
 from .kv_cache_manager import paged_manager
-from .paged_llm import PagedLLM
 from .paged_memory import allocate_memory
 
 

@@ -16,9 +16,8 @@ from m2_continuous_batching.policies import make_policy
 from m2_continuous_batching.queues import Queues
 from m2_continuous_batching.scheduler import PrefillFirstScheduler
 from m2_continuous_batching.structured_output import StructuredSampler
-from m3_paged_kv.beam_cache import BeamBlocks
+from m3_paged_kv.beams import BeamBlocks, PagedLLM
 from m3_paged_kv.kv_cache_manager import paged_manager
-from m3_paged_kv.paged_llm import PagedLLM
 from m3_paged_kv.paged_memory import allocate_memory
 
 from .backends import choose, situation_of

@@ -281,7 +281,7 @@ out, back = ([c for step in swap_copies.steps for c in step if side(c)] for side
     lambda c: c.target >= last, lambda c: c.source >= last))
 assert len(out) == len(back) > 0
 print(f"blocks copied to the host: {len(out)}, and back: {len(back)}; left behind on either side: "
-      f"{tight.manager.pool.num_used + tight.manager.host_pool.num_used}")
+      f"{tight.manager.pool.num_used + tight.manager.swapped.host_pool.num_used}")
 
 # %%
 figure, panels = plt.subplots(2, 1, figsize=(13, 6.4), sharex=True)

@@ -15,7 +15,6 @@ from m0_basics.sampling_params import SamplingParams
 from m0_basics.tools.bench.metrics import RequestRecord
 from m0_basics.tools.bench.workloads import BenchRequest
 
-from ..engine import is_decode, num_prefill_tokens
 from ..kv_cache_manager import KVCacheManager, RowKVCacheManager
 from ..plugins.base import SchedulerPlugin, StepStats
 from ..policies import SchedulingParams, make_policy
@@ -126,9 +125,9 @@ class Simulator:
         self.clock.now += self.cost(output.total_num_scheduled_tokens)
         finishing = [s for s in output.scheduled if s.reaches_newest]
         # A token behind the prompt is run once by itself; run together with others, it is run again.
-        recomputed = sum(s.num_tokens - 1 for s in output.scheduled if s.sequence.output_token_ids and not is_decode(s))
+        recomputed = sum(s.num_tokens - 1 for s in output.scheduled if s.sequence.output_token_ids and not s.is_decode)
         step = SimulatedStep(self.clock.now - start, tuple(s.end for s in output.scheduled),
-                             output.total_num_scheduled_tokens, sum(map(num_prefill_tokens, output.scheduled)),
+                             output.total_num_scheduled_tokens, output.num_prefill_tokens,
                              len(finishing), recomputed, len(output.preempted), start)
         scheduler.update_from_output(output)
         for s in finishing:

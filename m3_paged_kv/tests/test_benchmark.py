@@ -46,7 +46,7 @@ def test_crossover_leaves_nothing_behind(tiny_model: TinyModels) -> None:
     ways = crossover(llm, (16, 40), rounds=1)
     assert [w["length"] for w in ways] == [16, 40]
     assert all(w["recompute_s"] > 0 and w["swap_s"] > 0 for w in ways)
-    assert (llm.manager.usage, llm.manager.num_swapped, llm.manager.host_pool.num_used) == (0.0, 0, 0)
+    assert (llm.manager.usage, len(llm.manager.swapped), llm.manager.swapped.host_pool.num_used) == (0.0, 0, 0)
 
 
 

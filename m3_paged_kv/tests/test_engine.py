@@ -185,7 +185,7 @@ def test_a_compressed_cache_is_recomputed_not_swapped(tiny_model: TinyModels) ->
     roomy = make(tiny_model, plugins=[KVCompressionPlugin()])
     count = BlockCount()
     tight = make(tiny_model, plugins=[KVCompressionPlugin(), count], num_blocks=9, block_size=8, max_model_len=64)
-    assert tight.manager.host_pool.num_blocks == 0
+    assert tight.manager.swapped.host_pool.num_blocks == 0
     assert ids_of(tight.generate(prompts, greedy(24), use_tqdm=False)) == (
         ids_of(roomy.generate(prompts, greedy(24), use_tqdm=False)))
     assert count.most == 9, "the pool was full"

@@ -194,7 +194,7 @@ def test_swapped_sequences_come_back_as_they_left(tiny_model: TinyModels) -> Non
         watch = Watch()
         llm = make(tiny_model, AttentionSinks(4, 20), watch, max_model_len=64, **options)
         outputs = ids_of(llm.generate(prompts, greedy(48), use_tqdm=False))
-        assert (llm.manager.usage, llm.manager.num_swapped, llm.manager.host_pool.num_used) == (0.0, 0, 0)
+        assert (llm.manager.usage, len(llm.manager.swapped), llm.manager.swapped.host_pool.num_used) == (0.0, 0, 0)
         return outputs, watch
 
     expected, roomy = run()
@@ -220,7 +220,7 @@ def test_it_always_ends(tiny_model: TinyModels, prompts: list[int], outputs: int
     params = SamplingParams(n=outputs, seed=1, max_tokens=30, ignore_eos=True)
     for output in llm.generate([{"prompt_token_ids": [9] * n} for n in prompts], params, use_tqdm=False):
         assert [len(part.token_ids) for part in output.outputs] == [30] * outputs
-    assert (llm.manager.usage, llm.manager.num_swapped, llm.manager.host_pool.num_used) == (0.0, 0, 0)
+    assert (llm.manager.usage, len(llm.manager.swapped), llm.manager.swapped.host_pool.num_used) == (0.0, 0, 0)
     assert not llm.manager.tables._num_dropped
 
 

@@ -51,12 +51,12 @@ class Auditor(SchedulerPlugin):
         manager = scheduler.kv_cache_manager
         assert isinstance(manager, PagedKVCacheManager)
         held = Counter(b for e in scheduler.running for b in manager.tables[e.sequence])
-        pinned = Counter(b for s in manager._swapped.values() for place, b in s.blocks if place == "device")
+        pinned = Counter(b for s in manager.swapped._holdings.values() for place, b in s.blocks if place == "device")
         assert all(manager.pool.ref_count(b) == held[b] + pinned[b] for b in range(manager.pool.num_blocks))
         assert manager.pool.num_free + len(held | pinned) == manager.pool.num_blocks
         assert {e.sequence.seq_id for e in scheduler.running} == set(manager.tables._tables)
         self.preemptions += stats.num_preempted
-        self.swapped_at_most = max(self.swapped_at_most, manager.num_swapped)
+        self.swapped_at_most = max(self.swapped_at_most, len(manager.swapped))
 
     def _fork(self, scheduler: Scheduler) -> None:
         for request in {e.request for e in scheduler.running}:
@@ -187,7 +187,7 @@ def test_tiny_pools_change_no_token(tiny_model: TinyModels, work: list[dict[str,
         else:
             assert_same_but_for_rounding(roomy[0], request_of(roomy[0], job), ours, theirs)
     manager = tight[0].manager
-    assert (manager.usage, manager.num_swapped, manager.host_pool.num_used) == (0.0, 0, 0)
+    assert (manager.usage, len(manager.swapped), manager.swapped.host_pool.num_used) == (0.0, 0, 0)
 
 
 @pytest.mark.parametrize(("swap_space", "swaps"), [(0.0, False), (0.01, True)])

@@ -62,4 +62,4 @@ def test_many_swaps_on_a_stream_of_their_own(tmp_path, monkeypatch, async_schedu
     for name, batches in seen.items():
         assert sum(n for _, n in batches) > 100, f"{name} was hardly used"
         assert all(stream != torch.cuda.default_stream() for stream, _ in batches)
-    assert (llm.manager.usage, llm.manager.host_pool.num_used) == (0.0, 0)
+    assert (llm.manager.usage, llm.manager.swapped.host_pool.num_used) == (0.0, 0)

@@ -159,10 +159,10 @@ class PagedMachine(RuleBasedStateMachine):
         victims = data.draw(st.lists(st.sampled_from(list(self.content)), unique=True))
         if not self.manager.can_ever_hold(len(content) + num_tokens):
             return
-        before = self.manager.pool.num_free, self.manager.host_pool.num_free
+        before = self.manager.pool.num_free, self.manager.swapped.host_pool.num_free
         start = self.manager.get_num_computed_tokens(newcomer)
         expected = self.manager.fits_without(newcomer, start, num_tokens, victims)
-        assert (self.manager.pool.num_free, self.manager.host_pool.num_free) == before, "to ask changes nothing"
+        assert (self.manager.pool.num_free, self.manager.swapped.host_pool.num_free) == before, "to ask changes nothing"
         for victim in victims:
             self.send_away(victim)
         assert self.manager.allocate_slots(newcomer, start, num_tokens) == expected
@@ -202,14 +202,15 @@ class PagedMachine(RuleBasedStateMachine):
     def books_balance(self) -> None:
         if hasattr(self, "manager"):
             held = Counter(b for s in self.content for b in self.manager.tables[s])
-            held.update(b for s in self.manager._swapped.values() for place, b in s.blocks if place == "device")
-            host = Counter(b for s in self.manager._swapped.values() for place, b in s.blocks if place == "host")
-            pool, host_pool = self.manager.pool, self.manager.host_pool
+            kept = [place for holdings in self.manager.swapped._holdings.values() for place in holdings.blocks]
+            held.update(block for where, block in kept if where == "device")
+            host = Counter(block for where, block in kept if where == "host")
+            pool, host_pool = self.manager.pool, self.manager.swapped.host_pool
             assert all(pool.ref_count(b) == held[b] for b in range(pool.num_blocks))
             assert all(host_pool.ref_count(b) == host[b] for b in range(host_pool.num_blocks))
             assert pool.num_free + len(held) == pool.num_blocks
             assert self.manager.usage == pytest.approx(len(held) / pool.num_blocks)
-            assert self.manager.num_swapped == len(self.swapped)
+            assert len(self.manager.swapped) == len(self.swapped)
 
     @invariant()
     def waste_is_below_a_block_each(self) -> None:
@@ -287,21 +288,21 @@ def test_swapped_from_the_tail_to_the_head() -> None:
     assert manager.preempt(child) is SequenceStatus.SWAPPED
     host = 8 * 4                                            # the host's slots follow the device's
     assert manager.take_copies() == [SlotCopy(12, host, 4), SlotCopy(8, host + 4, 4)]
-    assert (manager.pool.num_used, manager.host_pool.num_used) == (2, 2)
+    assert (manager.pool.num_used, manager.swapped.host_pool.num_used) == (2, 2)
     assert manager.get_num_computed_tokens(child) == 15
     other = started(manager, 1)                             # takes the block that was freed last
     assert manager.tables[other] == [2]
     assert manager.allocate_slots(child, child.num_computed_tokens, 1)
     assert manager.take_copies() == [SlotCopy(host + 4, 12, 4), SlotCopy(host, 16, 4)]
     assert manager.tables[child] == [0, 1, 3, 4]
-    assert manager.host_pool.num_used == 0
+    assert manager.swapped.host_pool.num_used == 0
 
 
 def test_no_room_in_host_memory_means_recompute() -> None:
     manager = paged_manager(8, 4, num_host_blocks=1)
     sequence = started(manager, 8)
     assert manager.preempt(sequence) is SequenceStatus.WAITING
-    assert (manager.usage, manager.host_pool.num_used, manager.take_copies()) == (0.0, 0, [])
+    assert (manager.usage, manager.swapped.host_pool.num_used, manager.take_copies()) == (0.0, 0, [])
 
 
 @pytest.mark.parametrize("is_running", [True, False])
@@ -317,9 +318,9 @@ def test_nobody_is_dropped_in_vain(is_running: bool) -> None:
     free = manager.pool.num_free
     start = newcomer.num_computed_tokens
     assert not manager.allocate_slots(newcomer, start, 17 - start)
-    assert (manager.pool.num_free, manager.num_swapped) == (free, 2)
+    assert (manager.pool.num_free, len(manager.swapped)) == (free, 2)
     assert manager.allocate_slots(newcomer, start, 16 - start), "this is what they are dropped for"
-    assert manager.num_swapped == 0
+    assert len(manager.swapped) == 0
 
 
 def test_newcomers_leave_the_watermark_free() -> None:

@@ -168,7 +168,7 @@ def test_the_same_memory_holds_more_blocks(tiny_model: TinyModels) -> None:
         llm = make(tiny_model, *plugins, dtype="bfloat16", num_blocks=None, kv_cache_memory_bytes=2_400_000,
                    block_size=16)
         assert llm.cache.nbytes <= 2_400_000
-        assert llm.manager.host_pool.num_blocks == 0 or not plugins, "scales stay on the device: recompute"
+        assert llm.manager.swapped.host_pool.num_blocks == 0 or not plugins, "scales stay on the device: recompute"
         return llm.manager.pool.num_blocks
 
     plain = blocks()

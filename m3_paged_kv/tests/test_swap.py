@@ -160,7 +160,7 @@ def test_an_engine_with_batched_copies(tiny_model: TinyModels, async_scheduling:
     folder, params = str(tiny_model("qwen3")), greedy(24, n=1)
     roomy = LLM(folder, num_blocks=256, **options)
     tight = LLM(folder, num_blocks=16, async_scheduling=async_scheduling, **options)
-    host = PinnedHostCache(tight.cache, 4, tight.manager.host_pool.num_blocks)
+    host = PinnedHostCache(tight.cache, 4, tight.manager.swapped.host_pool.num_blocks)
     made: list[SlotCopy] = []
 
     def copy_slots(copies: list[SlotCopy]) -> None:
@@ -171,4 +171,4 @@ def test_an_engine_with_batched_copies(tiny_model: TinyModels, async_scheduling:
     assert ids_of(tight.generate(prompts, params, use_tqdm=False)) == (
         ids_of(roomy.generate(prompts, params, use_tqdm=False)))
     assert sum(c.source >= 16 * 4 for c in made) > 10, "blocks came back from host memory"
-    assert (tight.manager.usage, tight.manager.host_pool.num_used) == (0.0, 0)
+    assert (tight.manager.usage, tight.manager.swapped.host_pool.num_used) == (0.0, 0)

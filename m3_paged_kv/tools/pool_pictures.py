@@ -21,7 +21,8 @@ from m0_basics.config import require
 from m2_continuous_batching.plugins.base import SchedulerPlugin, StepStats
 from m2_continuous_batching.scheduler import Scheduler
 
-from ..kv_cache_manager import PagedKVCacheManager, Place
+from ..holdings import Place
+from ..kv_cache_manager import PagedKVCacheManager
 
 Holders = dict[int, int]                # seq_id -> how many of its tokens the block holds
 PoolState = dict[Place, Holders]        # the blocks that somebody holds, after one step

@@ -45,4 +45,4 @@ def test_tiny_pools_change_no_token(tiny_model: TinyModels, work: list[dict[str,
         else:
             m3.assert_same_but_for_rounding(roomy[0], m3.request_of(roomy[0], job), ours, theirs)
     manager = tight[0].manager
-    assert (manager.usage, manager.num_swapped, manager.host_pool.num_used) == (0.0, 0, 0)
+    assert (manager.usage, len(manager.swapped), manager.swapped.host_pool.num_used) == (0.0, 0, 0)

@@ -22,7 +22,7 @@ def test_100_tokens_of_8_prompts(default_model_reference: RealReference, options
     outputs = llm.generate(default_model_reference.prompts, greedy(NUM_TOKENS), use_tqdm=False)
     assert len(outputs) == 8
     assert_same_tokens(ids_of(outputs), default_model_reference.token_ids)
-    assert (llm.manager.usage, llm.manager.host_pool.num_used) == (0.0, 0)
+    assert (llm.manager.usage, llm.manager.swapped.host_pool.num_used) == (0.0, 0)
 
 
 def test_divergence_in_bfloat16_is_rounding() -> None:
