@@ -8,12 +8,14 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
 
 Message = Mapping[str, Any]
+_LONG = 1000                # tokens
 
 
 class Tokenizer:
@@ -72,15 +74,25 @@ class Tokenizer:
         text: str = self._backend.to_str()
         return text
 
+    @cached_property
+    def max_chars_per_token(self) -> int:
+        """No token stands for more characters of a text than this. (A vocabulary writes a byte as one or more.)"""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Text -> token ids, with the tokens that the model wants around a plain text (such as BOS) or without."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        return self.encode_batch([text], add_special_tokens)[0]
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Several texts -> their token ids. Other threads run meanwhile: the library's `encode` would stop them."""
+        return [e.ids for e in self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Token ids -> text. Bytes that form no character become U+FFFD."""
-        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-        return text
+        ids = list(token_ids)
+        if len(ids) > _LONG:        # other threads run meanwhile; of a few tokens it would only be slower
+            return str(self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0])
+        return str(self._backend.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def decode_one(self, token_id: int, skip_special_tokens: bool = True) -> str:
         """The text of one token. It is kept: a stream asks for the same tokens again and again."""
