@@ -12,10 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import ConfigError
+from ..config import ConfigError, short
 
 Message = Mapping[str, Any]
 _LONG = 1000                # tokens
+_MARK = "<the last message goes on here>"
+_ARGUMENTS = {"messages", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
 
 
 class Tokenizer:
@@ -101,27 +103,66 @@ class Tokenizer:
             text = self._texts[token_id, skip_special_tokens] = self.decode([token_id], skip_special_tokens)
         return text
 
-    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """Messages -> the text that the model was trained to see. Encode it without adding special tokens."""
+    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True,
+                            continue_final_message: bool = False,
+                            chat_template_kwargs: Mapping[str, Any] | None = None) -> str:
+        """Messages -> the text that the model was trained to see. Encode it without adding special tokens.
+
+        `continue_final_message`: the text ends where the last message does, for the model to go on with it.
+        `chat_template_kwargs`: variables of the template, such as Qwen3's `enable_thinking`.
+        """
+        variables = _template_variables(chat_template_kwargs)
+        if continue_final_message:
+            if add_generation_prompt:
+                raise ConfigError("continue_final_message=True is not valid beside add_generation_prompt=True; "
+                                  "allowed: one of them")
+            return self._up_to_last_message(messages, variables)
         if not self.chat_template:
             raise ConfigError("this model has no chat template; use generate instead of chat")
         import jinja2
         if not isinstance(messages, (list, tuple)):
-            raise ConfigError(f"messages={messages!r} is not valid; allowed: a list of dicts with role and content")
+            raise ConfigError(f"messages={short(messages)} is not valid; "
+                              "allowed: a list of dicts with role and content")
         if not messages:
             raise ConfigError("messages is empty; allowed: at least one message")
         for i, message in enumerate(messages):
-            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-                raise ConfigError(f"messages[{i}]={message!r} is not valid; allowed: a dict with role and content")
+            if not isinstance(message, Mapping) or "role" not in message:
+                raise ConfigError(f"messages[{i}]={short(message)} is not valid; allowed: a dict with role and content")
+        # What an assistant has called without a word has no content, which templates read as empty.
+        messages = [m if m.get("content") is not None else {**m, "content": ""} for m in messages]
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
         specials = {n: t["content"] if isinstance(t := self._settings[n], Mapping) else t
                     for n in names if self._settings.get(n)}
         try:
             return str(_template(self.chat_template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **specials))
+                messages=messages, add_generation_prompt=add_generation_prompt, **(specials | variables)))
         except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
             # A template joins and indexes what it is given; content of a wrong type fails inside it.
             raise ConfigError(f"the chat template refuses these messages: {error}") from error
+
+
+    def _up_to_last_message(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+        """The template's text, cut behind the content of the last message: a mark there says where that is."""
+        last = messages[-1].get("content") if messages and isinstance(messages[-1], Mapping) else None
+        if not isinstance(last, str):
+            raise ConfigError("continue_final_message=True needs a last message whose content is text")
+        marked = [*messages[:-1], {**messages[-1], "content": f"{last}{_MARK} "}]
+        text = self.apply_chat_template(marked, False, chat_template_kwargs=variables)
+        at = text.rfind(_MARK)
+        if at < 0:
+            raise ConfigError("continue_final_message=True is not valid: the chat template leaves out the last message")
+        # The space behind the mark is gone where the template trims contents: then it would have trimmed this one.
+        return text[:at] if text.startswith(" ", at + len(_MARK)) else text[:at].rstrip()
+
+
+def _template_variables(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Raises ConfigError for names that are arguments of their own."""
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(f"chat_template_kwargs={short(given)} is not valid; allowed: a dict")
+    if taken := sorted(_ARGUMENTS & set(given or ())):
+        raise ConfigError(f"chat_template_kwargs holds {', '.join(taken)}; allowed: variables of the template that are "
+                          "no arguments of their own")
+    return dict(given or {})
 
 
 def _template(source: str) -> Any:

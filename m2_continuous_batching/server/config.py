@@ -1,6 +1,8 @@
 """The options of the server, beside those of its engine. The limits keep one request from holding up all others."""
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from m0_basics.config import check_int, option, reject
@@ -19,9 +21,10 @@ class ServerConfig:
     max_grammar_chars: int = option(120_000, "Most characters of a schema, a regex or a list of choices.")  # OpenAI's
     max_step_s: float = option(60.0, "A step that takes longer makes /health fail.")                # vLLM's
     max_compile_s: float = option(10.0, "Longest that a request waits for its constraint to be compiled.")
-    allowed_origins: tuple[str, ...] = option(("*",), "Origins that browsers may send requests from.")
-    allowed_methods: tuple[str, ...] = option(("*",), "Methods that they may use.")
-    allowed_headers: tuple[str, ...] = option(("*",), "Headers that they may send.")
+    # vLLM's, which its flags take as JSON; here they become tuples.
+    allowed_origins: str | tuple[str, ...] = option('["*"]', "Origins that browsers may send requests from. As JSON.")
+    allowed_methods: str | tuple[str, ...] = option('["*"]', "Methods that they may use. As JSON.")
+    allowed_headers: str | tuple[str, ...] = option('["*"]', "Headers that they may send. As JSON.")
     allow_credentials: bool = option(False, "Whether they may send cookies and such.")
 
     def __post_init__(self) -> None:
@@ -30,6 +33,19 @@ class ServerConfig:
         for name in ("max_step_s", "max_compile_s"):
             if not getattr(self, name) > 0:
                 raise reject(name, getattr(self, name), "seconds above 0")
+        for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
+            object.__setattr__(self, name, _words(name, getattr(self, name)))
         # A header has no space at its ends, and an empty key would let everybody in.
         if self.api_key is not None and (not self.api_key or self.api_key != self.api_key.strip()):
             raise reject("api_key", self.api_key, "None, or text that is not empty and has no space at its ends")
+
+
+def _words(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
+    """A list of texts, or JSON that is one, as a tuple."""
+    try:
+        words = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        words = None
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        raise reject(name, value, 'a list of texts, or JSON that is one, such as ["http://localhost:3000"]')
+    return tuple(words)

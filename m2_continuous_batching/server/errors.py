@@ -14,8 +14,9 @@ from starlette.exceptions import HTTPException
 from m0_basics.config import ConfigError, short
 from m0_basics.outputs import RequestOutput
 
-from .async_engine import SHUTDOWN, EngineUnavailableError
+from .async_engine import SHUTDOWN
 from .protocol import UNSUPPORTED
+from .unavailable import EngineUnavailableError
 
 logger = logging.getLogger(__name__)
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",

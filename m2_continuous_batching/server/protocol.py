@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from m0_basics.config import short
@@ -25,14 +25,15 @@ NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 RequestId = Annotated[str, Field(pattern="^[!-~]{1,128}$")]         # ASCII without spaces
 Priority = Annotated[int, Field(ge=-2 ** 31, le=2 ** 31)]
 # A list of half a million mistakes is answered with the first.
-Texts = Annotated[list[str], FailFast()]
-Integers = Annotated[list[int], FailFast()]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Integers = Annotated[list[int], Field(fail_fast=True)]
 
 # llama.cpp's and Ollama's ways to sample and to constrain that are none of vLLM's -> the values that turn them off.
 _OTHER_SERVERS: dict[str, tuple[Any, ...]] = {
     "mirostat": (0,), "dynatemp_range": (0,), "typical_p": (1,), "tfs_z": (1,), "top_n_sigma": (-1,),
     "xtc_probability": (0,), "dry_multiplier": (0,), "repeat_penalty": (1,), "grammar": ("",), "json_schema": (),
-    "n_predict": (-1,), "samplers": (), "lora": ([],), "format": ("",), "options": ({},), "think": (False,), "raw": (False,)}
+    "n_predict": (-1,), "samplers": (), "lora": ([],), "format": ("",), "options": ({},), "think": (False,),
+    "raw": (False,)}
 
 
 class Body(BaseModel):
@@ -154,7 +155,7 @@ class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
     neutral: ClassVar = GenerationBody.neutral | {"suffix": ("",)}
-    prompt: str | Texts | Integers | Annotated[list[Integers], FailFast()]
+    prompt: str | Texts | Integers | Annotated[list[Integers], Field(fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=0)] | None = 16     # 0 with echo scores the prompt
     best_of: Outputs | None = None
     echo: bool | None = False
@@ -174,7 +175,7 @@ class ChatMessage(Body):
 
     neutral: ClassVar = {"refusal": (), "audio": (), "function_call": (), "tool_calls": ([],), "tool_call_id": ()}
     role: str
-    content: str | Annotated[list[TextPart], FailFast()] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
 
     @model_validator(mode="after")
@@ -202,7 +203,7 @@ class ChatBody(GenerationBody, TemplateOptions):
         # vLLM's
         "chat_template": (), "documents": ([],), "echo": (False,), "best_of": (1,),
         "return_tokens_as_token_ids": (False,)}
-    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False
@@ -227,7 +228,7 @@ class TokenizeBody(TemplateOptions):
     neutral: ClassVar = {"chat_template": (), "tools": ([],)}
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], FailFast()] | None = None
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool | None = False
 

@@ -16,8 +16,10 @@ import uvicorn
 
 from m0_basics.base_llm import BaseLLM
 from m2_continuous_batching.engine import engine_of
-from m2_continuous_batching.server.app import ServerConfig, build_app
+from m2_continuous_batching.server.app import build_app
 from m2_continuous_batching.server.async_engine import AsyncLLMEngine
+from m2_continuous_batching.server.config import ServerConfig
+from m2_continuous_batching.server.connections import bounded_protocol
 from m2_continuous_batching.server.metrics import PrometheusMetrics
 from m2_continuous_batching.server.run import bind
 
@@ -35,8 +37,8 @@ class RunningServer:
         self.app = build_app(self.engine, metrics, ServerConfig(MODEL, **config))
         self._sock = bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._sock.getsockname()[1]}"
-        self._uvicorn = uvicorn.Server(uvicorn.Config(self.app, log_level="warning", lifespan="off",
-                                                      timeout_graceful_shutdown=5))
+        self._uvicorn = uvicorn.Server(uvicorn.Config(self.app, http=bounded_protocol(1000), log_level="warning",
+                                                      lifespan="off", timeout_graceful_shutdown=5))
         self._thread = threading.Thread(target=self._uvicorn.run, args=([self._sock],), daemon=True)
 
     def __enter__(self) -> Self:
