@@ -106,6 +106,7 @@ class AsyncLLMEngine:
         while self._thread is not None and self._thread.is_alive() and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
         if self.is_healthy:
+            self._stopping = True           # should it ever end
             logger.error("a step has not ended within %.0f s: it is left behind", _JOIN_S)
             self._end(EngineStoppedError("the engine has shut down"))
         self.workers.close()

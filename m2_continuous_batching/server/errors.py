@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -45,9 +46,8 @@ class FailedRequestError(ApiError):
 
 def bad_request(error: ConfigError) -> ApiError:
     """The engine's complaint about a request. Its form is `field=value is not valid; allowed: ...`."""
-    field = str(error).partition("=")[0]
-    field = field.partition(".")[0].partition(" ")[0]           # also of "field.part" and "field token id"
-    return ApiError(400, str(error), field if field.isidentifier() and "=" in str(error) else None)
+    found = re.match(r"(\w+)(?:\.\w+| token id)?[= ]", str(error))
+    return ApiError(400, str(error), found[1] if found and found[0].endswith("=") else None)
 
 
 def check_served(output: RequestOutput) -> None:

@@ -50,7 +50,7 @@ def _deep(depth: int) -> dict[str, Any]:
 HOSTILE: dict[str, Hostile] = {
     "10,000 bad words": _early(lambda: _prompt(bad_words=[f"w{i}" for i in range(10_000)]), "bad_words"),
     "200,000 bad words": _early(lambda: _prompt(bad_words=[f"w{i}" for i in range(200_000)]), "bad_words"),
-    "1,024 bad words": Hostile(lambda: _prompt(bad_words=[f"word number {i}" for i in range(1024)], max_tokens=99), 200),
+    "1,024 bad words": Hostile(lambda: _prompt(bad_words=[f"word number {i}" for i in range(1024)]), 200),
     "one long bad word": Hostile(lambda: _prompt(bad_words=["the " * 16_000], max_tokens=100), 200),
     "300,000 choices": _early(lambda: _prompt(structured_outputs={"choice": [f"c{i}" for i in range(300_000)]}),
                               "structured_outputs"),
@@ -78,7 +78,7 @@ HOSTILE: dict[str, Hostile] = {
     "100,000 messages": _early(lambda: _chat(messages=[{"role": "user", "content": ""}] * 90_000), path=_CHAT),
     "2,048 messages": Hostile(lambda: _chat(messages=[{"role": "user", "content": "x"}] * 2048), 400, _CHAT),
     "100,000 parts": _early(
-        lambda: _chat(messages=[{"role": "user", "content": [{"type": "text", "text": ""}] * 100_000}]), path=_CHAT),
+        lambda: _chat(messages=[{"role": "user", "content": [{"type": "text", "text": ""}] * 99_999}]), path=_CHAT),
     "200,000 unknown fields": _early(lambda: _prompt(**{f"f{i}": 1 for i in range(200_000)})),
     "200,000 biases": _early(lambda: _prompt(logit_bias={str(i): 1 for i in range(200_000)})),
     "500,000 stop tokens": _early(lambda: _prompt(stop_token_ids=[1] * 500_000), "stop_token_ids"),
