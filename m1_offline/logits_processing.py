@@ -145,7 +145,10 @@ def adjust_logits(logits: Tensor, sequences: list[Sequence], edits: Callable[[Sa
 
 
 def apply_penalties(logits: Tensor, sequences: list[Sequence], seen: TokenCounts) -> Tensor:
-    """Repetition penalty (CTRL, section 4.1) over prompt and output; presence and frequency (OpenAI's) over output."""
+    """Repetition penalty (CTRL, section 4.1) over prompt and output; presence and frequency (OpenAI's) over output.
+
+    `seen(sequences, like)` counts their tokens in prompt and in output.
+    """
     rows = [i for i, s in enumerate(sequences) if s.sampling_params.repetition_penalty != 1.0
             or s.sampling_params.presence_penalty != 0.0 or s.sampling_params.frequency_penalty != 0.0]
     if not rows:
