@@ -5,7 +5,7 @@ Names and shapes of the results are vLLM's, so that what is written here runs th
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -57,13 +57,17 @@ class BaseLLM(ABC):
         return self._run(self._requests(as_prompt_list(prompts), sampling_params, True, options), use_tqdm)
 
     def chat(self, messages: Sequence[Message] | Sequence[Sequence[Message]], sampling_params: Params = None,
-             use_tqdm: bool = True, add_generation_prompt: bool = True, **options: Any) -> list[RequestOutput]:
-        """Answer one conversation, or each of a list of them, through the model's chat template."""
-        prompts = self._chat_prompts(messages, add_generation_prompt)
+             use_tqdm: bool = True, add_generation_prompt: bool = True, continue_final_message: bool = False,
+             chat_template_kwargs: Mapping[str, Any] | None = None, **options: Any) -> list[RequestOutput]:
+        """Answer one conversation, or each of a list of them, through the model's chat template.
+
+        What the template is told is described in `Tokenizer.apply_chat_template`.
+        """
+        prompts = self._chat_prompts(messages, add_generation_prompt, continue_final_message, chat_template_kwargs)
         return self._run(self._requests(prompts, sampling_params, False, options), use_tqdm)
 
     def stream(self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None,
-               **options: Any) -> Iterator[RequestOutput]:
+               chat_template_kwargs: Mapping[str, Any] | None = None, **options: Any) -> Iterator[RequestOutput]:
         """Yield what each step adds: `outputs[i].text` and `.token_ids` hold only the new part.
 
         A list of messages is a chat. With best_of above n everything comes at the end: which outputs are returned
@@ -72,7 +76,9 @@ class BaseLLM(ABC):
         params = sampling_params or self.default_sampling_params
         is_chat = isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], dict)
         messages: Any = prompt
-        checked: Any = self.get_tokenizer().apply_chat_template(messages) if is_chat else prompt
+        checked: Any = prompt
+        if is_chat:
+            checked = self.get_tokenizer().apply_chat_template(messages, chat_template_kwargs=chat_template_kwargs)
         [request_options] = self._one_each(options, 1)
         request = self.input_processor.process(checked, params, stream=params.best_of == params.n,
                                                add_special_tokens=not is_chat)
@@ -81,12 +87,12 @@ class BaseLLM(ABC):
         return deltas
 
     def _chat_prompts(self, messages: Sequence[Message] | Sequence[Sequence[Message]],
-                      add_generation_prompt: bool) -> list[str]:
+                      *template_options: Any) -> list[str]:
         if not messages:
             raise ConfigError("messages is empty; allowed: at least one message")
         conversations: Any = [messages] if isinstance(messages[0], dict) else messages
         tokenizer = self.get_tokenizer()
-        return [tokenizer.apply_chat_template(c, add_generation_prompt) for c in conversations]
+        return [tokenizer.apply_chat_template(c, *template_options) for c in conversations]
 
     def _deltas(self, request: Request, options: Options) -> Iterator[RequestOutput]:
         seen: dict[int, tuple[int, int]] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, get_type_hints
@@ -33,9 +34,21 @@ def option(default: Any, help: str, **extra: Any) -> Any:
     return field(default=default, metadata={"help": help, **extra})
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 4
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = 12
+_SHORT.maxstring = _SHORT.maxother = 200
+
+
+def short(value: object) -> str:
+    """`repr(value)` for a message: a line or two, whatever the size of the value."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= 300 else f"{text[:250]}...{text[-40:]}"
+
+
 def reject(name: str, value: object, allowed: str) -> ConfigError:
     """The one form of every complaint about a value: field, value, what is allowed."""
-    return ConfigError(f"{name}={value!r} is not valid; allowed: {allowed}")
+    return ConfigError(f"{name}={short(value)} is not valid; allowed: {allowed}")
 
 
 def parse_dtype(name: str, value: str | torch.dtype) -> str:

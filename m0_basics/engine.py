@@ -118,11 +118,10 @@ def check_stop(sequence: Sequence, max_model_len: int) -> SequenceStatus | None:
     """The state that the newest token ends the sequence in, or None. Sets `stop_reason` for a stop token."""
     params, output = sequence.sampling_params, sequence.output_token_ids
     num_tokens, token_id = len(output), output[-1]
-    assert params.stop_token_ids is not None
     if num_tokens >= params.min_tokens:
         if token_id in sequence.eos_token_ids and not params.ignore_eos:
             return SequenceStatus.FINISHED_STOPPED
-        if token_id in params.stop_token_ids:
+        if token_id in params.all_stop_token_ids:
             sequence.stop_reason = token_id
             return SequenceStatus.FINISHED_STOPPED
     if params.max_tokens is not None and num_tokens >= params.max_tokens:

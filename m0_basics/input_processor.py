@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import itertools
 import random
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
-from .config import ConfigError, reject
+from .config import ConfigError, reject, short
 from .loading.tokenizer import Tokenizer
 from .model_spec import ModelSpec
 from .request import Request
@@ -40,19 +41,28 @@ class InputProcessor:
         self.max_model_len = max_model_len
         self._seeds = random.Random(seed)           # draws the seed of each request that brings none
         self._counter = itertools.count()
+        self._checked: weakref.ref[SamplingParams] | None = None        # many prompts in a row share theirs
 
     def process(self, prompt: Prompt, params: SamplingParams, stream: bool = False,
                 add_special_tokens: bool = True) -> Request:
         """Return a checked Request. Raises InputError or ConfigError; the engine is not touched."""
+        if self._checked is None or self._checked() is not params:
+            self.check_params(params)
+            self._checked = weakref.ref(params)
         text, token_ids = self._tokenise(prompt, add_special_tokens)
-        self._check_tokens("prompt", token_ids)
-        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            self._check_tokens(name, getattr(params, name) or [])
         if not token_ids:
             raise InputError("the prompt is empty; allowed: at least one token")
         if len(token_ids) >= self.max_model_len:
             raise InputError(f"the prompt has {len(token_ids)} tokens; allowed: at most {self.max_model_len - 1}, "
                              f"so that one more fits into max_model_len={self.max_model_len}")
+        self._check_tokens("prompt", token_ids)
+        seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
+        return Request(str(next(self._counter)), text, token_ids, params, seed, self.spec.eos_token_ids, stream)
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Raise InputError or ConfigError for parameters that do not fit this model, whatever the prompt."""
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            self._check_tokens(name, getattr(params, name) or [])
         if self.tokenizer is None and (params.stop or params.bad_words or params.structured_outputs):
             raise InputError("stop, bad_words and structured_outputs need a tokenizer; allowed: none of them where "
                              "skip_tokenizer_init is set")
@@ -60,14 +70,13 @@ class InputProcessor:
         if params.min_tokens and params.allowed_token_ids and ends.issuperset(params.allowed_token_ids):
             raise reject("allowed_token_ids", params.allowed_token_ids,
                          f"also a token that does not end the output, where min_tokens={params.min_tokens}")
-        seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
-        return Request(str(next(self._counter)), text, token_ids, params, seed, self.spec.eos_token_ids, stream)
 
     def _tokenise(self, prompt: Prompt, add_special_tokens: bool) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
             keys = set(prompt) & {"prompt", "prompt_token_ids"}
             if not keys or set(prompt) - {"prompt", "prompt_token_ids"}:
-                raise InputError(f"prompt has the keys {sorted(prompt)}; allowed: prompt (text), prompt_token_ids")
+                raise InputError(f"prompt has the keys {short(sorted(prompt, key=str))}; "
+                                 "allowed: prompt (text), prompt_token_ids")
             if prompt.get("prompt_token_ids") is not None:
                 return prompt.get("prompt"), self._token_list(prompt["prompt_token_ids"])
             prompt = prompt["prompt"]
@@ -78,8 +87,16 @@ class InputProcessor:
             if not is_utf8(prompt):
                 raise InputError("the prompt holds half a character (a lone surrogate); allowed: text that UTF-8 can "
                                  "write")
+            self._check_length(prompt, self.tokenizer)
             return prompt, self.tokenizer.encode(prompt, add_special_tokens)
         return None, self._token_list(prompt)
+
+    def _check_length(self, text: str, tokenizer: Tokenizer) -> None:
+        """Refuse what cannot fit before it is tokenised, which takes seconds per megabyte."""
+        longest = self.max_model_len * tokenizer.max_chars_per_token
+        if len(text) > longest:
+            raise InputError(f"the prompt has {len(text)} characters, more tokens than max_model_len="
+                             f"{self.max_model_len} for sure; allowed: at most {longest} characters")
 
     @staticmethod
     def _token_list(token_ids: Any) -> list[int]:

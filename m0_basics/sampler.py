@@ -53,7 +53,7 @@ class GreedySampler(Sampler):
     @torch.inference_mode()     # the runner's logits come from there, and may be changed only there
     def __call__(self, logits: Tensor, sequences: list[Sequence]) -> SamplerOutput:
         for row, sequence in enumerate(sequences):
-            if banned := tokens_too_early(sequence):
+            if banned := [i for i in tokens_too_early(sequence) if i < logits.shape[1]]:
                 logits[row, torch.tensor(banned, device=logits.device)] = float("-inf")
         return SamplerOutput.of_tokens(argmax(logits))
 
@@ -68,7 +68,10 @@ def argmax(logits: Tensor) -> list[int]:
 
 
 def tokens_too_early(sequence: Sequence) -> list[int]:
-    """Token ids that would end the sequence before `min_tokens`; none once that many have come."""
+    """Token ids that would end the sequence before `min_tokens`; none once that many have come.
+
+    The model's own may lie beyond its vocabulary: some configurations name tokens that the matrix has no row for.
+    """
     params = sequence.sampling_params
     if len(sequence.output_token_ids) >= params.min_tokens:
         return []

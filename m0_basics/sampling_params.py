@@ -10,11 +10,16 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import Any, Self
 
-from .config import ConfigError, check_int, option, reject
+from .config import ConfigError, check_int, option, reject, short
 
 _SAMPLING_EPS = 1e-5      # a temperature below this is greedy, as in vLLM
+# Logits are float32. Whatever is added to them, and then divided by a penalty and a temperature, has to stay finite:
+# an infinity less another is not a number, and what is drawn from that is no token.
+_MAX_BIAS = 1e9
+_MAX_PENALTY = 1e6
 
 
 class SamplingType(IntEnum):
@@ -112,7 +117,7 @@ class SamplingParams:
             raise reject("structured_outputs", self.structured_outputs,
                          "None, StructuredOutputsParams, or a dict of its fields")
         if not isinstance(self.logit_bias, Mapping | None):
-            raise reject("logit_bias", self.logit_bias, "a dict of token id -> finite number")
+            raise reject("logit_bias", self.logit_bias, "a dict of token id -> number")
         for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise reject(name, getattr(self, name), "True or False")
@@ -140,7 +145,8 @@ class SamplingParams:
         within("min_p", 0.0, 1.0, "a number from 0 to 1")
         within("presence_penalty", -2.0, 2.0, "a number from -2 to 2")
         within("frequency_penalty", -2.0, 2.0, "a number from -2 to 2")
-        within("repetition_penalty", 0.0, 1e6, "a number above 0", open_low=True)
+        within("repetition_penalty", 1 / _MAX_PENALTY, _MAX_PENALTY,
+               f"a number from {1 / _MAX_PENALTY:g} to {_MAX_PENALTY:g} (1 changes nothing)")
 
     def _check_tokens(self) -> None:
         def is_token(value: object) -> bool:
@@ -155,8 +161,10 @@ class SamplingParams:
             if not all(isinstance(text, str) and text and is_utf8(text) for text in getattr(self, name)):
                 raise reject(name, getattr(self, name), "non-empty text, or a list of it")
         for token, bias in (self.logit_bias or {}).items():
-            if not is_token(token) or not isinstance(bias, (int, float)) or not math.isfinite(bias):
-                raise reject("logit_bias", self.logit_bias, "a dict of token id -> finite number")
+            number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
+            if not is_token(token) or not number or not abs(bias) <= _MAX_BIAS:
+                raise reject("logit_bias", {token: bias}, "a dict of token id -> number from "
+                                                          f"-{_MAX_BIAS:g} to {_MAX_BIAS:g}")
 
     def _check_together(self) -> None:
         assert self.best_of is not None
@@ -177,6 +185,11 @@ class SamplingParams:
             return SamplingType.GREEDY
         return SamplingType.RANDOM if self.seed is None else SamplingType.RANDOM_SEED
 
+    @cached_property
+    def all_stop_token_ids(self) -> frozenset[int]:
+        """`stop_token_ids` to look things up in: each step asks, however many there are."""
+        return frozenset(self.stop_token_ids or ())
+
     @classmethod
     def from_options(cls, **options: Any) -> Self:
         """Build from keyword arguments. An unknown one is an error that lists those that exist."""
@@ -190,7 +203,7 @@ class SamplingParams:
         supported = set(supported)
         for f in dataclasses.fields(self):
             if f.name not in supported and getattr(self, f.name) != getattr(_DEFAULTS, f.name):
-                raise ConfigError(f"{f.name}={getattr(self, f.name)!r}: {engine} does not support it; "
+                raise ConfigError(f"{f.name}={short(getattr(self, f.name))}: {engine} does not support it; "
                                   f"it supports: {', '.join(sorted(supported))}")
 
 

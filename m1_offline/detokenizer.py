@@ -6,7 +6,10 @@ wait as well.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 from m0_basics.loading.tokenizer import Tokenizer
 
@@ -69,13 +72,16 @@ class IncrementalDetokenizer:
 
 
 class StopChecker:
-    """Finds stop strings in growing text, and says how much of the text is safe to show."""
+    """Finds stop strings in growing text, and says how much of the text is safe to show.
+
+    It reads each character once, whatever the number of strings: they are one automaton.
+    """
 
     def __init__(self, stop: list[str], include_stop_str_in_output: bool) -> None:
-        self._stop = stop
+        self._automaton = stop_automaton(tuple(stop))
         self._include = include_stop_str_in_output
-        self._longest = max(map(len, stop), default=0)
-        self._searched = 0              # a match has to end after this many characters of the text
+        self._state = self._automaton[0]
+        self._searched = 0              # characters that were read; a match has to end after them
 
     def find(self, text: str) -> tuple[str, int] | None:
         """Return (stop string, length to cut the text to) for the match that ends first, and after what was searched.
@@ -83,26 +89,71 @@ class StopChecker:
         Of several that end at the same place it is the longest: so the result does not depend on the pieces in
         which the text grew.
         """
-        matches = []
-        for stop in self._stop:
-            at = text.find(stop, max(0, self._searched - len(stop) + 1))
-            if at >= 0:
-                matches.append((at + len(stop), at, stop))
+        for end, character in enumerate(text[self._searched:], start=self._searched + 1):
+            self._state = self._automaton.step(self._state, character)
+            if (stop := self._state.stop) is not None:
+                self._searched = end
+                return stop, end if self._include else end - len(stop)
         self._searched = len(text)
-        if not matches:
-            return None
-        end, at, stop = min(matches)
-        return stop, end if self._include else at
+        return None
 
     def skip(self, text: str) -> None:
         """Take `text` as searched: what is in it must not stop the output."""
+        for character in text[self._searched:]:
+            self._state = self._automaton.step(self._state, character)
         self._searched = len(text)
 
     def safe_length(self, text: str) -> int:
-        """Length of the text without an end that may turn out to be the beginning of a stop string."""
+        """Length of the text, all of it searched, without an end that may become the beginning of a stop string."""
         if self._include:
             return len(text)
-        for held in range(min(self._longest - 1, len(text)), 0, -1):
-            if any(s.startswith(text[-held:]) for s in self._stop):
-                return len(text) - held
-        return len(text)
+        state = self._state
+        while state.shorter is not None and not state.next:         # nothing goes on from here
+            state = state.shorter
+        return len(text) - state.depth
+
+
+@dataclass(eq=False)
+class StopState:
+    """The longest end of what was read that is the beginning of a stop string: `depth` characters of it."""
+
+    depth: int
+    next: dict[str, StopState] = field(default_factory=dict)        # by the character that goes on
+    shorter: StopState | None = None            # the next shorter end that is a beginning; None at depth 0
+    stop: str | None = None                     # the longest stop string that ends here
+
+
+class StopAutomaton(list[StopState]):
+    """Aho and Corasick's automaton (1975); the first state is where a text begins."""
+
+    def __init__(self, stop: Iterable[str]) -> None:
+        super().__init__([StopState(0)])
+        for text in stop:
+            state = self[0]
+            for depth, character in enumerate(text, start=1):
+                if (following := state.next.get(character)) is None:
+                    following = state.next[character] = StopState(depth)
+                    self.append(following)
+                state = following
+            state.stop = text
+        queue = deque([self[0]])
+        while queue:                            # shorter ends first: theirs are known when the longer ones ask
+            state = queue.popleft()
+            for character, following in state.next.items():
+                following.shorter = self[0] if state.shorter is None else self.step(state.shorter, character)
+                following.stop = following.stop or following.shorter.stop
+                queue.append(following)
+
+    def step(self, state: StopState, character: str) -> StopState:
+        """The state after one more character."""
+        while (following := state.next.get(character)) is None:
+            if state.shorter is None:
+                return state
+            state = state.shorter
+        return following
+
+
+@lru_cache(maxsize=8)
+def stop_automaton(stop: tuple[str, ...]) -> StopAutomaton:
+    """One for all outputs of a request, and for requests that stop at the same."""
+    return StopAutomaton(stop)

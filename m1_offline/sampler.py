@@ -25,7 +25,7 @@ from m0_basics.request import Logprob, Sequence
 from m0_basics.sampler import Sampler, SamplerOutput, argmax
 from m0_basics.sampling_params import SamplingParams, SamplingType
 
-from .logits_processing import adjust_logits
+from .logits_processing import KeptFor, LogitEdits, TokenCounts, adjust_logits
 
 _BLOCK = 256            # columns of a row whose masses are added up first
 _CANDIDATES = 512       # tokens first tried for a nucleus; rows whose nucleus is larger are sorted in full
@@ -38,12 +38,20 @@ class FullSampler(Sampler):
 
     def __init__(self, tokenizer: Tokenizer | None = None) -> None:
         self.tokenizer = tokenizer          # for bad_words, which are given as text
+        self._edits = KeptFor[SamplingParams, LogitEdits](lambda params: LogitEdits(params, tokenizer))
+        self._seen = TokenCounts()
+
+    def check(self, params: SamplingParams) -> None:
+        """As the base; tokenises bad words, so that the first step finds them ready."""
+        super().check(params)
+        if params.bad_words:
+            self._edits(params)
 
     @torch.inference_mode()     # the runner's logits come from there, and may be changed only there
     def __call__(self, logits: Tensor, sequences: list[Sequence]) -> SamplerOutput:
         wanted = [i for i, s in enumerate(sequences) if num_logprobs(s.sampling_params) is not None]
         raw = logits[wanted] if wanted else None        # a copy: log-probabilities are those of the model
-        logits = adjust_logits(logits, sequences, self.tokenizer)
+        logits = adjust_logits(logits, sequences, self._edits, self._seen)
         token_ids = self._choose(logits, sequences)
         logprobs: list[dict[int, Logprob] | None] = [None] * len(sequences)
         if raw is not None:
@@ -109,8 +117,10 @@ def draw(logits: Tensor, sequences: list[Sequence]) -> list[int]:
     whole = sorted(set(range(len(params))) - set(truncated))
     if whole:
         tokens[whole] = _invert(torch.softmax(logits[whole], dim=-1), numbers[whole])
-    top_ks = torch.tensor([params[i].top_k or logits.shape[1] for i in truncated], device=device)
-    top_ps = torch.tensor([params[i].top_p for i in truncated], device=device)
+    vocab = logits.shape[1]
+    top_ks = torch.tensor([min(params[i].top_k or vocab, vocab) for i in truncated], device=device)
+    # In double precision, in which a top_p just above 0 is above 0.
+    top_ps = torch.tensor([params[i].top_p for i in truncated], device=device, dtype=torch.float64)
     tokens[truncated] = _draw_truncated(logits[truncated], top_ks, top_ps, numbers[truncated])
     return tokens.tolist()
 

@@ -12,20 +12,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
+import re
 import threading
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from m0_basics.config import ConfigError, reject, require
+from m0_basics.config import ConfigError, reject, require, short
 from m0_basics.loading.tokenizer import Tokenizer
 from m0_basics.model_spec import ModelSpec
 from m0_basics.request import Logprob, Sequence
 from m0_basics.sampler import Sampler, SamplerOutput
-from m0_basics.sampling_params import SamplingParams, StructuredOutputsParams
+from m0_basics.sampling_params import SamplingParams, StructuredOutputsParams, is_utf8
+from m1_offline.logits_processing import KeptFor
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -34,7 +38,12 @@ if TYPE_CHECKING:
 _REFUSED_BESIDE = ("min_tokens", "allowed_token_ids", "bad_words")
 # One space, or a new line and its indentation. Without a limit a small model may go on with spaces until max_tokens.
 _JSON_WHITESPACE = r"( |\n {0,8})?"
-_NUM_GRAMMARS = 64          # distinct constraints kept compiled
+_NUM_GRAMMARS = 64          # distinct constraints kept compiled, beside those of requests that are there
+# The library counts its work, and gives up at a limit: so a constraint takes a few seconds at most to compile, and
+# a step some milliseconds; what is refused does not depend on the machine. More rows than its default: for objects of
+# many properties.
+_LIMITS = {"initial_lexer_fuel": 400_000, "max_items_in_row": 10_000, "max_grammar_size": 30_000}
+_FIRST_STEPS = 4            # that are tried on arrival: most that is too complex is found out there
 
 
 class StructuredSampler(Sampler):
@@ -50,20 +59,29 @@ class StructuredSampler(Sampler):
         self.grammars = None if tokenizer is None else Grammars(tokenizer, spec)
         self.supported = frozenset({*inner.supported, "structured_outputs"})
         self._walks: WeakKeyDictionary[Sequence, _Walk] = WeakKeyDictionary()
+        self._compiled = KeptFor[SamplingParams, Any](self._compile)
 
     def check(self, params: SamplingParams) -> None:
-        """As the inner sampler; raises ConfigError for a constraint that does not compile or cannot be met."""
+        """As the inner sampler; raises ConfigError for a constraint that does not compile or cannot be met.
+
+        Compiles it, once: until the request's parameters are gone what is compiled stays with them.
+        """
+        if params.structured_outputs is None:
+            self.inner.check(params)
+        else:
+            self._compiled(params)
+
+    def _compile(self, params: SamplingParams) -> LLMatcher:
+        """A matcher that stands at the beginning, to be copied for each sequence."""
         constraint = params.structured_outputs
-        if constraint is None:
-            return self.inner.check(params)
+        assert constraint is not None
         self.inner.check(dataclasses.replace(params, structured_outputs=None))
         if self.grammars is None:
             raise reject("structured_outputs", constraint, "None where skip_tokenizer_init is set")
         for name in _REFUSED_BESIDE:
             if value := getattr(params, name):
                 raise reject(name, value, "unset beside structured_outputs: the two bans together may leave no token")
-        self.grammars.new_matcher(constraint)
-        return None
+        return self.grammars.new_matcher(constraint)
 
     @torch.inference_mode()     # the runner's logits come from there, and may be changed only there
     def __call__(self, logits: Tensor, sequences: list[Sequence]) -> SamplerOutput:
@@ -84,11 +102,9 @@ class StructuredSampler(Sampler):
         assert self.grammars is not None
         bits = allocate_token_bitmask(len(sequences), self.grammars.vocab_size)
         for row, sequence in enumerate(sequences):
-            constraint = sequence.sampling_params.structured_outputs
-            assert constraint is not None
             walk = self._walks.get(sequence)
             if walk is None:
-                walk = self._walks[sequence] = _Walk(self.grammars.new_matcher(constraint))
+                walk = self._walks[sequence] = _Walk(self._compiled(sequence.sampling_params).deep_copy())
             fill_next_token_bitmask(walk.follow(sequence.output_token_ids), bits, row)
             walk.check()
         return torch.from_numpy(bits)
@@ -149,45 +165,96 @@ class Grammars:
             if not self.eos_token_ids:
                 raise ConfigError("structured_outputs needs an end-of-sequence token, and this model has none; "
                                   "allowed: no structured_outputs")
-            # Padding and truncation are of no use here, and would bend what the library learns by tokenising.
-            source = json.loads(self.tokenizer.to_json()) | {"padding": None, "truncation": None}
-            self._ll_tokenizer = llguidance.LLTokenizer(json.dumps(source), n_vocab=self.vocab_size,
-                                                        eos_token=self.eos_token_ids)
+            self._ll_tokenizer = llguidance.LLTokenizer(json.dumps(plain_tokenizer(self.tokenizer.to_json())),
+                                                        n_vocab=self.vocab_size, eos_token=self.eos_token_ids)
         make = {"json": lambda: llguidance.LLMatcher.grammar_from_json_schema(
                     text, defaults={"whitespace_pattern": _JSON_WHITESPACE}),
                 "regex": lambda: llguidance.LLMatcher.grammar_from_regex(text),
-                "choice": lambda: llguidance.grammar_from("choice", text)}
-        matcher: LLMatcher = llguidance.LLMatcher(self._ll_tokenizer, make[kind](), log_level=0)
+                # One expression: of a rule for each choice the parser holds two thousand at the most.
+                "choice": lambda: llguidance.LLMatcher.grammar_from_regex("|".join(map(literal, json.loads(text))))}
+        try:
+            matcher: LLMatcher = llguidance.LLMatcher(self._ll_tokenizer, make[kind](), log_level=0,
+                                                      limits=llguidance.LLParserLimits(**_LIMITS))
+        except (ValueError, RecursionError) as error:
+            raise _invalid(kind, text, str(error)) from error
         if matcher.is_error():
-            raise ConfigError(f"structured_outputs.{kind}={text!r} is not valid: {_first_line(matcher.get_error())}; "
-                              f"allowed: {_ALLOWED[kind]}")
-        probe = matcher.deep_copy()
-        probe.compute_bitmask()             # only now does it find out that nothing can follow
-        if probe.is_stopped() and not probe.is_accepting():
-            raise reject(f"structured_outputs.{kind}", text, "a constraint that some text meets")
+            raise _invalid(kind, text, matcher.get_error())
+        self._try_first_steps(kind, text, matcher.deep_copy())
         return matcher
+
+    def _try_first_steps(self, kind: str, text: str, probe: LLMatcher) -> None:
+        """Go some tokens into the constraint: only then the library finds that nothing can follow, or too much."""
+        draw = random.Random(0)
+        for _ in range(_FIRST_STEPS):
+            bits = np.frombuffer(probe.compute_bitmask(), np.uint8)
+            if "NoExtension" in probe.get_error() or (probe.is_stopped() and not probe.is_accepting()
+                                                      and not probe.is_error()):
+                raise reject(f"structured_outputs.{kind}", text, "a constraint that some text meets")
+            if probe.is_error():
+                raise _invalid(kind, text, probe.get_error())
+            if probe.is_stopped():
+                return
+            probe.consume_token(int(draw.choice(np.flatnonzero(np.unpackbits(bits, bitorder="little")))))
+        if probe.is_error():
+            raise _invalid(kind, text, probe.get_error())
 
 
 _ALLOWED = {"json": "a JSON schema of the keywords that llguidance knows", "regex": "a regular expression without "
             "look-around and back-references", "choice": "a list of texts"}
 
 
+def _invalid(kind: str, text: str, error: str) -> ConfigError:
+    """The library's messages go on with a dump of its state, or with a drawing of the place."""
+    return ConfigError(f"structured_outputs.{kind}={short(text)} is not valid: {_first_line(error)}; "
+                       f"allowed: {_ALLOWED[kind]}, and not too complex")
+
+
 def grammar_source(constraint: StructuredOutputsParams) -> tuple[str, str]:
     """The kind of a constraint and what it says, as text. Raises ConfigError for a schema that is not JSON."""
-    if constraint.regex is not None:
-        return "regex", constraint.regex
-    if constraint.choice is not None:
-        return "choice", json.dumps(list(constraint.choice))
     schema = constraint.json
-    try:
-        schema = json.loads(schema) if isinstance(schema, str) else schema
-        text = json.dumps(schema)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"structured_outputs.json={constraint.json!r} is not JSON: {error}; "
-                          "allowed: a JSON schema, as a dict or as text") from error
-    if not isinstance(schema, dict):
-        raise reject("structured_outputs.json", constraint.json, "a JSON schema that is an object")
-    return "json", text
+    if constraint.regex is not None:
+        kind, text, strings = "regex", constraint.regex, constraint.regex
+    elif constraint.choice is not None:
+        kind, text, strings = "choice", json.dumps(list(constraint.choice)), "".join(constraint.choice)
+    else:
+        try:
+            schema = json.loads(schema) if isinstance(schema, str) else schema
+            kind, text, strings = "json", json.dumps(schema), json.dumps(schema, ensure_ascii=False)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ConfigError(f"structured_outputs.json={short(constraint.json)} is not JSON, or too deep: {error}; "
+                              "allowed: a JSON schema, as a dict or as text") from error
+        if not isinstance(schema, dict):
+            raise reject("structured_outputs.json", constraint.json, "a JSON schema that is an object")
+    if not is_utf8(strings):
+        raise ConfigError(f"structured_outputs.{kind} holds half a character (a lone surrogate); "
+                          "allowed: text that UTF-8 can write")
+    return kind, text
+
+
+def literal(text: str) -> str:
+    """The regular expression that only `text` matches. An empty one is written as a group."""
+    return re.sub(r"[^\w\s]", lambda found: f"\\x{{{ord(found[0]):x}}}", text) or "()"
+
+
+def plain_tokenizer(tokenizer_json: str) -> dict[str, Any]:
+    """`tokenizer.json` for a library that learns by tokenising: every text is written in plain tokens.
+
+    A constraint may ask for the very text of a special token, such as `<|im_end|>`, and means these characters and
+    not the token. So special tokens get names that no text contains. Padding and truncation would bend it, too.
+    """
+    source: dict[str, Any] = json.loads(tokenizer_json) | {"padding": None, "truncation": None, "post_processor": None}
+    names = {token["content"]: f"\0special token {token['id']}\0" for token in source["added_tokens"]
+             if token["special"]}
+    for token in source["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = source["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(text, text): token_id for text, token_id in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    return source
 
 
 def unpack_bits(words: Tensor) -> Tensor:
@@ -201,5 +268,4 @@ def _possible(entry: dict[int, Logprob] | None) -> dict[int, Logprob] | None:
 
 
 def _first_line(error: str) -> str:
-    """The library's messages go on with a dump of its state, or with a drawing of the place."""
     return " ".join(error.partition("<state>")[0].split())[:300]

@@ -8,14 +8,18 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import ConfigError
+from ..config import ConfigError, short
 from .files import read_text
 from .special_tokens import ROLES, add_tokens, read_settings, token_text
 
 Message = Mapping[str, Any]
+_LONG = 1000                # tokens
+_MARK = "<the last message goes on here>"
+_ARGUMENTS = {"messages", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
 
 
 class Tokenizer:
@@ -82,15 +86,25 @@ class Tokenizer:
         text: str = self._backend.to_str()
         return text
 
+    @cached_property
+    def max_chars_per_token(self) -> int:
+        """No token stands for more characters of a text than this. (A vocabulary writes a byte as one or more.)"""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Text -> token ids, with the tokens that the model wants around a plain text (such as BOS) or without."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        return self.encode_batch([text], add_special_tokens)[0]
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Several texts -> their token ids. Other threads run meanwhile: the library's `encode` would stop them."""
+        return [e.ids for e in self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Token ids -> text. Bytes that form no character become U+FFFD."""
-        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-        return text
+        ids = list(token_ids)
+        if len(ids) > _LONG:        # other threads run meanwhile; of a few tokens it would only be slower
+            return str(self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0])
+        return str(self._backend.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def decode_one(self, token_id: int, skip_special_tokens: bool = True) -> str:
         """The text of one token. It is kept: a stream asks for the same tokens again and again."""
@@ -134,28 +148,68 @@ class Tokenizer:
             text = self._inner_texts[token_id] = self.decode_output([token_id], self._a_word, False)
         return text
 
-    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """Messages -> the text that the model was trained to see. Encode it without adding special tokens."""
+    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True,
+                            continue_final_message: bool = False,
+                            chat_template_kwargs: Mapping[str, Any] | None = None) -> str:
+        """Messages -> the text that the model was trained to see. Encode it without adding special tokens.
+
+        `continue_final_message`: the text ends where the last message does, for the model to go on with it.
+        `chat_template_kwargs`: variables of the template, such as Qwen3's `enable_thinking`.
+        """
+        variables = _template_variables(chat_template_kwargs)
+        if continue_final_message:
+            if add_generation_prompt:
+                raise ConfigError("continue_final_message=True is not valid beside add_generation_prompt=True; "
+                                  "allowed: one of them")
+            return self._up_to_last_message(messages, variables)
         if not self.chat_template:
             raise ConfigError("this model has no chat template; use generate instead of chat")
         if not isinstance(messages, (list, tuple)):
-            raise ConfigError(f"messages={messages!r} is not valid; allowed: a list of dicts with role and content")
+            raise ConfigError(f"messages={short(messages)} is not valid; "
+                              "allowed: a list of dicts with role and content")
         if not messages:
             raise ConfigError("messages is empty; allowed: at least one message")
         for i, message in enumerate(messages):
-            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-                raise ConfigError(f"messages[{i}]={message!r} is not valid; allowed: a dict with role and content")
+            if not isinstance(message, Mapping) or "role" not in message:
+                raise ConfigError(f"messages[{i}]={short(message)} is not valid; allowed: a dict with role and content")
+        # What an assistant has called without a word has no content, which templates read as empty.
+        messages = [m if m.get("content") is not None else {**m, "content": ""} for m in messages]
         specials = {role: text for role in ROLES if (text := token_text(role, self._settings.get(role)))}
         import jinja2
 
         from .chat_template import compile_template
         try:
-            return compile_template(self.chat_template)(messages=messages, add_generation_prompt=add_generation_prompt,
-                                                        tools=None, documents=None, **specials)
+            return compile_template(self.chat_template)(
+                messages=messages, add_generation_prompt=add_generation_prompt,
+                **({"tools": None, "documents": None} | specials | variables))
         except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError, ArithmeticError,
                 RecursionError, MemoryError) as error:
             # A template joins and indexes what it is given; content of a wrong type fails inside it.
             raise ConfigError(f"the chat template refuses these messages: {error}") from error
+
+
+    def _up_to_last_message(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+        """The template's text, cut behind the content of the last message: a mark there says where that is."""
+        last = messages[-1].get("content") if messages and isinstance(messages[-1], Mapping) else None
+        if not isinstance(last, str):
+            raise ConfigError("continue_final_message=True needs a last message whose content is text")
+        marked = [*messages[:-1], {**messages[-1], "content": f"{last}{_MARK} "}]
+        text = self.apply_chat_template(marked, False, chat_template_kwargs=variables)
+        at = text.rfind(_MARK)
+        if at < 0:
+            raise ConfigError("continue_final_message=True is not valid: the chat template leaves out the last message")
+        # The space behind the mark is gone where the template trims contents: then it would have trimmed this one.
+        return text[:at] if text.startswith(" ", at + len(_MARK)) else text[:at].rstrip()
+
+
+def _template_variables(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Raises ConfigError for names that are arguments of their own."""
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(f"chat_template_kwargs={short(given)} is not valid; allowed: a dict")
+    if taken := sorted(_ARGUMENTS & set(given or ())):
+        raise ConfigError(f"chat_template_kwargs holds {', '.join(taken)}; allowed: variables of the template that are "
+                          "no arguments of their own")
+    return dict(given or {})
 
 
 def _convert_slow_tokenizer(folder: Path) -> Any:

@@ -74,7 +74,7 @@ def test_a_template_that_does_not_render(template, message, tiny_model, tmp_path
         with_template(tiny_model("qwen3"), tmp_path, template).apply_chat_template(CHATS[0])
 
 
-@pytest.mark.parametrize("bad", [{"role": "user"}, {"content": "x"}, "text", None])
+@pytest.mark.parametrize("bad", [{"content": "x"}, {}, "text", None])
 def test_messages_that_are_none(bad, tiny_model):
     tokenizer = Tokenizer.from_folder(tiny_model("qwen3"))
     with pytest.raises(ConfigError, match=r"messages\[1\]=.* is not valid; allowed: a dict with role and content"):
@@ -119,3 +119,58 @@ def test_a_template_that_is_no_text(template, tiny_model, tmp_path):
         return
     with pytest.raises(ConfigError, match=r"chat_template=.* of the tokenizer's settings is not valid; allowed: text"):
         with_template(tiny_model("qwen3"), tmp_path, template)
+
+
+THINKING = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n"
+            "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+            "{% endif %}")
+
+
+def test_variables_of_a_template(tiny_model, tmp_path):
+    """Qwen3's switch is one; names that are arguments of their own are none."""
+    ours = with_template(tiny_model("qwen3"), tmp_path, THINKING)
+    theirs = transformers_tokenizer(tmp_path / "model")
+    for chat in CHATS:
+        for variables in ({}, {"enable_thinking": False}, {"enable_thinking": True}, {"unknown": [1]}):
+            expected = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **variables)
+            assert ours.apply_chat_template(chat, chat_template_kwargs=variables) == expected
+    for bad, part in (({"messages": []}, "messages"), ({"add_generation_prompt": 1}, "add_generation_prompt"),
+                      (5, "a dict")):
+        with pytest.raises(ConfigError, match="chat_template_kwargs") as error:
+            ours.apply_chat_template(CHATS[0], chat_template_kwargs=bad)
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("template", [
+    THINKING, "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}</s> {% endfor %}",
+    "{% for m in messages %}{{ m.content }}{% if not loop.last %}|{% endif %}{% endfor %}"])
+@pytest.mark.parametrize("content", ["The capital is", "The capital is ", "x", "a [user] <|im_end|>\n"])
+def test_the_last_message_goes_on(template, content, tiny_model, tmp_path):
+    """The text ends where its content does; a template that trims contents leaves no space at the end."""
+    ours = with_template(tiny_model("qwen3"), tmp_path, template)
+    theirs = transformers_tokenizer(tmp_path / "model")
+    chat = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+    expected = theirs.apply_chat_template(chat, tokenize=False, continue_final_message=True)
+    assert ours.apply_chat_template(chat, False, continue_final_message=True) == expected
+    assert expected.endswith(content.strip())
+
+
+def test_what_cannot_go_on(tiny_model, tmp_path):
+    ours = with_template(tiny_model("qwen3"), tmp_path, THINKING)
+    with pytest.raises(ConfigError, match="add_generation_prompt=True"):
+        ours.apply_chat_template(CHATS[0], True, continue_final_message=True)
+    with pytest.raises(ConfigError, match="content is text"):
+        ours.apply_chat_template([{"role": "assistant"}], False, continue_final_message=True)
+    deaf = with_template(tiny_model("qwen3"), tmp_path, "hello")
+    with pytest.raises(ConfigError, match="leaves out the last message"):
+        deaf.apply_chat_template([{"role": "assistant", "content": "x"}], False, continue_final_message=True)
+
+
+def test_a_message_without_content_is_empty(tiny_model, tmp_path):
+    """As vLLM reads it: an assistant that only called something has none."""
+    ours = with_template(tiny_model("qwen3"), tmp_path, THINKING)
+    empty = [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]
+    for last in ({"role": "assistant"}, {"role": "assistant", "content": None}):
+        assert ours.apply_chat_template([empty[0], last]) == ours.apply_chat_template(empty)
+

@@ -43,7 +43,9 @@ BAD_VALUES = [
     ("min_p", -0.1, "a number from 0 to 1"), ("min_p", 1.1, "a number from 0 to 1"),
     ("presence_penalty", 2.1, "a number from -2 to 2"), ("presence_penalty", -2.1, "a number from -2 to 2"),
     ("frequency_penalty", 3, "a number from -2 to 2"), ("frequency_penalty", float("nan"), "a number from -2 to 2"),
-    ("repetition_penalty", 0.0, "a number above 0"), ("repetition_penalty", -1.0, "a number above 0"),
+    ("repetition_penalty", 0.0, "from 1e-06 to 1e+06"), ("repetition_penalty", 1e-40, "from 1e-06 to 1e+06"),
+    ("repetition_penalty", -1.0, "from 1e-06"), ("logit_bias", {1: 1e39}, "from -1e+09 to 1e+09"),
+    ("logit_bias", {1: float("nan")}, "from -1e+09 to 1e+09"), ("logit_bias", {1: True}, "number"),
     ("seed", 1.5, "an integer or None"), ("seed", True, "an integer or None"),
     ("stop", [""], "non-empty text"), ("stop", "\ud800", "non-empty text"), ("stop", [3], "non-empty text"),
     ("stop", 3, "text, or a list of it"), ("bad_words", [""], "non-empty text"),
@@ -51,8 +53,8 @@ BAD_VALUES = [
     ("stop_token_ids", [-1], "token ids >= 0"), ("stop_token_ids", ["2"], "token ids >= 0"),
     ("stop_token_ids", 2, "a list of token ids"),
     ("allowed_token_ids", [], "None, or at least one token id"), ("allowed_token_ids", [True], "token ids >= 0"),
-    ("logit_bias", {-1: 1.0}, "token id -> finite number"), ("logit_bias", {1: float("inf")}, "finite number"),
-    ("logit_bias", {1: "x"}, "finite number"), ("logit_bias", [1], "a dict of token id"),
+    ("logit_bias", {-1: 1.0}, "token id -> number"), ("logit_bias", {1: float("inf")}, "token id -> number"),
+    ("logit_bias", {1: "x"}, "token id -> number"), ("logit_bias", [1], "a dict of token id"),
     ("ignore_eos", 1, "True or False"), ("detokenize", None, "True or False"),
     ("skip_special_tokens", "no", "True or False"), ("include_stop_str_in_output", 0, "True or False"),
     ("max_tokens", 0, "an integer >= 1 or None"), ("max_tokens", 2.0, "an integer >= 1 or None"),
@@ -168,3 +170,14 @@ def test_a_batch_is_checked_once_per_distinct_set():
     assert made[0] is made[2]
     with pytest.raises(ConfigError, match="top_k=-3 is not valid"):
         check_batch([{}, {"top_k": -3}])
+
+
+def test_a_complaint_about_a_large_value_fits_a_screen() -> None:
+    """However much was sent: a million numbers, a megabyte of text, or both in each other."""
+    for name, value in (("stop_token_ids", [-1] * 10 ** 6), ("stop", ["x" * 10 ** 6, ""]), ("seed", "y" * 10 ** 6),
+                        ("structured_outputs", [{"a": ["b" * 1000] * 1000}] * 1000),
+                        ("logit_bias", {str(i): [i] for i in range(10 ** 5)})):
+        with pytest.raises(ConfigError) as error:
+            SamplingParams(**{name: value})
+        assert len(str(error.value)) < 500
+        assert str(error.value).startswith(f"{name}=")

@@ -227,3 +227,16 @@ def test_sentencepiece_without_its_leading_space():
     ids = {token: i for i, token in enumerate(header["tokenizer.ggml.tokens"])}
     assert tokenizer.encode("abc de") == [ids["abc"], ids["▁"], ids["de"]]
     assert tokenizer.decode(tokenizer.encode(" abc")) == " abc"
+
+
+def test_long_texts_as_short_ones():
+    """The call that leaves the interpreter to others gives what the plain one gives; no token is longer than said."""
+    backend = byte_level_tokenizer()
+    tokenizer = Tokenizer(backend, {})
+    for text in ("the 中 " * 2000, "", BOS * 3 + "x"):
+        ids = backend.encode(text).ids
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids, False) == backend.decode(ids, skip_special_tokens=False) == text
+        assert tokenizer.encode_batch([text, "a", text], False) == [ids, tokenizer.encode("a"), ids]
+        assert len(text) <= len(ids) * tokenizer.max_chars_per_token
+    assert tokenizer.max_chars_per_token == len(BOS)

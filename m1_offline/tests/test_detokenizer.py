@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -251,9 +252,40 @@ class TestStopChecker:
         assert checker.find(text) == (expected and (expected[2], expected[1]))
 
     def test_only_the_beginning_of_a_stop_string_is_held_back(self) -> None:
-        checker = StopChecker(["stop", "top!"], False)
         for text, safe in (("", 0), ("a", 1), ("as", 1), ("asto", 1), ("astoo", 5), ("a top", 2), ("at!", 3)):
+            checker = StopChecker(["stop", "top!"], False)
+            assert checker.find(text) is None
             assert checker.safe_length(text) == safe
+
+    @EXAMPLES
+    @given(text=st.text("ab", max_size=12), stops=st.lists(st.text("ab", min_size=1, max_size=5), max_size=5),
+           num_skipped=st.integers(0, 12), cuts=st.sets(st.integers(1, 12)))
+    def test_against_a_search_of_every_string(self, text: str, stops: list[str], num_skipped: int,
+                                              cuts: set[int]) -> None:
+        """However the text grows: the match that ends first after what was skipped, and of those the longest."""
+        checker, found = StopChecker(stops, True), None
+        checker.skip(text[:num_skipped])
+        for end in (*sorted(cuts), len(text)):
+            if found is None and end >= num_skipped:
+                found = checker.find(text[:end])
+        matches = [(end, -len(stop), stop) for stop in stops for end in range(num_skipped + 1, len(text) + 1)
+                   if text[:end].endswith(stop)]
+        assert found == ((min(matches)[2], min(matches)[0]) if matches else None)
+
+    def test_a_thousand_strings_cost_a_step_what_one_does(self) -> None:
+        """Each character is looked at once; held back is what may become one of them."""
+        steps = []
+        for num in (1, 1000):
+            checker = StopChecker([f"{i:04d}." for i in range(num)], False)
+            automaton, seen = checker._automaton, []
+            checker._automaton = SimpleNamespace(step=lambda state, c, a=automaton, s=seen: (s.append(c),
+                                                                                            a.step(state, c))[1])
+            for text in ("x0", "x00", "x000x", "x000x0000"):
+                assert checker.find(text) is None
+            assert checker.safe_length("x000x0000") == 5
+            assert checker.find("x000x0000.") == ("0000.", 5)
+            steps.append(seen)
+        assert steps[0] == steps[1] == list("x000x0000.")
 
     def test_examples(self) -> None:
         for text, stops, found in (("xabcdz", ["abcd", "bc"], ("bc", 2)), ("xabc", ["c", "abc", "bc"], ("abc", 1)),

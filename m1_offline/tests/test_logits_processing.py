@@ -1,6 +1,7 @@
 """F1.3: what changes logits before the draw, against values worked out by hand; the order is vLLM's."""
 from __future__ import annotations
 
+import gc
 from functools import lru_cache
 from typing import Any
 
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from m0_basics.loading.tokenizer import Tokenizer
 from m0_basics.request import Sequence, SequenceData, next_seq_id
+from m0_basics.sampler import GreedySampler
 from m0_basics.sampling_params import SamplingParams
 from m0_basics.tools.testing.tiny_models import byte_level_tokenizer
-from m1_offline.logits_processing import adjust_logits, banned_by_words, count_tokens
-from m1_offline.sampler import FullSampler
+from m1_offline.logits_processing import BadWords, KeptFor, LogitEdits, TokenCounts, adjust_logits
+from m1_offline.sampler import FullSampler, distribution
 
 NEVER = float("-inf")
 LOGITS = [1.0, -2.0, 3.0, 0.0, 4.0, -1.0]
@@ -24,7 +26,11 @@ def sequence(prompt: list[int], output: list[int], eos: tuple[int, ...] = (), **
 
 
 def adjusted(prompt: list[int], output: list[int], eos: tuple[int, ...] = (), **settings: Any) -> list[float]:
-    return adjust_logits(torch.tensor([LOGITS]), [sequence(prompt, output, eos, **settings)], None)[0].tolist()
+    return adjust(torch.tensor([LOGITS]), [sequence(prompt, output, eos, **settings)])[0].tolist()
+
+
+def adjust(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    return adjust_logits(logits, sequences, lambda params: LogitEdits(params, None), TokenCounts())
 
 
 @lru_cache
@@ -72,16 +78,25 @@ def test_rows_that_ask_for_nothing_stay_as_they_are() -> None:
     logits = torch.tensor([LOGITS] * 4)
     batch = [sequence([0], [2]), sequence([0], [2], presence_penalty=1.0), sequence([0], [2], allowed_token_ids=[0]),
              sequence([0], [2], temperature=0)]
-    result = adjust_logits(logits, batch, None)
+    result = adjust(logits, batch)
     assert result[0].tolist() == result[3].tolist() == LOGITS
     assert result[1].tolist() == [1.0, -2.0, 2.0, 0.0, 4.0, -1.0]
     assert result[2].tolist() == [1.0] + [NEVER] * 5
 
 
-def test_count_tokens() -> None:
-    """F1.3: occurrences per row, as a dense matrix; an empty list is a row of zeros."""
-    assert count_tokens([[1, 1, 4], [], [0]], torch.zeros(3, 5)).tolist() == [
-        [0, 2, 0, 0, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]]
+def test_token_counts() -> None:
+    """F1.3: of each row, what is in its prompt and how often each token is in its output, as the output grows."""
+    counts, like = TokenCounts(), torch.zeros(3, 5)
+    rows = [sequence([2, 2], [1, 1, 4]), sequence([0], []), sequence([3, 4], [0])]
+    in_prompt, in_output = counts(rows, like)
+    assert (in_prompt > 0).int().tolist() == [[0, 0, 1, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 1, 1]]
+    assert in_output.tolist() == [[0, 2, 0, 0, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]]
+    rows[1].output_token_ids.extend([3, 3])
+    rows[0].append_token_id(1)
+    for _ in range(2):                      # a step that is run twice counts once
+        assert counts(rows[:2], like[:2])[1].tolist() == [[0, 3, 0, 0, 1], [0, 0, 0, 2, 0]]
+    del rows[0].output_token_ids[1:]        # tokens that are taken back
+    assert counts(rows[:1], like[:1])[1].tolist() == [[0, 1, 0, 0, 0]]
 
 
 @pytest.mark.parametrize(("words", "output", "banned"), [
@@ -101,7 +116,7 @@ def test_bad_words(words: list[str], output: str | bytes, banned: list[bytes]) -
     """F1.3: the last token of a bad word is impossible where the others have just been generated."""
     encoded = output if isinstance(output, bytes) else output.encode()
     ids = [byte_id(bytes([b])) for b in encoded]
-    found = banned_by_words(sequence([5], ids, bad_words=words), tokenizer())
+    found = [i for node in BadWords(words, tokenizer()).reached(ids) for i in node.last]
     spellings = {b"the": "the", b" the": " the"}
     expected = {tokenizer().encode(spellings[b])[0] if b in spellings else byte_id(b) for b in banned}
     assert set(found) == expected
@@ -149,3 +164,84 @@ def test_best_of_keeps_the_chosen_logprob() -> None:
             assert len(output.logprobs[0]) in (1, 2)
         else:
             assert (output.logprobs[0] and len(output.logprobs[0])) == kept
+
+
+def test_what_is_kept_for_an_object_ends_with_it() -> None:
+    """By identity: equal parameters are two owners, and nothing is left of one that is gone."""
+    made: list[SamplingParams] = []
+    kept = KeptFor[SamplingParams, int](lambda params: (made.append(params), len(made))[1])
+    one, other = SamplingParams(stop=["x"]), SamplingParams(stop=["x"])
+    assert [kept(one), kept(other), kept(one), kept(other)] == [1, 2, 1, 2]
+    made.clear()
+    del one
+    gc.collect()
+    assert len(kept) == 1
+    assert kept(other) == 2
+
+
+def test_lists_are_read_once_and_not_in_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """F1.3: 20,000 bad words, biases, allowed and stop tokens: a step makes no tensor of them, and tokenises nothing.
+
+    The trie is followed as far as the output agrees with it: to the end of one word, whatever the number of words.
+    """
+    words = [f"{i:05d}" for i in range(20_000)]
+    params = SamplingParams(bad_words=words, logit_bias=dict.fromkeys(range(280), 0.5), min_tokens=50,
+                            allowed_token_ids=list(range(5, 280)) * 50, stop_token_ids=[7] * 20_000, temperature=0,
+                            max_tokens=60)
+    tokenised: list[int] = []
+    encode_batch = Tokenizer.encode_batch
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts, **rest: (
+        tokenised.append(len(texts)), encode_batch(self, texts, **rest))[1])
+    sampler = FullSampler(Tokenizer(byte_level_tokenizer(), {}))
+    sampler.check(params)
+    s = Sequence(next_seq_id(), SequenceData([5], []), params, 0, (4,))
+    sampler(torch.zeros(1, 288), [s])
+    made: list[int] = []
+    tensor = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda data, **rest: (made.append(len(data)), tensor(data, **rest))[1])
+    for byte in (b"0", b"0", b"1", b"2"):
+        s.append_token_id(byte_id(byte))
+        logits = torch.arange(288.0).unsqueeze(0)
+        sampler(logits, [s])
+    assert tokenised == [40_000]
+    assert sum(made) == 10, "the ten digits that may follow 0012, when that was reached"
+    assert {i for i in range(5, 280) if logits[0, i] == NEVER} == {7, *(byte_id(b"%d" % i) for i in range(10))}
+    edits = sampler._edits(params)
+    assert [len(node.last) for node in edits.bad_words.reached(s.output_token_ids)] == [10]
+
+
+@pytest.mark.parametrize(("settings", "bad"), [
+    ({"allowed_token_ids": [4, 9], "min_tokens": 1}, [4, 9]), ({"bad_words": ["y", "z"]}, None)])
+def test_no_token_is_left(settings: dict[str, Any], bad: list[int] | None) -> None:
+    """F1.3: an error rather than a token that was ruled out. m2 ends the one request with it."""
+    bad = bad or [byte_id(b"y"), byte_id(b"z")]
+    s = sequence([5], [], (4, 9), **({"allowed_token_ids": bad} | settings))
+    with pytest.raises(ValueError, match="no token is left"):
+        FullSampler(tokenizer())(torch.zeros(1, 288), [s])
+    s = sequence([5], [], (4,), **({"allowed_token_ids": [*bad, 11]} | settings))
+    assert FullSampler(tokenizer())(torch.zeros(1, 288), [s]).token_ids in ([11], [9])
+
+
+@pytest.mark.parametrize("sampler", [FullSampler(), GreedySampler()])
+def test_an_end_token_beyond_the_vocabulary(sampler: Any) -> None:
+    """F1.5: some configurations name one that the matrix has no row for: with min_tokens it can only be left out."""
+    s = sequence([0], [], (4, 6, 10 ** 12), min_tokens=1, temperature=0)
+    assert sampler(torch.tensor([LOGITS]), [s]).token_ids == [2]
+
+
+@pytest.mark.parametrize("settings", [
+    {"top_k": 2 ** 63}, {"top_k": 10 ** 30, "top_p": 0.5}, {"top_p": 1e-300}, {"top_p": 5e-324, "top_k": 3},
+    {"min_p": 5e-324}, {"min_p": 1.0, "top_p": 1e-30}, {"temperature": 1e-5}, {"temperature": 1e6},
+    {"logit_bias": {2: 1e9, 0: -1e9}, "repetition_penalty": 1e-6, "temperature": 1e-5},
+    {"logit_bias": {2: 1e9}, "repetition_penalty": 1e6, "presence_penalty": 2.0, "frequency_penalty": 2.0},
+    {"logit_bias": {2: 1e9}, "allowed_token_ids": [2, 3], "repetition_penalty": 1e-6}, {"seed": -2 ** 200},
+])
+def test_numbers_at_the_edge(settings: dict[str, Any]) -> None:
+    """F1.3, F1.4: the token is one that the definition gives a chance; nothing overflows on the way to it."""
+    for seed in range(20):
+        s = sequence([0, 1], [2, 3, 2], **({"seed": seed} | settings))
+        raw = torch.tensor([LOGITS])
+        [token_id] = FullSampler()(raw.clone(), [s]).token_ids
+        adjusted_row = adjust(raw.clone(), [s])[0]
+        assert not adjusted_row.isnan().any()
+        assert distribution(adjusted_row, s.sampling_params)[token_id] > 0

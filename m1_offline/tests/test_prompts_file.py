@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from m0_basics.outputs import RequestOutput
+from m0_basics.tools.cli import batch_file
 from m0_basics.tools.testing.command_line import Command, options, text_of
 from m0_basics.tools.testing.conformance import greedy
 from m0_basics.tools.testing.fixtures import TinyModels
-from m1_offline import LLM
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ class TestPromptsFile:
             (json.dumps({"prompt": None}), "NoneType"),
             (json.dumps({"prompt": "a", "n": 100, "temperature": 1}), "n=100 is not valid; allowed: at most"),
             (json.dumps({"messages": chat}), None),
-            (json.dumps({"messages": [{"role": "user"}]}), "allowed: a dict with role and content"),
+            (json.dumps({"messages": [{"content": "x"}]}), "allowed: a dict with role and content"),
             (json.dumps({"messages": []}), "messages is empty"),
             (json.dumps({"messages": "hello"}), "allowed: a list of dicts with role and content"),
             (json.dumps({"messages": 5}), "allowed: a list of dicts with role and content"),
@@ -120,19 +121,72 @@ class TestPromptsFile:
         """The results follow on standard output, and the status says that something went wrong."""
         source, target = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
         source.write_text("the\nin\n", encoding="utf-8")
-        generate = LLM.generate
+        describe = batch_file.describe
 
-        def generate_and_break(self: LLM, *arguments: Any, **settings: Any) -> Any:
-            outputs = generate(self, *arguments, **settings)
-            target.unlink()
-            target.mkdir()
-            return outputs
+        def break_and_describe(output: RequestOutput) -> dict[str, Any]:
+            if target.is_file():
+                target.unlink()
+                target.mkdir()
+            return describe(output)
 
-        monkeypatch.setattr(LLM, "generate", generate_and_break)
+        monkeypatch.setattr(batch_file, "describe", break_and_describe)
         result = command("generate", "--prompts-file", source, "--output", target, *options(folder), "--max-tokens", 3)
         assert result.status == 1
         assert [json.loads(line)["line"] for line in result.out.splitlines()] == [1, 2]
         assert "cannot be written: Is a directory; the results follow on standard output" in result.err
+
+    def test_a_run_that_is_cut_off_goes_on(self, command: Command, folder: Path, tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+        """F1.9: each result is on the disk when it is there. The same command runs the rest, and no line twice."""
+        source, target = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+        source.write_text("the\nin\n\nan\nre\n", encoding="utf-8")
+        arguments = ("generate", "--prompts-file", source, "--output", target, *options(folder), "--max-tokens", 3)
+        whole = command(*arguments)
+        assert whole.status == 0
+        expected = [json.loads(line) for line in target.read_text().splitlines()]
+        assert sorted(tmp_path.iterdir()) == [target, source]
+
+        described: list[str | None] = []
+        describe = batch_file.describe
+
+        def describe_two(output: RequestOutput) -> dict[str, Any]:
+            if len(described) == 2:
+                raise KeyboardInterrupt
+            described.append(output.prompt)
+            return describe(output)
+
+        monkeypatch.setattr(batch_file, "describe", describe_two)
+        cut = command(*arguments)
+        assert cut.status != 0
+        assert "Traceback" not in cut.err
+        assert f"interrupted; those that are there are in {target}.part; the same command goes on" in cut.err
+        part = tmp_path / "out.jsonl.part"
+        assert len(part.read_text().splitlines()) == 2
+        part.write_text(part.read_text() + '{"input": "cut off in the mid')
+        monkeypatch.setattr(batch_file, "describe", lambda output: (described.append(output.prompt),
+                                                                    describe(output))[1])
+        rest = command(*arguments)
+        assert (rest.status, described) == (0, ["the", "in", "an", "re"])
+        assert "2 results of an earlier run" in rest.err
+        rows = [json.loads(line) for line in target.read_text().splitlines()]
+        assert [(r["line"], r["prompt"], r["outputs"]) for r in rows] == [
+            (r["line"], r["prompt"], r["outputs"]) for r in expected]
+        assert not part.exists()
+
+    def test_another_input_does_not_go_on(self, command: Command, folder: Path, tmp_path: Path,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+        """F1.9: a line that has changed, or other options: nothing of the earlier run is taken for it."""
+        source, target = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+        source.write_text("the\nin\n", encoding="utf-8")
+        arguments = ("generate", "--prompts-file", source, "--output", target, *options(folder), "--max-tokens")
+        finish = batch_file._Writer.finish
+        monkeypatch.setattr(batch_file._Writer, "finish", lambda self: None)
+        command(*arguments, 3)
+        monkeypatch.setattr(batch_file._Writer, "finish", finish)
+        source.write_text("an\nin\n", encoding="utf-8")
+        command(*arguments, 2)
+        rows = [json.loads(line) for line in target.read_text().splitlines()]
+        assert [(r["prompt"], len(r["outputs"][0]["token_ids"])) for r in rows] == [("an", 2), ("in", 2)]
 
     def test_earlier_results_stay_until_there_are_new_ones(self, command: Command, tmp_path: Path) -> None:
         source, target = tmp_path / "prompts.txt", tmp_path / "out.jsonl"

@@ -1,15 +1,18 @@
 """What completions and chats share on the way back: waiting for the outputs, the envelope, usage, and deltas."""
 from __future__ import annotations
 
+import json
 import time
-import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from starlette.responses import Response
 
 from m0_basics.outputs import CompletionOutput, RequestOutput
 from m0_basics.request import Logprob
 
+from .async_engine import AsyncLLMEngine
 from .errors import check_served
 from .output_stream import OutputStream, merge
 from .protocol import GenerationBody
@@ -27,12 +30,31 @@ class Envelope:
     model: str
 
     @classmethod
-    def new(cls, prefix: str, kind: str, model: str, request_id: str | None = None) -> Envelope:
-        """`request_id`: the client's own name for the request; by default a random one."""
-        return cls(f"{prefix}-{request_id or uuid.uuid4().hex}", kind, int(time.time()), model)
+    def new(cls, prefix: str, kind: str, model: str, request_id: str) -> Envelope:
+        """`request_id`: by which log and answer can be put together."""
+        return cls(f"{prefix}-{request_id}", kind, int(time.time()), model)
 
     def wrap(self, choices: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
         return {**vars(self), "choices": choices, **fields}
+
+
+async def json_answer(engine: AsyncLLMEngine, envelope: Envelope, make_choices: Callable[[], Iterable[dict[str, Any]]],
+                      num_entries: int, **fields: Any) -> Response:
+    """An answer in one piece. With `num_entries` log-probabilities it is made in another thread, choice by choice.
+
+    A choice is as long as the model's context at most; all of them, as one object, could hold everybody up.
+    """
+    def render() -> bytes:
+        choices = ",".join(map(to_json, make_choices()))
+        return f'{to_json({**vars(envelope), **fields})[:-1]},"choices":[{choices}]}}'.encode()
+
+    content = await engine.workers.run(render, num_entries * 16) if num_entries else render()
+    return Response(content, media_type="application/json")
+
+
+def to_json(value: Any) -> str:
+    """As short as JSON gets; raises ValueError for a number that it has no word for."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def usage(streams: Sequence[OutputStream], num_completion_tokens: int) -> dict[str, int]:

@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from m0_basics.base_llm import BaseLLM
@@ -28,45 +28,37 @@ from m0_basics.sampling_params import SamplingParams
 from ..engine import engine_of
 from ..policies import SchedulingParams
 from .output_stream import OutputStream
+from .unavailable import EngineDeadError, EngineStoppedError, EngineUnavailableError, QueueFullError
+from .workers import Workers
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 SHUTDOWN = "shutdown"               # the stop_reason of a request that the end of the engine cut off
-
-
-class EngineUnavailableError(RuntimeError):
-    """The engine takes no request now."""
-
-
-class EngineDeadError(EngineUnavailableError):
-    """The engine's thread has ended with an error; only a new engine helps."""
-
-
-class EngineStoppedError(EngineUnavailableError):
-    """The engine is shutting down, has shut down, or was never started."""
-
-
-class QueueFullError(EngineUnavailableError):
-    """Too many requests wait already; later there may be room."""
+_JOIN_S = 5.0                       # longest that the end waits for a step that is under way
 
 
 class AsyncLLMEngine:
     """`async for output in engine.generate(prompt, params)` over the engine of any `LLM` from this milestone on."""
 
-    def __init__(self, llm: BaseLLM, max_queued_requests: int | None = None) -> None:
-        """From `start` on the LLM belongs to this object. `max_queued_requests`: how many may wait for a place."""
+    def __init__(self, llm: BaseLLM, max_queued_requests: int | None = None, max_compile_s: float = 10.0) -> None:
+        """From `start` on the LLM belongs to this object.
+
+        `max_queued_requests`: how many outputs may wait for a place (a request has `best_of` of them).
+        `max_compile_s`: how long a request waits for its constraint to be compiled.
+        """
         check_int("max_queued_requests", max_queued_requests, 0, optional=True)
         self.llm = llm
         self._engine = engine_of(llm)
         self.max_queued_requests = max_queued_requests
+        self.max_compile_s = max_compile_s
+        self.workers = Workers()
         self._streams: dict[str, OutputStream] = {}         # owned by the engine thread
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._gate = threading.Lock()                       # no command gets into the queue once the thread has ended
-        # One thread: an InputProcessor counts requests and draws seeds, which two threads must not do at once.
-        self._inputs = ThreadPoolExecutor(1, "inputs")
         self._thread: threading.Thread | None = None
         self._accepting = False
         self._stopping = False
+        self._step_began: float | None = None               # None while there is nothing to do
         self._ended: EngineUnavailableError | None = EngineStoppedError("the engine was not started")
 
     @property
@@ -79,6 +71,19 @@ class AsyncLLMEngine:
         """Requests whose last output has not come yet."""
         return len(self._streams)
 
+    @property
+    def step_age(self) -> float:
+        """Seconds since the step that is under way began, with the commands before it; 0 where none is."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
+
+    @property
+    def max_prompts(self) -> int | None:
+        """Outputs that run and wait at the most, None for any number: one request can not have more prompts."""
+        if self.max_queued_requests is None:
+            return None
+        return self._engine.scheduler.queues.max_num_seqs + self.max_queued_requests
+
     def start(self) -> None:
         """Start the engine's thread. An engine is started once."""
         assert self._thread is None, "an engine is started once"
@@ -87,16 +92,29 @@ class AsyncLLMEngine:
         self._thread.start()
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
-        """Take no more requests, let the open ones run for `drain_s` seconds, abort the rest, end the thread."""
+        """Take no more requests, let the open ones run for `drain_s` seconds, abort the rest, end the thread.
+
+        A step that does not end is left behind after some seconds, and everybody who waits is told.
+        """
         self._accepting = False
         deadline = time.monotonic() + drain_s
         while self._streams and self.is_healthy and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         if self.is_healthy:
             self._post(self._stop)
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
-        self._inputs.shutdown(wait=False)
+        deadline = time.monotonic() + _JOIN_S
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
+        if self.is_healthy:
+            self._stopping = True           # should it ever end
+            logger.error("a step has not ended within %.0f s: it is left behind", _JOIN_S)
+            self._end(EngineStoppedError("the engine has shut down"))
+        self.workers.close()
+
+    @property
+    def is_working(self) -> bool:
+        """Whether a thread of this object works on after the end."""
+        return self.workers.is_busy or (self._thread is not None and self._thread.is_alive())
 
     async def generate(self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None,
                        scheduling_params: SchedulingParams | None = None, *, add_special_tokens: bool = True,
@@ -117,21 +135,25 @@ class AsyncLLMEngine:
 
     async def add_requests(self, prompts: Sequence[Prompt | Sequence[Message]], params: SamplingParams,
                            scheduling_params: SchedulingParams | None = None, *, stream: bool,
-                           add_special_tokens: bool = True, request_id: str | None = None) -> list[OutputStream]:
+                           add_special_tokens: bool = True, request_id: str | None = None,
+                           template_options: Mapping[str, Any] | None = None) -> list[OutputStream]:
         """Queue all of the prompts or, where one of them is refused, none; close every stream that is returned.
 
         `stream`: whether a request reports after each step, or at its end only. `request_id` is for a single prompt.
+        `template_options`: what `Tokenizer.apply_chat_template` takes beside the messages of a chat.
         """
         assert request_id is None or len(prompts) == 1
         self._check_accepting()
+        self._check_size(len(prompts), params)
 
         def process() -> list[Request]:
-            return [self._process(prompt, params, stream, add_special_tokens) for prompt in prompts]
+            return [self._process(prompt, params, stream, add_special_tokens, template_options or {})
+                    for prompt in prompts]
 
-        requests = await self.run_on_inputs(process)
-        if params.structured_outputs is not None:
-            # A grammar may take long to compile, and is kept: so neither the engine nor other prompts wait for it.
-            await asyncio.to_thread(self._engine.sampler.check, params)
+        requests = await self.workers.run(process, sum(map(_num_chars, prompts)))
+        if params.structured_outputs is not None or params.bad_words:
+            # What takes long is done here, once, and kept: neither the engine nor other prompts wait for it.
+            await self.workers.compile(lambda: self._engine.sampler.check(params), self.max_compile_s)
         if request_id is not None:
             requests[0].request_id = request_id
         streams = [OutputStream(request, self.abort) for request in requests]
@@ -151,20 +173,11 @@ class AsyncLLMEngine:
             except EngineUnavailableError:
                 return                      # it has just ended, and nothing runs any more
 
-    async def run_on_inputs(self, work: Callable[[], T]) -> T:
-        """Run what tokenises in the thread that is kept for it: a long text must not stop the event loop.
-
-        Raises EngineStoppedError after the end.
-        """
-        try:
-            future = asyncio.get_running_loop().run_in_executor(self._inputs, work)
-        except RuntimeError as error:
-            raise EngineStoppedError("the engine has shut down") from error
-        return await future
-
-    def _process(self, prompt: Any, params: SamplingParams, stream: bool, add_special_tokens: bool) -> Request:
-        if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
-            prompt, add_special_tokens = self.llm.get_tokenizer().apply_chat_template(prompt), False
+    def _process(self, prompt: Any, params: SamplingParams, stream: bool, add_special_tokens: bool,
+                 template_options: Mapping[str, Any]) -> Request:
+        if _is_chat(prompt):
+            prompt = self.llm.get_tokenizer().apply_chat_template(prompt, **template_options)
+            add_special_tokens = False
         return self.llm.input_processor.process(prompt, params, stream, add_special_tokens)
 
     def _check_accepting(self) -> None:
@@ -188,7 +201,9 @@ class AsyncLLMEngine:
         engine = self._engine
         try:
             while not self._stopping:
-                self._run_commands(wait=not engine.has_unfinished_requests())
+                idle = not engine.has_unfinished_requests()
+                self._step_began = None if idle else time.monotonic()
+                self._run_commands(wait=idle)
                 if not self._stopping:
                     for output in engine.step():
                         self._deliver(output)
@@ -206,6 +221,7 @@ class AsyncLLMEngine:
             except queue.Empty:
                 return
             wait = False
+            self._step_began = self._step_began or time.monotonic()
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(command())
@@ -217,22 +233,30 @@ class AsyncLLMEngine:
     def _add(self, streams: list[OutputStream], params: SchedulingParams | None) -> None:
         engine = self._engine
         self._check_accepting()
-        self._check_queue(len(streams))
+        self._check_room(streams)
         for stream in streams:
             engine.check_request(stream.request, params)
         for stream in streams:
             engine.add_request(stream.request, params)
             self._streams[stream.request.request_id] = stream
 
-    def _check_queue(self, num_new: int) -> None:
-        scheduler = self._engine.scheduler
-        if self.max_queued_requests is not None:
-            present, places = len(scheduler.running) + len(scheduler.waiting), scheduler.queues.max_num_seqs
-            room = places + self.max_queued_requests
-            if num_new > room:
-                raise ConfigError(f"{num_new} prompts in one request; allowed: at most {room}, which this server holds")
-            if present + num_new > room:
-                raise QueueFullError(f"{present} requests run or wait; allowed: {places} that run and "
+    def _check_size(self, num_prompts: int, params: SamplingParams) -> None:
+        """Raise ConfigError for a request that is larger than all that this engine ever holds."""
+        most, num_each = self.max_prompts, params.best_of or 1
+        if most is not None and num_prompts > most:
+            raise ConfigError(f"{num_prompts} prompts in one request; allowed: at most {most}, which this server holds")
+        if most is not None and num_prompts * num_each > most:
+            name = "n" if num_each == params.n else "best_of"
+            raise ConfigError(f"{name}={num_each} is not valid for {num_prompts} prompts; allowed: at most {most} "
+                              "outputs, which this server holds")
+
+    def _check_room(self, streams: list[OutputStream]) -> None:
+        """Raise QueueFullError where the outputs would be more than run and wait at the most."""
+        if (most := self.max_prompts) is not None:
+            present = sum(map(_num_unfinished, self._streams.values()))
+            if present + sum(map(_num_unfinished, streams)) > most:
+                places = self._engine.scheduler.queues.max_num_seqs
+                raise QueueFullError(f"{present} outputs run or wait; allowed: {places} that run and "
                                      f"max_queued_requests={self.max_queued_requests} that wait; try again later")
 
     def _abort(self, request_id: str, reason: str | None = None) -> None:
@@ -269,9 +293,27 @@ class AsyncLLMEngine:
             _, future = self._commands.get()
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
-        for stream in self._streams.values():
+        for stream in list(self._streams.values()):
             try:
                 stream.put(error)
             except RuntimeError:
                 logger.info("request %s has no consumer any more", stream.request.request_id)
         self._streams.clear()
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], Mapping)
+
+
+def _num_chars(prompt: Any) -> int:
+    """Characters that are to be tokenised."""
+    if _is_chat(prompt):
+        return sum(len(m["content"]) for m in prompt if isinstance(m.get("content"), str))
+    text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+    return len(text) if isinstance(text, str) else 0
+
+
+def _num_unfinished(stream: OutputStream) -> int:
+    """Outputs of a request that run, wait, or have not parted from the first one yet."""
+    request = stream.request
+    return (request.sampling_params.best_of or 1) - sum(s.is_finished for s in request.sequences)

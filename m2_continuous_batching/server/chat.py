@@ -1,19 +1,20 @@
 """`POST /v1/chat/completions`: messages through the model's chat template, the answer as a message."""
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from m0_basics.outputs import CompletionOutput
 from m0_basics.request import Logprob
 
-from .answers import Deltas, Envelope, StreamUsage, collect, finite, token_text, usage
+from .access_log import answer_id, remember_streams
+from .answers import Deltas, Envelope, StreamUsage, collect, finite, json_answer, token_text, usage
 from .async_engine import AsyncLLMEngine
 from .output_stream import OutputStream
-from .parameters import as_messages, chat_params, scheduling_params
+from .parameters import as_messages, chat_params, scheduling_params, template_options
 from .protocol import ChatBody
 from .streaming import EventStreamResponse, run_while_connected
 
@@ -21,17 +22,24 @@ from .streaming import EventStreamResponse, run_while_connected
 async def create_chat_completion(engine: AsyncLLMEngine, model: str, body: ChatBody, request: Request) -> Response:
     """Raises ConfigError or ApiError before anything is sent."""
     streams = await engine.add_requests([as_messages(body.messages)], chat_params(body), scheduling_params(body),
-                                        stream=bool(body.stream))
+                                        stream=bool(body.stream), template_options=template_options(body))
+    remember_streams(request, streams)
+    request_id = answer_id(request, body.request_id)
     if body.stream:
-        envelope = Envelope.new("chatcmpl", "chat.completion.chunk", model, body.request_id)
+        envelope = Envelope.new("chatcmpl", "chat.completion.chunk", model, request_id)
         return EventStreamResponse(_events(body, envelope, streams), streams)
     [output] = await run_while_connected(request.receive, collect(streams))
-    choices = [{"index": part.index, "message": {"role": "assistant", "content": part.text, "refusal": None},
-                "logprobs": _logprobs(part, body), "finish_reason": part.finish_reason,
-                "stop_reason": part.stop_reason} for part in output.outputs]
     num_tokens = sum(len(part.token_ids) for part in output.outputs)
-    envelope = Envelope.new("chatcmpl", "chat.completion", model, body.request_id)
-    return JSONResponse(envelope.wrap(choices, usage=usage(streams, num_tokens)))
+
+    def make_choices() -> Iterator[dict[str, Any]]:
+        for part in output.outputs:
+            yield {"index": part.index, "message": {"role": "assistant", "content": part.text, "refusal": None},
+                   "logprobs": _logprobs(part, body), "finish_reason": part.finish_reason,
+                   "stop_reason": part.stop_reason}
+
+    num_entries = num_tokens * (1 + (body.top_logprobs or 0)) if body.logprobs else 0
+    return await json_answer(engine, Envelope.new("chatcmpl", "chat.completion", model, request_id), make_choices,
+                             num_entries, usage=usage(streams, num_tokens))
 
 
 async def _events(body: ChatBody, envelope: Envelope, streams: Sequence[OutputStream],

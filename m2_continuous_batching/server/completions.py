@@ -1,11 +1,11 @@
 """`POST /v1/completions`: OpenAI's first API, which evaluation harnesses score prompts with (echo and logprobs)."""
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from m0_basics.config import ConfigError
 from m0_basics.input_processor import Prompt, as_prompt_list
@@ -14,7 +14,8 @@ from m0_basics.outputs import CompletionOutput, RequestOutput
 from m0_basics.request import Logprob
 from m1_offline.detokenizer import IncrementalDetokenizer
 
-from .answers import Deltas, Envelope, StreamUsage, collect, finite, token_text, usage
+from .access_log import answer_id, remember_streams
+from .answers import Deltas, Envelope, StreamUsage, collect, finite, json_answer, token_text, usage
 from .async_engine import AsyncLLMEngine
 from .output_stream import OutputStream
 from .parameters import completion_params, scheduling_params
@@ -30,20 +31,22 @@ async def create_completion(engine: AsyncLLMEngine, model: str, body: Completion
         raise ConfigError("prompt=[] is not valid; allowed: at least one prompt")
     streams = await engine.add_requests(prompts, params, scheduling_params(body), stream=bool(body.stream),
                                         add_special_tokens=body.add_special_tokens is not False)
-    envelope = Envelope.new("cmpl", "text_completion", model, body.request_id)
+    remember_streams(request, streams)
+    envelope = Envelope.new("cmpl", "text_completion", model, answer_id(request, body.request_id))
     if body.stream:
         return EventStreamResponse(_events(engine, body, envelope, streams), streams)
     outputs = await run_while_connected(request.receive, collect(streams))
-
-    def make_choices() -> list[dict[str, Any]]:
-        parts = [(output, part) for output in outputs for part in output.outputs]
-        return [_Choice(body, output, engine.llm.tokenizer).piece(index, part)
-                for index, (output, part) in enumerate(parts)]
-
-    # A whole prompt, token by token, would stop the event loop for a while.
-    choices = make_choices() if body.logprobs is None else await engine.run_on_inputs(make_choices)
     num_tokens = sum(len(part.token_ids) for output in outputs for part in output.outputs)
-    return JSONResponse(envelope.wrap(choices, usage=usage(streams, num_tokens if body.max_tokens != 0 else 0)))
+    num_prompt = sum(len(o.outputs) * len(o.prompt_token_ids) for o in outputs) if body.echo else 0
+
+    def make_choices() -> Iterator[dict[str, Any]]:
+        parts = ((output, part) for output in outputs for part in output.outputs)
+        for index, (output, part) in enumerate(parts):
+            yield _Choice(body, output, engine.llm.tokenizer).piece(index, part)
+
+    num_entries = 0 if body.logprobs is None else (num_tokens + num_prompt) * (1 + body.logprobs)
+    return await json_answer(engine, envelope, make_choices, num_entries,
+                             usage=usage(streams, num_tokens if body.max_tokens != 0 else 0))
 
 
 async def _events(engine: AsyncLLMEngine, body: CompletionBody, envelope: Envelope, streams: Sequence[OutputStream],
@@ -57,7 +60,7 @@ async def _events(engine: AsyncLLMEngine, body: CompletionBody, envelope: Envelo
         if (choice := made.get(index)) is None:
             choice = made[index] = _Choice(body, output, engine.llm.tokenizer)
             if body.logprobs is not None and body.echo:
-                await engine.run_on_inputs(choice.prepare_echo)
+                await engine.workers.run(choice.prepare_echo, len(choice.prompt_token_ids) * (1 + body.logprobs))
         yield envelope.wrap([choice.piece(index, part)], **reported.field(num_tokens()))
     if reported.at_end:
         yield envelope.wrap([], **reported.last(num_tokens()))

@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -11,21 +12,30 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from m0_basics.config import ConfigError
+from m0_basics.config import ConfigError, short
 from m0_basics.outputs import RequestOutput
 
-from .async_engine import SHUTDOWN, EngineUnavailableError
+from .async_engine import SHUTDOWN
+from .protocol import UNSUPPORTED
+from .unavailable import EngineUnavailableError
 
 logger = logging.getLogger(__name__)
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
-          405: "invalid_request_error", 413: "invalid_request_error", 500: "server_error", 503: "server_error"}
+          405: "invalid_request_error", 408: "invalid_request_error", 413: "invalid_request_error",
+          415: "invalid_request_error", 500: "server_error", 503: "server_error"}
+_MAX_COMPLAINTS = 5         # about one body
+_MAX_MESSAGE = 2000         # characters: what fits a screen
+_RETRY_AFTER_S = "1"
 
 
 class ApiError(HTTPException):
     """An answer other than 200. `param` names the field that is to blame."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(status, message)
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None,
+                 headers: Mapping[str, str] | None = None) -> None:
+        if status == 503:
+            headers = {"Retry-After": _RETRY_AFTER_S} | dict(headers or {})
+        super().__init__(status, message, headers)
         self.param = param
         self.code = code
 
@@ -36,8 +46,8 @@ class FailedRequestError(ApiError):
 
 def bad_request(error: ConfigError) -> ApiError:
     """The engine's complaint about a request. Its form is `field=value is not valid; allowed: ...`."""
-    field = str(error).partition("=")[0]
-    return ApiError(400, str(error), field if field.isidentifier() else None)
+    found = re.match(r"(\w+)(?:\.\w+| token id)?[= ]", str(error))
+    return ApiError(400, str(error), found[1] if found and found[0].endswith("=") else None)
 
 
 def check_served(output: RequestOutput) -> None:
@@ -59,7 +69,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, EngineUnavailableError):
         return ApiError(503, str(error))
     if isinstance(error, HTTPException):
-        return ApiError(error.status_code, str(error.detail))
+        return ApiError(error.status_code, str(error.detail), headers=error.headers)
     logger.error("a request failed", exc_info=error)
     return ApiError(500, "internal error")
 
@@ -68,7 +78,7 @@ def error_body(error: ApiError) -> dict[str, Any]:
     """OpenAI's JSON form of an error."""
     kind = _TYPES.get(error.status_code, HTTPStatus(error.status_code).phrase.lower().replace(" ", "_"))
     # A value that is quoted in a message may hold what UTF-8 cannot write.
-    message = str(error.detail).encode("utf-8", "backslashreplace").decode()
+    message = str(error.detail)[:_MAX_MESSAGE].encode("utf-8", "backslashreplace").decode()
     return {"error": {"message": message, "type": kind, "param": error.param, "code": error.code}}
 
 
@@ -94,16 +104,16 @@ def install_error_handlers(app: FastAPI) -> None:
 def _validation_error(errors: Sequence[Any]) -> ApiError:
     """What pydantic found -> one message; of a field that may be of several types, all the complaints."""
     complaints, fields = [], []
-    for error in errors:
-        path = [str(part) for part in error["loc"] if part != "body"]
-        fields.append(path[0] if path else "body")
-        if error["type"] == "extra_forbidden":
-            complaints.append(f"unknown field {'.'.join(path)!r}")
-        elif error["type"] == "json_invalid":
-            complaints.append(f"the body is not JSON: {error['ctx']['error']}")
+    for error in errors[:_MAX_COMPLAINTS]:
+        # A field of a body is part of the place where the body is checked as a whole.
+        path = [str(part) for part in (*error["loc"], error.get("ctx", {}).get("field")) if part not in ("body", None)]
+        fields.append(path[0] if path else None)
+        if error["type"] == UNSUPPORTED:
+            complaints.append(f"{'.'.join(path)} {error['msg']}")
         else:
-            # Text that is no valid UTF-8 must not get into the message, nor a megabyte of it.
-            value = repr(error.get("input"))
+            value = short(error.get("input"))
             value = value if len(value) <= 80 else value[:77] + "..."
-            complaints.append(f"{'.'.join(path) or 'the body'}={value} is not valid: {error['msg']}")
+            complaints.append(f"{'.'.join(path) or 'the body'}={value} is not valid: {error['msg'][:300]}")
+    if len(errors) > _MAX_COMPLAINTS:
+        complaints.append(f"and {len(errors) - _MAX_COMPLAINTS} more")
     return ApiError(400, "; ".join(dict.fromkeys(complaints)), fields[0] if fields else None)

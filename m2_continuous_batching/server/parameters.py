@@ -7,7 +7,7 @@ from m0_basics.config import ConfigError, reject
 from m0_basics.sampling_params import SamplingParams, StructuredOutputsParams
 
 from ..policies import SchedulingParams
-from .protocol import ChatBody, ChatMessage, CompletionBody, GenerationBody
+from .protocol import ChatBody, ChatMessage, CompletionBody, GenerationBody, TemplateOptions
 
 # Fields that go to SamplingParams as they are.
 _SAME = ("n", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "stop", "top_k", "min_p",
@@ -43,13 +43,23 @@ def scheduling_params(body: GenerationBody) -> SchedulingParams:
 
 
 def as_messages(messages: list[ChatMessage]) -> list[dict[str, str]]:
-    """What a chat template reads. The text parts of a message stand on lines of their own, as in vLLM."""
+    """What a chat template reads. The text parts of a message stand on lines of their own, as in vLLM.
+
+    An answer without text, such as one that only called a tool, is the empty text.
+    """
     result = []
     for message in messages:
         content = message.content
-        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
+        text = content if isinstance(content, str) else "\n".join(part.text for part in content or ())
         result.append({"role": message.role, "content": text} | ({"name": message.name} if message.name else {}))
     return result
+
+
+def template_options(body: TemplateOptions) -> dict[str, Any]:
+    """The arguments of `Tokenizer.apply_chat_template` beside the messages."""
+    return {"add_generation_prompt": body.add_generation_prompt is not False,
+            "continue_final_message": bool(body.continue_final_message),
+            "chat_template_kwargs": body.chat_template_kwargs}
 
 
 def _params(body: GenerationBody, extra: dict[str, Any]) -> SamplingParams:

@@ -13,12 +13,14 @@ from pathlib import Path
 import openai
 import pytest
 
+from m2_continuous_batching.server.run import bind
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def start(folder, *arguments, key=None):
     """A server process and its URL, which it prints when it is ready."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"LLM_LAB_API_KEY": key} if key else {})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if key is None else {"LLM_LAB_API_KEY": key})
     process = subprocess.Popen(
         [sys.executable, "-m", "m2_continuous_batching", "serve", "--model", str(folder), "--dtype", "float32",
          "--port", "0", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
@@ -96,3 +98,112 @@ def test_a_bad_option_is_one_clear_error(command, tiny_model):
                      package="m2_continuous_batching")
     assert result.status == 2
     assert "max_model_len=9999" in result.err
+
+
+def test_an_empty_key_is_no_key(command, monkeypatch):
+    """It would serve everybody: whoever sets the variable means to have a key."""
+    monkeypatch.setenv("LLM_LAB_API_KEY", "")
+    result = command("serve", "--model", "no such folder", "--port", 0, package="m2_continuous_batching")
+    assert (result.status, result.err) == (
+        2, "error: LLM_LAB_API_KEY='' is not valid; allowed: a key, or no such variable at all\n")
+    monkeypatch.delenv("LLM_LAB_API_KEY")
+    result = command("serve", "--model", "none", "--port", 0, "--api-key", "", package="m2_continuous_batching")
+    assert result.status == 2
+    assert "api_key=''" in result.err
+
+
+def test_two_servers_at_one_port(command, tiny_model):
+    """The second one is told before it loads its model, also while the first one still loads its own."""
+    with bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        result = command("serve", "--model", "no such folder", "--port", port, package="m2_continuous_batching")
+    assert result.status == 2
+    assert result.err.startswith(f"error: port={port} is not valid")
+    bind("127.0.0.1", port).close()             # and is free again at once
+
+
+@pytest.mark.parametrize(("flags", "part"), [
+    (("--log-level", "loud"), "log_level='loud'"), (("--allowed-origins", "*"), "allowed_origins='*'"),
+    (("--max-step-s", "0"), "max_step_s=0.0"), (("--max-grammar-chars", "0"), "max_grammar_chars=0")])
+def test_a_bad_option_of_the_server(command, flags, part):
+    result = command("serve", "--model", "no such folder", "--port", 0, *flags, package="m2_continuous_batching")
+    assert result.status == 2
+    assert part in result.err
+    assert len(result.err.splitlines()) == 1
+
+
+def test_the_log_of_a_process(tiny_model):
+    """A line for each request on stderr, and nothing else."""
+    process, name, url = start(tiny_model("qwen3"), "--served-model-name", "tiny")
+    try:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        client.completions.create(model=name, prompt="the", max_tokens=3, extra_headers={"X-Request-Id": "mine"})
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert re.fullmatch(r"\S+ \S+ INFO POST /v1/completions 200 1\+[123] tokens \d\S* s mine\n", err), err
+
+
+def test_a_worker_that_does_not_end_does_not_keep_the_process(tmp_path):
+    """SIGTERM while a thread computes for ever: Python would wait for it, and the process ends all the same."""
+    script = tmp_path / "hang.py"
+    script.write_text(HANGING)
+    process = subprocess.Popen([sys.executable, str(script), str(ROOT)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+HANGING = """
+import sys, threading
+from types import SimpleNamespace
+sys.path.insert(0, sys.argv[1])
+from fastapi import FastAPI
+from m2_continuous_batching.server import run
+from m2_continuous_batching.server.workers import Workers
+
+workers = Workers()
+
+class Engine:
+    is_working = True
+    def start(self):
+        workers._short.submit(threading.Event().wait)
+    async def shutdown(self, drain_s):
+        workers.close()
+
+run.serve(FastAPI(), Engine(), run.bind("127.0.0.1", 0), 0.0, lambda: print("ready", flush=True))
+"""
+
+
+@pytest.mark.parametrize("when", ["importing", "running"])
+def test_ctrl_c_leaves_no_traceback(when, tmp_path):
+    """While torch is being imported, and afterwards."""
+    source = tmp_path / "prompts.txt"
+    source.write_text("x")
+    process = subprocess.Popen([sys.executable, "-X", "importtime", "-m", "m0_basics", "chat"], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    wanted = "torch._" if when == "importing" else "m0_basics.llm"
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if wanted in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Traceback" not in "".join(lines) + rest
+
+
+def test_a_full_disk_is_one_line():
+    """`/dev/full` is a disk without room."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-m", "m0_basics", "facts"], stdout=full, stderr=subprocess.PIPE,
+                              text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr == "error: the output cannot be written: No space left on device\n"

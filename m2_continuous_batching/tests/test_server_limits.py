@@ -91,7 +91,6 @@ def assert_error(answer, status, *parts):
     ({"prompt": [9999]}, ["9999", "vocabulary"]), ({"prompt": [-1]}, ["-1"]), ({"prompt": [1, "x"]}, ["prompt"]),
     ({"prompt": [True]}, ["prompt"]), ({"prompt": "x" * 300}, ["300 tokens", "at most 255"]),
     (b'{"prompt": "\\ud800"}', ["surrogate"]), (b'{"prompt": "x", "stop": "\\ud800"}', ["stop"]),
-    (b'{"prompt": "x", "\\ud800": 1}', ["\\ud800"]),
     (b'{"prompt": "x", "request_id": "\\ud800"}', ["request_id"]),
     (b'{"prompt": "x", "temperature": NaN}', ["temperature"]),
     ({"prompt": "x", "temperature": -1}, ["temperature=-1", "allowed"]),
@@ -105,8 +104,8 @@ def assert_error(answer, status, *parts):
     ({"prompt": "x", "best_of": 2, "stream": True}, ["best_of=2"]), ({"prompt": "x", "timeout": 0}, ["timeout"]),
     ({"prompt": "x", "priority": 10 ** 400}, ["priority"]), ({"prompt": "x", "sla_class": "gold"}, ["gold"]),
     ({"prompt": "x", "stream_options": {"include_usage": True}}, ["stream_options"]),
-    ({"prompt": "x", "suffix": "y"}, ["suffix", "not supported"]), ({"prompt": "x", "blah": 1}, ["'blah'"]),
-    ({"prompt": "x", "stream": True, "stream_options": {"a": 1}}, ["stream_options.a"]),
+    ({"prompt": "x", "suffix": "y"}, ["suffix", "not supported"]),
+    ({"prompt": "x", "mirostat": 2}, ["mirostat is not supported"]),
     ({"prompt": "x", "structured_outputs": {}}, ["structured_outputs"]),
 ])
 def test_a_bad_body_is_a_400_that_names_it(server, body, parts):

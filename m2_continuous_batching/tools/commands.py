@@ -4,6 +4,8 @@ A later milestone has the same over its own engine: `COMMANDS = online_commands(
 """
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +13,11 @@ from typing import Annotated, Any
 import typer
 
 from m0_basics.base_llm import BaseLLM
-from m0_basics.config import DEFAULT_MODEL, require
+from m0_basics.config import DEFAULT_MODEL, reject, require
+from m0_basics.tools.cli.options import flags_of, with_flags
 
 from ..llm import LLM
+from ..server.config import ServerConfig
 
 API_KEY_VARIABLE = "LLM_LAB_API_KEY"
 
@@ -24,6 +28,7 @@ def online_commands(llm_class: type[BaseLLM]) -> list[Callable[..., None]]:
 
     def serve(
         engine_options: dict[str, Any],
+        server_options: dict[str, Any],
         host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
         port: Annotated[int, typer.Option(help="Port to listen on (0: any that is free).", min=0, max=65535)] = 8000,
         api_key: Annotated[str | None, typer.Option(envvar=API_KEY_VARIABLE,
@@ -31,27 +36,34 @@ def online_commands(llm_class: type[BaseLLM]) -> list[Callable[..., None]]:
         served_model_name: Annotated[str | None, typer.Option(
             help="The name that clients use for the model (default: as it was given).")] = None,
         max_queued_requests: Annotated[int, typer.Option(
-            help="Requests that may wait for a place; more are refused with status 503.", min=0)] = 1024,
-        max_body_bytes: Annotated[int, typer.Option(help="Largest body of a request.", min=1)] = 4 * 2 ** 20,
+            help="Outputs that may wait for a place; more are refused with status 503.", min=0)] = 1024,
+        max_connections: Annotated[int, typer.Option(
+            help="Connections at the same time; the longest idle one makes room for a new one.", min=1)] = 1000,
         grace: Annotated[float, typer.Option(help="Seconds that open requests get at the end.", min=0)] = 10.0,
+        log_level: Annotated[str, typer.Option(
+            help="debug, info (a line for each request), warning or error.")] = "info",
     ) -> None:
         """Serve the model over HTTP, with OpenAI's API."""
         for module in ("fastapi", "uvicorn"):
             require(module, "serve", extra="serve")
         from ..server import run
-        from ..server.app import ServerConfig, build_app
+        from ..server.app import build_app
         from ..server.async_engine import AsyncLLMEngine
         from ..server.metrics import PrometheusMetrics
 
+        if api_key is None and API_KEY_VARIABLE in os.environ:
+            raise reject(API_KEY_VARIABLE, os.environ[API_KEY_VARIABLE], "a key, or no such variable at all")
         name = served_model_name or str(engine_options.get("model", DEFAULT_MODEL))
-        config = ServerConfig(name, api_key, max_body_bytes)
+        config = ServerConfig(name, api_key, **server_options)
+        _set_up_log(log_level)
         sock = run.bind(host, port)         # first: a port that is taken should not cost the loading of a model
         metrics = PrometheusMetrics(name)
         make_llm: Any = llm_class
-        engine = AsyncLLMEngine(make_llm(plugins=[metrics], **engine_options), max_queued_requests)
+        engine = AsyncLLMEngine(make_llm(plugins=[metrics], **engine_options), max_queued_requests,
+                                config.max_compile_s)
         url = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
         run.serve(build_app(engine, metrics, config), engine, sock, grace,
-                  lambda: typer.echo(_greeting(url, name, api_key is not None)))
+                  lambda: typer.echo(_greeting(url, name, api_key is not None)), max_connections)
 
     def soak(
         engine_options: dict[str, Any],
@@ -69,7 +81,35 @@ def online_commands(llm_class: type[BaseLLM]) -> list[Callable[..., None]]:
         if not run_soak(llm_class, engine_options, clients, seconds, target):
             raise typer.Exit(1)
 
-    return [serve, soak]
+    def stall(
+        engine_options: dict[str, Any],
+        request: Annotated[list[str] | None, typer.Option(help="Only this one, by name; may be repeated.")] = None,
+        output_dir: Annotated[Path | None, typer.Option(
+            help="Where stall.json goes (default: the package's results).")] = None,
+    ) -> None:
+        """Start a server with a tiny model and send it hostile requests: how long do all others wait?"""
+        for module in ("fastapi", "uvicorn", "transformers"):
+            require(module, "stall", extra="dev")
+        from .hostile import HOSTILE
+        from .stall import run_stall
+
+        if unknown := [name for name in request or () if name not in HOSTILE]:
+            raise reject("request", unknown[0], ", ".join(HOSTILE))
+        target = output_dir or Path(__file__).parents[2] / package / "results"
+        if not run_stall(package, engine_options, request or [], target):
+            raise typer.Exit(1)
+
+    server_flags = flags_of(ServerConfig, without=("served_model_name", "api_key"))
+    return [with_flags(serve, {"server_options": server_flags}), soak, stall]
+
+
+def _set_up_log(level: str) -> None:
+    """One line for each request from `info` on, to stderr. Raises ConfigError for an unknown level."""
+    levels = ("debug", "info", "warning", "error")
+    if level not in levels:
+        raise reject("log_level", level, ", ".join(levels))
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger(__package__.partition(".")[0]).setLevel(level.upper())
 
 
 def _greeting(url: str, name: str, has_key: bool) -> str:

@@ -30,7 +30,7 @@ class ServerProcess:
         """Raises ServerError where the server ends before it is ready; what it says goes to stderr."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", package, "serve", "--port", "0", "--served-model-name", served_model_name,
-             *as_flags(engine_options)], stdout=subprocess.PIPE, text=True)
+             "--log-level", "warning", *as_flags(engine_options)], stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         found = re.search(r" at (http://\S+)", self._process.stdout.readline())
         if found is None:

@@ -5,9 +5,12 @@ offers stands in its module `commands`, as the list `COMMANDS`; one with a param
 """
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import inspect
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,16 +29,32 @@ from .batch_file import run_batch_file
 from .options import engine_flags, sampling_flags, with_flags
 from .run_stats import RunStats
 
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 _CHAT_HELP = "Type a message; /reset forgets the conversation, /quit (or Ctrl-D) ends it."
 
 
 def main(package: str) -> None:
-    """Run the command line of a milestone. A ConfigError becomes one line on stderr and exit status 2."""
+    """Run the command line of a milestone. A ConfigError becomes one line on stderr and exit status 2.
+
+    So does a full disk, with status 1: what was to be written is lost, and a traceback would not bring it back.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:           # set while torch was imported: see `m0_basics`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        build_app(package)(prog_name=f"python -m {package}")
+        try:
+            build_app(package)(prog_name=f"python -m {package}")
+        finally:
+            sys.stdout.flush()
     except ConfigError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        typer.secho(f"error: the output cannot be written: {error.strerror}", fg="red", err=True)
+        with Path(os.devnull).open("w") as nowhere:                 # for what Python writes at its end
+            os.dup2(nowhere.fileno(), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+        sys.exit(1)
 
 
 def build_app(package: str) -> typer.Typer:
@@ -63,7 +82,8 @@ def build_app(package: str) -> typer.Typer:
         if (prompt is None) == (prompts_file is None):
             raise ConfigError("generate needs one of a prompt and --prompts-file; allowed: exactly one")
         if prompts_file is not None:
-            failed = run_batch_file(lambda: llm_class(**engine_options), prompts_file, output, sampling_options)
+            failed = run_batch_file(lambda: llm_class(**engine_options), prompts_file, output, sampling_options,
+                                    {"package": package, **engine_options})
             raise typer.Exit(1 if failed else 0)
         if output is not None:
             raise ConfigError("output needs --prompts-file; allowed: shell redirection for a single prompt")

@@ -3,18 +3,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import typer
+from tqdm import tqdm
 
 from m0_basics.base_llm import BaseLLM
 from m0_basics.config import ConfigError, reject
 from m0_basics.outputs import RequestOutput
-from m0_basics.request import Logprob, RequestMetrics
+from m0_basics.request import Logprob, Request, RequestMetrics
 from m0_basics.sampling_params import SamplingParams
+
+from .journal import Journal, input_key
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,16 @@ class Job:
     is_chat: bool = False
 
 
-def run_batch_file(make_llm: Callable[[], BaseLLM], source: Path, target: Path | None,
-                   defaults: dict[str, Any]) -> int:
+def run_batch_file(make_llm: Callable[[], BaseLLM], source: Path, target: Path | None, defaults: dict[str, Any],
+                   engine_options: Mapping[str, Any] | None = None) -> int:
     """Run every line of `source`; write one JSON object a line to `target` (or stdout). Return the bad lines' number.
 
     A line is a prompt, or, in a .jsonl file, an object with `prompt`, `prompt_token_ids` or `messages` and any
     sampling parameters. Blank lines are passed over. Raises ConfigError before anything is run where `source`
     cannot be read or `target` cannot be written.
+
+    Results go to `<target>.part` as they come. After a run that was cut off the same command goes on from there:
+    a result counts if its line, its parameters and `engine_options` are still the same.
     """
     lines = read_lines(source)
     if target is not None and target.exists() and target.samefile(source):
@@ -41,38 +47,140 @@ def run_batch_file(make_llm: Callable[[], BaseLLM], source: Path, target: Path |
     if target is not None:
         check_writable(target)
     SamplingParams.from_options(**defaults)
-    jobs, results = list[Job](), dict[int, dict[str, Any]]()
+    writer = _Writer([number for number, _ in lines], target)
+    jobs = []
     for number, text in lines:
-        try:
-            jobs.append(parse_line(number, text, source.suffix == ".jsonl", defaults))
-        except ConfigError as error:
-            results[number] = {"line": number, "error": str(error)}
-    if jobs:
-        llm = make_llm()
-        ready = []
+        key = input_key(number, text, [defaults, engine_options])
+        if not writer.has(number, key):
+            try:
+                jobs.append(parse_line(number, text, source.suffix == ".jsonl", defaults))
+                writer.keys[number] = key
+            except ConfigError as error:
+                writer.put_error(source, number, error)
+    try:
+        if jobs:
+            _run_jobs(make_llm(), jobs, source, writer)
+    except KeyboardInterrupt:
+        writer.interrupted()
+        raise
+    finally:
+        writer.close()
+    writer.finish()
+    return writer.num_bad
+
+
+def _run_jobs(llm: BaseLLM, jobs: list[Job], source: Path, writer: _Writer) -> None:
+    """All of them at once, as far as the engine can; each result is written when it is there."""
+    requests: dict[str, Job] = {}
+    try:
         for job in jobs:
             try:
-                ready.append((job, _as_prompt(llm, job)))
+                request = _as_request(llm, job)
+                llm.engine.add_request(request)
+                requests[request.request_id] = job
             except ConfigError as error:
-                results[job.line] = {"line": job.line, "error": str(error)}
-        outputs = llm.generate([prompt for _, prompt in ready], [job.params for job, _ in ready])
-        for (job, _), output in zip(ready, outputs, strict=True):
-            results[job.line] = {"line": job.line, **describe(output)}
-    bad = [r for r in results.values() if "error" in r]
-    for r in sorted(bad, key=lambda r: r["line"]):
-        typer.secho(f"error: {source}, line {r['line']}: {r['error']}", fg="red", err=True)
-    _write([results[number] for number in sorted(results)], target)
-    return len(bad)
+                writer.put_error(source, job.line, error)
+        with tqdm(total=len(requests), desc="prompts", dynamic_ncols=True) as bar:
+            while llm.engine.has_unfinished_requests():
+                for output in llm.engine.step():
+                    writer.put(requests.pop(output.request_id).line, describe(output))
+                    bar.update()
+    finally:
+        for request_id in requests:
+            llm.engine.abort_request(request_id)
 
 
-def _as_prompt(llm: BaseLLM, job: Job) -> dict[str, Any]:
-    """Tokenise and check one job, so that a bad one is found before any is run."""
+def _as_request(llm: BaseLLM, job: Job) -> Request:
     prompt, special = job.prompt, True
     if job.is_chat:
         prompt, special = llm.get_tokenizer().apply_chat_template(job.prompt), False
-    request = llm.input_processor.process(prompt, job.params, add_special_tokens=special)
-    llm.engine.check_request(request)
-    return {"prompt": request.prompt, "prompt_token_ids": request.prompt_token_ids}
+    return llm.input_processor.process(prompt, job.params, add_special_tokens=special)
+
+
+class _Writer:
+    """Puts results where they belong: at once into the journal, at last into the target; or to stdout, in order."""
+
+    def __init__(self, numbers: list[int], target: Path | None) -> None:
+        self.target = target
+        self.num_bad = 0
+        self.keys: dict[int, str] = {}                  # of the lines that are run
+        self._numbers = numbers                         # of the lines, in order; those before `_next` are on stdout
+        self._next = 0
+        self._results: dict[int, dict[str, Any]] = {}
+        self._failed = False
+        self._journal: Journal | None = None
+        if target is not None:
+            try:
+                self._journal = Journal(target)
+            except OSError as error:
+                self._fail(error)
+            if self._journal is not None and len(self._journal):
+                typer.secho(f"{len(self._journal)} results of an earlier run are in {self._journal.path}", err=True)
+
+    def has(self, number: int, key: str) -> bool:
+        """Whether an earlier run has the result of this line, which is then taken."""
+        result = self._journal and self._journal.get(key)
+        if result:
+            self._results[number] = result
+        return bool(result)
+
+    def put(self, number: int, result: dict[str, Any]) -> None:
+        self._results[number] = {"line": number, **result}
+        if self._journal is not None and not self._failed:
+            try:
+                self._journal.add(self.keys[number], self._results[number])
+            except OSError as error:
+                self._fail(error)
+        self._print_next()
+
+    def put_error(self, source: Path, number: int, error: ConfigError) -> None:
+        """A bad line is named and skipped."""
+        self.num_bad += 1
+        self._results[number] = {"line": number, "error": str(error)}
+        typer.secho(f"error: {source}, line {number}: {error}", fg="red", err=True)
+        self._print_next()
+
+    def interrupted(self) -> None:
+        where = ""
+        if self._journal is not None and not self._failed:
+            where = f"; those that are there are in {self._journal.path}; the same command goes on from there"
+        typer.secho(f"interrupted{where}", fg="red", err=True)
+
+    def close(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+
+    def finish(self) -> None:
+        """Write the target. Exits with status 1 where that is not possible; the results then are on stdout."""
+        if self.target is not None and not self._failed:
+            try:
+                with self.target.open("w", encoding="utf-8") as file:
+                    file.writelines(_row(self._results[number]) for number in self._numbers)
+            except OSError as error:
+                self._fail(error)
+        if self._failed:
+            self._print_next()
+            raise typer.Exit(1)
+        if self._journal is not None:
+            self._journal.remove()
+
+    def _print_next(self) -> None:
+        """To stdout: the results that are there, as far as none is missing before them."""
+        if self.target is not None and not self._failed:
+            return
+        while self._next < len(self._numbers) and self._numbers[self._next] in self._results:
+            sys.stdout.write(_row(self._results[self._numbers[self._next]]))
+            self._next += 1
+        sys.stdout.flush()
+
+    def _fail(self, error: OSError) -> None:
+        self._failed = True
+        typer.secho(f"error: output={str(self.target)!r} cannot be written: {error.strerror}; the results follow on "
+                    "standard output", fg="red", err=True)
+
+
+def _row(result: dict[str, Any]) -> str:
+    return json.dumps(result, ensure_ascii=False) + "\n"
 
 
 def read_lines(source: Path) -> list[tuple[int, str]]:
@@ -152,21 +260,3 @@ def _metrics(output: RequestOutput, metrics: RequestMetrics, finished: float) ->
 def _logprobs(step: dict[int, Logprob]) -> dict[int, dict[str, Any]]:
     return {token_id: {"logprob": entry.logprob, "rank": entry.rank, "decoded_token": entry.decoded_token}
             for token_id, entry in step.items()}
-
-
-def _write(results: list[dict[str, Any]], target: Path | None) -> None:
-    def rows() -> Iterator[str]:
-        return (json.dumps(r, ensure_ascii=False) + "\n" for r in results)
-
-    if target is not None:
-        try:
-            with target.open("w", encoding="utf-8") as file:
-                file.writelines(rows())
-            return
-        except OSError as error:
-            typer.secho(f"error: output={str(target)!r} cannot be written: {error.strerror}; the results follow on "
-                        "standard output", fg="red", err=True)
-    sys.stdout.writelines(rows())
-    sys.stdout.flush()
-    if target is not None:
-        raise typer.Exit(1)

@@ -58,6 +58,13 @@ def engine_flags(config_class: type[EngineConfig], without: Iterable[str] = ()) 
     return flags
 
 
+def flags_of(options_class: type, without: Iterable[str] = ()) -> dict[str, Flag]:
+    """A flag for each field of a dataclass of options."""
+    hints = get_type_hints(options_class)
+    return {f.name: _flag(f, hints[f.name], f.default) for f in dataclasses.fields(options_class)
+            if f.name not in without}
+
+
 def as_flags(options: Mapping[str, Any]) -> list[str]:
     """Engine options -> the words of a command line; None is left to its default. The inverse of `engine_flags`."""
     flags = []

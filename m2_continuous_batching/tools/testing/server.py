@@ -16,12 +16,15 @@ import uvicorn
 
 from m0_basics.base_llm import BaseLLM
 from m2_continuous_batching.engine import engine_of
-from m2_continuous_batching.server.app import ServerConfig, build_app
+from m2_continuous_batching.server.app import build_app
 from m2_continuous_batching.server.async_engine import AsyncLLMEngine
+from m2_continuous_batching.server.config import ServerConfig
+from m2_continuous_batching.server.connections import bounded_protocol
 from m2_continuous_batching.server.metrics import PrometheusMetrics
 from m2_continuous_batching.server.run import bind
 
 MODEL = "tiny"
+PROTOCOL_LIMITS = (1000, 20.0)      # connections, and seconds for the headers of a request
 
 
 class RunningServer:
@@ -35,8 +38,9 @@ class RunningServer:
         self.app = build_app(self.engine, metrics, ServerConfig(MODEL, **config))
         self._sock = bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._sock.getsockname()[1]}"
-        self._uvicorn = uvicorn.Server(uvicorn.Config(self.app, log_level="warning", lifespan="off",
-                                                      timeout_graceful_shutdown=5))
+        self._uvicorn = uvicorn.Server(uvicorn.Config(
+            self.app, http=bounded_protocol(*PROTOCOL_LIMITS), log_level="warning", lifespan="off",
+            timeout_graceful_shutdown=5))
         self._thread = threading.Thread(target=self._uvicorn.run, args=([self._sock],), daemon=True)
 
     def __enter__(self) -> Self:
@@ -50,6 +54,11 @@ class RunningServer:
         self._uvicorn.should_exit = True
         self._thread.join()
         asyncio.run(self.engine.shutdown())
+
+    @property
+    def connections(self) -> set[Any]:
+        """Those that are open."""
+        return self._uvicorn.server_state.connections
 
     def client(self, **options: Any) -> openai.OpenAI:
         """The official client."""

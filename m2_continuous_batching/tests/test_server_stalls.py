@@ -1,0 +1,282 @@
+"""F2.12: no request holds up all others: what is too much is refused before it is worked on, the rest runs aside.
+
+How long others wait is measured by `python -m m2_continuous_batching stall`. Here stands why it cannot be long: what
+is refused before anything is tokenised, compiled or made a list of complaints, and in which thread the rest runs.
+"""
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+
+import pytest
+
+from m0_basics import ConfigError, SamplingParams
+from m0_basics.loading.tokenizer import Tokenizer
+from m2_continuous_batching import LLM
+from m2_continuous_batching.server.app import running
+from m2_continuous_batching.server.async_engine import AsyncLLMEngine
+from m2_continuous_batching.server.bodies import count_nodes, parse_json
+from m2_continuous_batching.server.errors import ApiError
+from m2_continuous_batching.server.unavailable import EngineStoppedError, QueueFullError
+from m2_continuous_batching.server.workers import Workers
+from m2_continuous_batching.tools.hostile import HOSTILE, body_of
+from m2_continuous_batching.tools.testing.server import RunningServer, wait_until
+
+OPTIONS = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 64}
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model):
+    with RunningServer(lambda plugins: LLM(str(tiny_model("qwen3")), plugins=plugins, **OPTIONS),
+                       max_queued_requests=1024) as running_server:
+        yield running_server
+
+
+@pytest.fixture
+def worked(server, monkeypatch):
+    """(what, in which thread) for everything that takes long."""
+    done: list[tuple[str, str]] = []
+
+    def watch(owner, name):
+        inner = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            done.append((name, threading.current_thread().name.partition("_")[0]))
+            return inner(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(Tokenizer, "encode_batch")
+    watch(server.llm.engine.sampler.grammars, "_compile_alone")
+    watch(server.llm.input_processor, "process")
+    return done
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE if name != "4 MB of digits to /tokenize"])      # minutes
+def test_a_hostile_request(server, worked, name):
+    """It gets a short answer or a short complaint, and leaves nothing behind. What takes long runs in no thread of
+    the server's own, and what is refused for its size has run nowhere.
+    """
+    case = HOSTILE[name]
+    body = body_of(name)
+    assert len(body) <= 4 * 2 ** 20
+    status, answer = server.send(case.path, body)
+    assert status == case.status, str(answer)[:500]
+    if status != 200:
+        assert set(answer["error"]) == {"message", "type", "param", "code"}
+        assert len(answer["error"]["message"]) <= 2000
+        assert case.param in (None, answer["error"]["param"]), answer
+    if case.is_refused_early:
+        assert worked == []
+    assert {thread for _, thread in worked} <= {"inputs", "long-inputs", "compile"}
+    assert server.send("/health") == (200, "")
+    wait_until(server.is_empty, 60)
+
+
+@pytest.mark.parametrize(("path", "body", "param"), [
+    (COMPLETIONS, {"prompt": "x", "stop": ["y"] * 1025}, "stop"),
+    (COMPLETIONS, {"prompt": "x", "stop": "y" * 65_537}, "stop"),
+    (COMPLETIONS, {"prompt": "x", "bad_words": ["y" * 40_000] * 2}, "bad_words"),
+    (COMPLETIONS, {"prompt": "x", "logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
+    (COMPLETIONS, {"prompt": "x", "stop_token_ids": [1] * 1025}, "stop_token_ids"),
+    (COMPLETIONS, {"prompt": "x", "allowed_token_ids": [1] * 1025}, "allowed_token_ids"),
+    (COMPLETIONS, {"prompt": ["x"] * 1089}, "prompt"), (COMPLETIONS, {"prompt": [[1]] * 1089}, "prompt"),
+    (COMPLETIONS, {"prompt": ["x"] * 9, "n": 128}, "n"),
+    (COMPLETIONS, {"prompt": ["x"] * 9, "best_of": 128}, "best_of"),
+    (COMPLETIONS, {"prompt": "x", "guided_regex": "a" * 120_001}, "guided_regex"),
+    (COMPLETIONS, {"prompt": "x", "guided_json": json.dumps({"const": "a" * 120_000})}, "guided_json"),
+    (CHAT, {"messages": [{"role": "user", "content": "x"}] * 2049}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 1025}] * 2}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": "x"}], "response_format": {
+        "type": "json_schema", "json_schema": {"name": "x", "schema": {"const": "a" * 120_000}}}}, "response_format"),
+    (CHAT, {"messages": [{"role": "user", "content": "x"}],
+            "structured_outputs": {"choice": ["a" * 60_000, "b" * 60_001]}}, "structured_outputs"),
+])
+def test_one_more_than_the_limit(server, worked, path, body, param):
+    status, answer = server.send(path, body)
+    assert (status, answer["error"]["param"]) == (400, param), answer
+    assert "allowed: at most" in answer["error"]["message"]
+    assert worked == []
+
+
+@pytest.mark.parametrize(("path", "body"), [
+    (COMPLETIONS, {"prompt": "x", "stop": [f"{i}." for i in range(1024)]}),
+    (COMPLETIONS, {"prompt": "x", "bad_words": [f"word {i}" for i in range(1024)]}),
+    (COMPLETIONS, {"prompt": "x", "logit_bias": {str(i): 1 for i in range(288)}}),
+    (COMPLETIONS, {"prompt": "x", "structured_outputs": {"choice": [f"{i:05d}" for i in range(5000)]}}),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 32}]}),
+])
+def test_as_much_as_the_limit(server, path, body):
+    assert server.send(path, {"max_tokens": 3} | body)[0] == 200
+
+
+@pytest.mark.parametrize(("body", "message"), [
+    (b"[" * 60_000, "more lists"), (b'{"prompt": ' + b"[{}]," * 60_000, "more lists"),
+    (b"{" + b'"a":1,' * 60_000, "more lists"), (b"[" * 20_000, "not JSON"), (b"9" * 100_000, "not JSON"),
+    (b'"' + b"\\" * 10 ** 6, "not JSON"), (b'{"a": "\xff"}', "UTF-8"), (b"{} x", "not JSON")])
+def test_structure_is_counted_before_it_is_parsed(body, message):
+    with pytest.raises(ApiError, match=message):
+        parse_json(body)
+
+
+def test_brackets_in_texts_do_not_count():
+    """A program with many of them is one text."""
+    text = '{"a": [1, "\\""]}' * 40_000
+    body = json.dumps({"prompt": text}).encode()
+    assert count_nodes(body) > 100_000
+    assert parse_json(body) == {"prompt": text}
+
+
+def test_a_million_mistakes_are_answered_with_a_few(server):
+    for body in ({"prompt": [None] * 500_000}, {"prompt": "x", "logit_bias": {str(i): "a" for i in range(1000)}},
+                 {"prompt": [[None] * 1000] * 500}):
+        status, answer = server.send(COMPLETIONS, body)
+        assert status == 400
+        assert len(json.dumps(answer)) < 3000
+    messages = [{"role": i, "content": 5} for i in range(2000)]
+    status, answer = server.send(CHAT, {"messages": messages})
+    assert status == 400
+    assert len(json.dumps(answer)) < 3000
+
+
+def make_engine(tiny_model, **settings):
+    return AsyncLLMEngine(LLM(str(tiny_model("qwen3")), **OPTIONS), **settings)
+
+
+def test_a_long_text_waits_for_long_ones_only(tiny_model, monkeypatch):
+    """While a text of a megabyte is tokenised a short request begins and ends."""
+    engine, begun, go_on = make_engine(tiny_model), threading.Event(), threading.Event()
+    encode_batch = Tokenizer.encode_batch
+
+    def slow(self, texts, *rest, **options):
+        if len(texts[0]) > 3000:
+            begun.set()
+            assert go_on.wait(60)
+        return encode_batch(self, texts, *rest, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", slow)
+    monkeypatch.setattr("m2_continuous_batching.server.workers.LONG", 3000)
+    monkeypatch.setattr(engine.llm.input_processor, "_check_length", lambda *_: None)
+    short = SamplingParams(temperature=0, max_tokens=2)
+
+    async def last(prompt):
+        return [output async for output in engine.generate(prompt, short)][-1]
+
+    async def run():
+        async with running(engine):
+            long = asyncio.create_task(last("the " * 1000))
+            while not begun.is_set():
+                await asyncio.sleep(0.005)
+            assert (await last("the one")).finished
+            assert not long.done()
+            go_on.set()
+            with pytest.raises(ConfigError, match="tokens; allowed"):
+                await long
+
+    asyncio.run(run())
+
+
+def test_a_text_that_cannot_fit_is_not_tokenised(server, worked):
+    """By its characters: no token stands for more of them than the longest."""
+    most = 255 + 1
+    longest = server.llm.get_tokenizer().max_chars_per_token
+    status, answer = server.send(COMPLETIONS, {"prompt": "x" * (most * longest + 1)})
+    assert (status, answer["error"]["param"]) == (400, None)
+    assert f"allowed: at most {most * longest} characters" in answer["error"]["message"]
+    assert "encode_batch" not in dict(worked)
+    assert server.send(COMPLETIONS, {"prompt": "x" * most * longest})[0] == 400
+    assert "encode_batch" in dict(worked)
+
+
+def test_a_constraint_that_takes_too_long(tiny_model, monkeypatch):
+    """Its request is told to come again; another one is not held up; the number of those that wait is limited."""
+    engine, go_on = make_engine(tiny_model, max_compile_s=0.2), threading.Event()
+    grammars = engine.llm.engine.sampler.grammars
+    compile_alone = grammars._compile_alone
+    monkeypatch.setattr(grammars, "_compile_alone", lambda *source: (go_on.wait(60), compile_alone(*source))[1])
+    choice = SamplingParams(structured_outputs={"choice": ["yes", "no"]}, max_tokens=20)
+
+    async def run():
+        async with running(engine):
+            with pytest.raises(QueueFullError, match="was not compiled within"):
+                await engine.add_requests([[1]], choice, stream=False)
+            [stream] = await engine.add_requests([[1]], SamplingParams(max_tokens=2), stream=False)
+            assert (await stream.next()).finished
+            engine.workers._num_compiling = 32
+            with pytest.raises(QueueFullError, match="32 constraints"):
+                await engine.add_requests([[1]], choice, stream=False)
+            engine.workers._num_compiling = 0
+            go_on.set()
+            engine.max_compile_s = 60
+            [stream] = await engine.add_requests([[1]], choice, stream=False)
+            assert (await stream.next()).outputs[0].text in ("yes", "no")
+
+    asyncio.run(run())
+
+
+def test_health_fails_when_a_step_does_not_end(tiny_model):
+    """And is well again after it; between requests no step is under way."""
+    with RunningServer(lambda plugins: LLM(str(tiny_model("qwen3")), plugins=plugins, **OPTIONS),
+                       max_step_s=0.3) as server:
+        runner, go_on = server.llm.engine.runner, threading.Event()
+        execute = runner.execute
+        runner.execute = lambda inputs: (go_on.wait(60), execute(inputs))[1]
+        waiting = threading.Thread(target=server.send, args=(COMPLETIONS, {"prompt": "x", "max_tokens": 1}))
+        waiting.start()
+        wait_until(lambda: server.send("/health")[0] == 503)
+        assert "a step runs for" in server.send("/health")[1]["status"]
+        go_on.set()
+        waiting.join()
+        wait_until(lambda: server.send("/health")[0] == 200)
+        time.sleep(0.4)
+        assert server.send("/health")[0] == 200
+        assert server.engine.step_age == 0
+
+
+def test_the_end_does_not_wait_for_a_step_that_hangs(tiny_model, monkeypatch):
+    """Who waits for it is told; so is who waits for a tokenizer or a compiler that hangs."""
+    monkeypatch.setattr("m2_continuous_batching.server.async_engine._JOIN_S", 0.2)
+    engine, go_on = make_engine(tiny_model), threading.Event()
+    runner = engine.llm.engine.runner
+    execute = runner.execute
+    runner.execute = lambda inputs: (go_on.wait(60), execute(inputs))[1]
+
+    async def run():
+        engine.start()
+        [stream] = await engine.add_requests([[1]], SamplingParams(max_tokens=2), stream=False)
+        hanging = asyncio.create_task(engine.workers.run(lambda: go_on.wait(60)))
+        queued = asyncio.create_task(engine.workers.run(lambda: 1))
+        await asyncio.sleep(0.05)
+        begin = time.perf_counter()
+        await engine.shutdown()
+        assert time.perf_counter() - begin < 20
+        for waiting in (stream.next(), hanging, queued):
+            with pytest.raises(EngineStoppedError):
+                await waiting
+        assert engine.is_working
+        go_on.set()
+
+    asyncio.run(run())
+    wait_until(lambda: not engine.is_working)
+
+
+def test_workers_drop_what_nobody_waits_for():
+    """A client that goes away while it queues costs nothing any more."""
+    workers, go_on, done = Workers(), threading.Event(), []
+
+    async def run():
+        first = asyncio.create_task(workers.run(lambda: go_on.wait(60)))
+        second = asyncio.create_task(workers.run(lambda: done.append("second")))
+        third = asyncio.create_task(workers.run(lambda: done.append("third")))
+        await asyncio.sleep(0.05)
+        second.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        await asyncio.gather(first, third)
+        workers.close()
+
+    asyncio.run(run())
+    assert done == ["third"]

@@ -1,0 +1,119 @@
+"""How long one request makes all others wait: hostile ones, one at a time, beside a stream and a watcher of /health.
+
+    stream   token token token ....... token         the longest gap between two tokens
+    health   200  200  200  ...........  200         the longest answer
+    hostile              [ one request ]
+
+The server is a process of its own with a tiny random model, so that a step takes next to nothing: what a gap shows is
+the server and not the model. The bar is `BAR_S`, on two cores that do nothing else.
+"""
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from m0_basics.tools.bench.report import BenchReport
+from m0_basics.tools.testing.tiny_models import save_tiny_model
+
+from .hostile import HOSTILE, body_of
+from .soak_server import ServerProcess
+
+BAR_S = 0.5
+_QUIET_S = 1.0              # for which the stream runs alone before each, and after it
+_OPTIONS = {"dtype": "float32", "max_num_seqs": 160}
+
+
+def run_stall(package: str, engine_options: Mapping[str, Any], names: list[str], output_dir: Path) -> bool:
+    """Measure, print, write stall.json; return whether everybody waited for less than `BAR_S`."""
+    options = {**_OPTIONS, **engine_options}
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        options.setdefault("model", str(save_tiny_model(Path(folder), "qwen3")))
+        with ServerProcess(package, options, "tiny") as server:
+            for name in names or HOSTILE:
+                results[name] = beside(server.url, HOSTILE[name].path, body_of(name))
+                server.wait_for_idle()
+                typer.secho(f"{name:40} status {results[name]['status']:.0f} after {results[name]['seconds']:6.2f} s; "
+                            f"longest gap {results[name]['token_gap_s']:.2f} s, "
+                            f"/health {results[name]['health_s']:.2f} s",
+                            fg="red" if _worst(results[name]) > BAR_S else None)
+    del options["model"]
+    worst = max(map(_worst, results.values()))
+    measured = {"bar_s": BAR_S, "worst_s": worst, "requests": results}
+    report = BenchReport.create(package, options, (), {"stall": measured})
+    report.save(output_dir / "stall.json")
+    typer.echo(f"others wait for {worst:.2f} s at the most; allowed: {BAR_S} s")
+    return worst <= BAR_S
+
+
+def _worst(result: Mapping[str, float]) -> float:
+    return max(result["token_gap_s"], result["health_s"])
+
+
+def beside(url: str, path: str, body: bytes) -> dict[str, float]:
+    """Send one request beside a stream and a watcher of /health: its status, and times in seconds."""
+    over, gaps, answers = threading.Event(), list[float](), list[float]()
+    watchers = [threading.Thread(target=_watch_stream, args=(url, over, gaps)),
+                threading.Thread(target=_watch_health, args=(url, over, answers))]
+    for watcher in watchers:
+        watcher.start()
+    time.sleep(_QUIET_S)
+    begin = time.perf_counter()
+    status = _post(url + path, body)
+    seconds = time.perf_counter() - begin
+    time.sleep(_QUIET_S)
+    over.set()
+    for watcher in watchers:
+        watcher.join()
+    return {"status": status, "seconds": seconds, "token_gap_s": max(gaps), "health_s": max(answers)}
+
+
+def _watch_stream(url: str, over: threading.Event, gaps: list[float]) -> None:
+    """One stream after the other. A gap is the time from one event of a stream to the next."""
+    body = json.dumps({"prompt": "the", "max_tokens": 400, "temperature": 0, "ignore_eos": True, "stream": True})
+    while not over.is_set():
+        try:
+            last = None
+            with _open(url + "/v1/completions", body.encode()) as answer:
+                for line in answer:
+                    if line.startswith(b"data: "):
+                        now = time.perf_counter()
+                        gaps += [] if last is None else [now - last]
+                        last = now
+                    if over.is_set():
+                        return
+        except urllib.error.HTTPError as error:         # the queue is full: that is no stall
+            error.read()
+            time.sleep(0.02)
+
+
+def _watch_health(url: str, over: threading.Event, answers: list[float]) -> None:
+    while not over.is_set():
+        begin = time.perf_counter()
+        with urllib.request.urlopen(url + "/health", timeout=300) as answer:
+            answer.read()
+        answers.append(time.perf_counter() - begin)
+        time.sleep(0.01)
+
+
+def _post(url: str, body: bytes) -> int:
+    try:
+        with _open(url, body) as answer:
+            answer.read()
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        error.read()
+        return error.code
+
+
+def _open(url: str, body: bytes) -> Any:
+    return urllib.request.urlopen(urllib.request.Request(url, body, {"content-type": "application/json"}), timeout=300)
