@@ -14,13 +14,9 @@ from m0_basics.tools.testing.parity import mixed_length_prompts
 from m2_continuous_batching import LLM, SchedulingParams
 from m2_continuous_batching.plugins import SchedulerPlugin
 from m2_continuous_batching.server.app import running
-from m2_continuous_batching.server.async_engine import (
-    AsyncLLMEngine,
-    EngineDeadError,
-    EngineStoppedError,
-    QueueFullError,
-)
+from m2_continuous_batching.server.async_engine import AsyncLLMEngine
 from m2_continuous_batching.server.output_stream import OutputStream
+from m2_continuous_batching.server.unavailable import EngineDeadError, EngineStoppedError, QueueFullError
 
 OPTIONS = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 3}
 PROMPTS = mixed_length_prompts(260, 6, seed=3)
