@@ -153,7 +153,7 @@ def test_the_last_message_goes_on(template, content, tiny_model, tmp_path):
     chat = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
     expected = theirs.apply_chat_template(chat, tokenize=False, continue_final_message=True)
     assert ours.apply_chat_template(chat, False, continue_final_message=True) == expected
-    assert expected.endswith(content.strip())
+    assert expected.rstrip().endswith(content.strip())
 
 
 def test_what_cannot_go_on(tiny_model, tmp_path):

@@ -106,6 +106,7 @@ class TestBadArguments:
     @pytest.mark.parametrize(("arguments", "message"), [
         (["generate", "x", "--temperature", "-1"], "temperature=-1.0 is not valid; allowed: a number >= 0"),
         (["generate", "x", "--top-p", "0"], "top_p=0.0 is not valid; allowed: a number above 0, up to 1"),
+        (["chat", "x", "--chat-template-kwargs", "[1]"], "chat_template_kwargs='[1]' is not valid; allowed: a JSON"),
         (["generate", "x", "--n", "2"], "n=2 is not valid; allowed: 1 where temperature is 0 (greedy outputs are all"),
         (["generate", "x", "--logit-bias", "{"], "logit_bias='{' is not valid; allowed: JSON such as {\"42\": -1.5}"),
         (["generate", "x", "--structured-outputs", "abc"], "structured_outputs='abc' is not valid; allowed: JSON such"),

@@ -70,6 +70,10 @@ class TestPromptsFile:
             (json.dumps({"messages": 5}), "allowed: a list of dicts with role and content"),
             (json.dumps({"messages": [{"role": "user", "content": 5}]}), "the chat template refuses these messages"),
             (json.dumps({"prompt": "the", "n": 2, "temperature": 1, "seed": 1}), None),
+            (json.dumps({"messages": chat, "add_generation_prompt": False, "continue_final_message": True}), None),
+            (json.dumps({"messages": chat, "continue_final_message": True}), "add_generation_prompt=True"),
+            (json.dumps({"messages": chat, "chat_template_kwargs": 5}), "chat_template_kwargs=5 is not valid"),
+            (json.dumps({"prompt": "the", "chat_template_kwargs": {}}), "unknown sampling parameter"),
         ]
         source = tmp_path / "prompts.jsonl"
         source.write_text("\n".join(line for line, _ in lines), encoding="utf-8")
@@ -87,6 +91,9 @@ class TestPromptsFile:
         assert outputs[13][0]["token_ids"] == [17] * 4
         assert outputs[22][0]["text"] == text_of(folder, chat, greedy(4, ignore_eos=False))
         assert len(outputs[28]) == 2
+        begun = "<|im_start|>user\nthe"
+        assert rows[28]["prompt"] == begun
+        assert outputs[29][0]["text"] == text_of(folder, begun, greedy(4, ignore_eos=False))
 
     def test_only_good_lines(self, command: Command, folder: Path, tmp_path: Path) -> None:
         source = tmp_path / "prompts.txt"

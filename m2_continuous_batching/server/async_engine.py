@@ -27,8 +27,9 @@ from m0_basics.sampling_params import SamplingParams
 
 from ..engine import engine_of
 from ..policies import SchedulingParams
+from .admission import check_room, check_size, is_chat, num_chars
 from .output_stream import OutputStream
-from .unavailable import EngineDeadError, EngineStoppedError, EngineUnavailableError, QueueFullError
+from .unavailable import EngineDeadError, EngineStoppedError, EngineUnavailableError
 from .workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -144,13 +145,13 @@ class AsyncLLMEngine:
         """
         assert request_id is None or len(prompts) == 1
         self._check_accepting()
-        self._check_size(len(prompts), params)
+        check_size(len(prompts), params, self.max_prompts)
 
         def process() -> list[Request]:
             return [self._process(prompt, params, stream, add_special_tokens, template_options or {})
                     for prompt in prompts]
 
-        requests = await self.workers.run(process, sum(map(_num_chars, prompts)))
+        requests = await self.workers.run(process, sum(map(num_chars, prompts)))
         if params.structured_outputs is not None or params.bad_words:
             # What takes long is done here, once, and kept: neither the engine nor other prompts wait for it.
             await self.workers.compile(lambda: self._engine.sampler.check(params), self.max_compile_s)
@@ -175,7 +176,7 @@ class AsyncLLMEngine:
 
     def _process(self, prompt: Any, params: SamplingParams, stream: bool, add_special_tokens: bool,
                  template_options: Mapping[str, Any]) -> Request:
-        if _is_chat(prompt):
+        if is_chat(prompt):
             prompt = self.llm.get_tokenizer().apply_chat_template(prompt, **template_options)
             add_special_tokens = False
         return self.llm.input_processor.process(prompt, params, stream, add_special_tokens)
@@ -233,31 +234,12 @@ class AsyncLLMEngine:
     def _add(self, streams: list[OutputStream], params: SchedulingParams | None) -> None:
         engine = self._engine
         self._check_accepting()
-        self._check_room(streams)
+        check_room(streams, self._streams.values(), engine.scheduler.queues.max_num_seqs, self.max_queued_requests)
         for stream in streams:
             engine.check_request(stream.request, params)
         for stream in streams:
             engine.add_request(stream.request, params)
             self._streams[stream.request.request_id] = stream
-
-    def _check_size(self, num_prompts: int, params: SamplingParams) -> None:
-        """Raise ConfigError for a request that is larger than all that this engine ever holds."""
-        most, num_each = self.max_prompts, params.best_of or 1
-        if most is not None and num_prompts > most:
-            raise ConfigError(f"{num_prompts} prompts in one request; allowed: at most {most}, which this server holds")
-        if most is not None and num_prompts * num_each > most:
-            name = "n" if num_each == params.n else "best_of"
-            raise ConfigError(f"{name}={num_each} is not valid for {num_prompts} prompts; allowed: at most {most} "
-                              "outputs, which this server holds")
-
-    def _check_room(self, streams: list[OutputStream]) -> None:
-        """Raise QueueFullError where the outputs would be more than run and wait at the most."""
-        if (most := self.max_prompts) is not None:
-            present = sum(map(_num_unfinished, self._streams.values()))
-            if present + sum(map(_num_unfinished, streams)) > most:
-                places = self._engine.scheduler.queues.max_num_seqs
-                raise QueueFullError(f"{present} outputs run or wait; allowed: {places} that run and "
-                                     f"max_queued_requests={self.max_queued_requests} that wait; try again later")
 
     def _abort(self, request_id: str, reason: str | None = None) -> None:
         stream = self._streams.get(request_id)
@@ -299,21 +281,3 @@ class AsyncLLMEngine:
             except RuntimeError:
                 logger.info("request %s has no consumer any more", stream.request.request_id)
         self._streams.clear()
-
-
-def _is_chat(prompt: Any) -> bool:
-    return isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], Mapping)
-
-
-def _num_chars(prompt: Any) -> int:
-    """Characters that are to be tokenised."""
-    if _is_chat(prompt):
-        return sum(len(m["content"]) for m in prompt if isinstance(m.get("content"), str))
-    text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
-    return len(text) if isinstance(text, str) else 0
-
-
-def _num_unfinished(stream: OutputStream) -> int:
-    """Outputs of a request that run, wait, or have not parted from the first one yet."""
-    request = stream.request
-    return (request.sampling_params.best_of or 1) - sum(s.is_finished for s in request.sequences)

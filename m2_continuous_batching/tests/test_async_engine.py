@@ -12,13 +12,9 @@ from m0_basics import ConfigError, SamplingParams
 from m0_basics.tools.testing.parity import mixed_length_prompts
 from m2_continuous_batching import LLM, SchedulingParams
 from m2_continuous_batching.server.app import running
-from m2_continuous_batching.server.async_engine import (
-    AsyncLLMEngine,
-    EngineDeadError,
-    EngineStoppedError,
-    QueueFullError,
-)
+from m2_continuous_batching.server.async_engine import AsyncLLMEngine
 from m2_continuous_batching.server.output_stream import OutputStream
+from m2_continuous_batching.server.unavailable import EngineDeadError, EngineStoppedError, QueueFullError
 from m2_continuous_batching.tests.recorder import Recorder
 
 OPTIONS = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 3}

@@ -199,7 +199,7 @@ def test_request_ids_and_the_log(server, caplog):
         own = headers["X-Request-Id"]
         assert re.fullmatch("[0-9a-f]{32}", own), "what is no id is not repeated"
         assert f'"id":"chatcmpl-{own}"' in text
-        assert len(send(server, "GET", "/nothing%0Aat all", x_request_id="y" * 129)[1]["X-Request-Id"]) == 32
+        assert len(send(server, "GET", "/nothing%0Aat%20all", x_request_id="y" * 129)[1]["X-Request-Id"]) == 32
         wait_until(lambda: sum("tokens" in r.getMessage() for r in caplog.records) == 3)
     first, second, third = (r.getMessage() for r in caplog.records if "tokens" in r.getMessage())
     assert re.fullmatch(r"POST /v1/completions 200 3\+4 tokens \d+\.\d{3} s mine-1", first)

@@ -28,7 +28,7 @@ from .hostile import HOSTILE, body_of
 from .soak_server import ServerProcess
 
 BAR_S = 0.5
-_QUIET_S = 1.0              # for which the stream runs alone before each, and after it
+_QUIET_S = 0.5              # for which the stream runs alone before each, and after it
 _OPTIONS = {"dtype": "float32", "max_num_seqs": 160}
 
 

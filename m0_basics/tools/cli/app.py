@@ -9,6 +9,7 @@ import errno
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from m0_basics.base_llm import BaseLLM
-from m0_basics.config import ConfigError
+from m0_basics.config import ConfigError, reject
 from m0_basics.outputs import RequestOutput
 from m0_basics.sampling_params import SamplingParams
 
@@ -97,16 +98,19 @@ def build_app(package: str) -> typer.Typer:
         sampling_options: dict[str, Any],
         message: Annotated[str | None, typer.Argument(help="One message; without it, a conversation.")] = None,
         system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+        chat_template_kwargs: Annotated[str | None, typer.Option(
+            help='Variables of the chat template, as JSON: {"enable_thinking": false}.')] = None,
         stats: Annotated[bool, typer.Option(help="Print time to first token, tokens/s and peak memory.")] = True,
     ) -> None:
         """Talk to the model through its chat template."""
         params = SamplingParams.from_options(**sampling_options)
+        variables = _json_object("chat_template_kwargs", chat_template_kwargs)
         llm = llm_class(**engine_options)
         opening = [{"role": "system", "content": system}] if system else []
         if message is not None:
-            _print_stream(llm, [*opening, {"role": "user", "content": message}], params, stats)
+            _print_stream(llm, [*opening, {"role": "user", "content": message}], params, stats, variables)
         else:
-            _converse(llm, opening, params, stats)
+            _converse(llm, opening, params, stats, variables)
 
     def bench(
         engine_options: dict[str, Any],
@@ -160,10 +164,22 @@ def build_app(package: str) -> typer.Typer:
     return app
 
 
-def _print_stream(llm: BaseLLM, prompt: Any, params: SamplingParams, stats: bool) -> str:
-    """Print the text as it comes; return it whole."""
+def _json_object(name: str, text: str | None) -> dict[str, Any] | None:
+    """A flag that is given as JSON."""
+    try:
+        value = None if text is None else json.loads(text)
+    except ValueError:
+        value = text
+    if not isinstance(value, dict | None):
+        raise reject(name, text, "a JSON object")
+    return value
+
+
+def _print_stream(llm: BaseLLM, prompt: Any, params: SamplingParams, stats: bool,
+                  variables: dict[str, Any] | None = None) -> str:
+    """Print the text as it comes; return it whole. `variables` are those of the chat template."""
     text, last = "", None
-    for last in llm.stream(prompt, params):
+    for last in llm.stream(prompt, params, chat_template_kwargs=variables):
         delta = last.outputs[0].text
         text += delta
         typer.echo(delta, nl=False)
@@ -179,7 +195,8 @@ def _print_other_outputs(last: RequestOutput | None) -> None:
     typer.secho(f"(output 1 of {len(last.outputs) if last else 0} was streamed; use --prompts-file for all)", err=True)
 
 
-def _converse(llm: BaseLLM, opening: list[dict[str, str]], params: SamplingParams, stats: bool) -> None:
+def _converse(llm: BaseLLM, opening: list[dict[str, str]], params: SamplingParams, stats: bool,
+              variables: dict[str, Any] | None) -> None:
     typer.secho(_CHAT_HELP, fg="bright_black", err=True)
     messages = list(opening)
     while True:
@@ -194,7 +211,8 @@ def _converse(llm: BaseLLM, opening: list[dict[str, str]], params: SamplingParam
         elif line:
             messages.append({"role": "user", "content": line})
             try:
-                messages.append({"role": "assistant", "content": _print_stream(llm, messages, params, stats)})
+                text = _print_stream(llm, messages, params, stats, variables)
+                messages.append({"role": "assistant", "content": text})
             except ConfigError as error:        # too long by now, say: the conversation is still there
                 messages.pop()
                 typer.secho(f"error: {error}", fg="red", err=True)

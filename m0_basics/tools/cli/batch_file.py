@@ -19,6 +19,8 @@ from m0_basics.sampling_params import SamplingParams
 
 from .journal import Journal, input_key
 
+_TEMPLATE_OPTIONS = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -27,7 +29,7 @@ class Job:
     line: int
     prompt: Any
     params: SamplingParams
-    is_chat: bool = False
+    template_options: Mapping[str, Any] | None = None       # of a chat
 
 
 def run_batch_file(make_llm: Callable[[], BaseLLM], source: Path, target: Path | None, defaults: dict[str, Any],
@@ -35,8 +37,8 @@ def run_batch_file(make_llm: Callable[[], BaseLLM], source: Path, target: Path |
     """Run every line of `source`; write one JSON object a line to `target` (or stdout). Return the bad lines' number.
 
     A line is a prompt, or, in a .jsonl file, an object with `prompt`, `prompt_token_ids` or `messages` and any
-    sampling parameters. Blank lines are passed over. Raises ConfigError before anything is run where `source`
-    cannot be read or `target` cannot be written.
+    sampling parameters; beside `messages` also what the chat template is told. Blank lines are passed over. Raises
+    ConfigError before anything is run where `source` cannot be read or `target` cannot be written.
 
     Results go to `<target>.part` as they come. After a run that was cut off the same command goes on from there:
     a result counts if its line, its parameters and `engine_options` are still the same.
@@ -92,8 +94,8 @@ def _run_jobs(llm: BaseLLM, jobs: list[Job], source: Path, writer: _Writer) -> N
 
 def _as_request(llm: BaseLLM, job: Job) -> Request:
     prompt, special = job.prompt, True
-    if job.is_chat:
-        prompt, special = llm.get_tokenizer().apply_chat_template(job.prompt), False
+    if job.template_options is not None:
+        prompt, special = llm.get_tokenizer().apply_chat_template(job.prompt, **job.template_options), False
     return llm.input_processor.process(prompt, job.params, add_special_tokens=special)
 
 
@@ -224,9 +226,10 @@ def parse_line(number: int, text: str, is_json: bool, defaults: dict[str, Any]) 
     if isinstance(bias := data.get("logit_bias"), dict):
         # JSON has text for keys; what is no number is left for the check to name.
         data["logit_bias"] = {int(k) if k.isdecimal() else k: v for k, v in bias.items()}
+    template_options = {name: data.pop(name) for name in _TEMPLATE_OPTIONS if kind == "messages" and name in data}
     params = SamplingParams.from_options(**(defaults | data))
     if kind == "messages":
-        return Job(number, prompt, params, is_chat=True)
+        return Job(number, prompt, params, template_options)
     return Job(number, {kind: prompt}, params)
 
 
