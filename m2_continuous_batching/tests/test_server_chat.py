@@ -78,7 +78,7 @@ def test_nothing_is_sent_before_the_engine_has_produced_something():
         body = ChatBody.model_validate({"messages": MESSAGES, "stream": True, "n": 2})
         request = Request("r", None, [1, 2], SamplingParams(n=2), stream=True)
         stream = OutputStream(request, lambda request_id: None)
-        events = _events(body, Envelope.new("chatcmpl", "chat.completion.chunk", MODEL, None), [stream])
+        events = _events(body, Envelope.new("chatcmpl", "chat.completion.chunk", MODEL, "id"), [stream])
         first = asyncio.ensure_future(anext(events))
         await asyncio.sleep(0.05)
         assert not first.done()

@@ -78,8 +78,12 @@ def beside(url: str, path: str, body: bytes) -> dict[str, float]:
 
 
 def _watch_stream(url: str, over: threading.Event, gaps: list[float]) -> None:
-    """One stream after the other. A gap is the time from one event of a stream to the next."""
-    body = json.dumps({"prompt": "the", "max_tokens": 400, "temperature": 0, "ignore_eos": True, "stream": True})
+    """One stream after the other. A gap is the time from one token of a stream to the next.
+
+    With log-probabilities each token is an event, also one that is no whole character and waits for the next.
+    """
+    body = json.dumps({"prompt": "the", "max_tokens": 400, "temperature": 0, "ignore_eos": True, "stream": True,
+                       "logprobs": 0})
     while not over.is_set():
         try:
             last = None
