@@ -23,6 +23,7 @@ from m3_paged_kv.paged_memory import allocate_memory
 from .backends import choose, situation_of
 from .config import EngineConfig
 from .cuda_graph import with_graphs
+from .kernels.cpu.dtype import with_auto_dtype
 from .kernels.cpu.runner import with_decode_call
 from .kernels.layer_kernels import layer_kernels_for
 from .layers import fuse
@@ -35,11 +36,12 @@ class LLM(PagedLLM):
 
     def __init__(self, model: str = DEFAULT_MODEL, plugins: Sequence[Plugin] = (), **options: Any) -> None:
         """Options are the fields of `EngineConfig`'s layers: attention_backend, fused_layers, block_size, ..."""
-        config = EngineConfig.from_options(model=model, **options)
+        hooks = split_plugins(plugins)
+        config = with_auto_dtype(EngineConfig.from_options(model=model, **options), bool(hooks.cache))
         weights = load_model(config.model_config)
         tokenizer = load_tokenizer(config.model_config)
         config = config.with_max_model_len(weights.spec.max_position_embeddings)
-        limits, attention, hooks = config.scheduler_config, config.attention_config, split_plugins(plugins)
+        limits, attention = config.scheduler_config, config.attention_config
 
         situation = situation_of(config, weights, hooks.cache)
         backend = choose(attention.attention_backend, situation)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from m0_basics.tools.testing.command_line import Command, options
 from m0_basics.tools.testing.conformance import PROMPTS, greedy, ids_of
@@ -36,20 +37,47 @@ extern "C" int kernels_have_threads() { return 0; }
 NO_COMPILER = "no C++ compiler was found; install one (g++ or clang++), or set CXX"
 
 
-OTHER_LINEAR = """#include "decoder.hpp"
+# Weights of 8 bits with one scale: another package's format, under m4's product and layers.
+OTHER_FORMAT = """#include "decoder.hpp"
 
-struct Sums {
-    struct Weights { int32_t columns, depth; };
-    template <class T, class Out, bool GATED>
-    static void share(const Weights& weights, const T* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t num_rows,
-                      int thread, int num_threads) {
-        for (int64_t row = thread; row < num_rows; row += num_threads)
-            for (int c = 0; c < weights.columns; c++) elementwise::put(y + row * y_stride + c, 1.0f);
+struct Int8 {
+    struct Weights {
+        const int8_t* packed;       // [panels][K][PANEL]
+        const float* bias;
+        int32_t columns, depth;
+        float scale;
+    };
+    typedef linear::Singles Arithmetic;
+    static constexpr int STEP = 1;
+    static constexpr int64_t UNPACK_ROWS = 4;
+    const int8_t* panel;
+    float scale;
+
+    Int8(const Weights& w, int64_t p) : panel(w.packed + p * bytes(w)), scale(w.scale) {}
+    template <int I> vf load(int64_t k, int c) const {
+        float numbers[VL];
+        for (int i = 0; i < VL; i++) numbers[i] = scale * panel[(k + I) * linear::PANEL + c * VL + i];
+        return ::load(numbers);
     }
+    const char* begin() const { return (const char*)panel; }
+    static int64_t bytes(const Weights& w) { return int64_t(w.depth) * linear::PANEL; }
 };
 
-extern "C" int sums_compiled() {
-    return decoder::run<float, Sums> != nullptr && decoder::run<bf16, Sums> != nullptr;
+extern "C" int panel() { return linear::PANEL; }
+
+extern "C" void int8_linear(const int8_t* packed, float scale, int columns, int depth, const float* x, float* y,
+                            int rows) {
+    alignas(64) char room[4 * 16 * sizeof(std::atomic<int>)];
+    Team team((std::atomic<int>*)room, 1, std::min(3, threads_worth_using()));
+    const Int8::Weights weights{packed, nullptr, columns, depth, scale};
+    team.run([&](Member& member) {
+        linear::Product<float, Int8>::share<float, false>(member, weights, x, depth, y, columns, rows);
+    });
+}
+
+extern "C" int layers_compile() {
+    return decoder::run<float, linear::Product<float, Int8>> != nullptr
+        && decoder::run<bf16, linear::Product<bf16, Int8>> != nullptr;
 }
 """
 
@@ -370,11 +398,21 @@ def test_another_packages_sources_are_built_against_these_headers(source: Path, 
     assert len(set(compilations)) == len(compilations) == 3
 
 
-def test_the_real_headers_serve_other_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layers over a product of somebody else's: here, of one that adds up every row."""
-    (tmp_path / "sums.cpp").write_text(OTHER_LINEAR)
+def test_the_real_headers_serve_other_sources(tmp_path: Path) -> None:
+    """A format of another package: few rows read it directly, many have it unpacked first; the same sums."""
+    (tmp_path / "int8.cpp").write_text(OTHER_FORMAT)
     kernels = library(sources=tmp_path, include=(build.SOURCES,))
-    assert kernels.sums_compiled() == 1
+    assert kernels.layers_compile() == 1
+    columns, depth, scale, panel = 70, 333, 0.25, kernels.panel()
+    weight = torch.randint(-100, 100, (columns, depth), dtype=torch.int8)
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, -columns % panel))
+    packed = padded.view(-1, panel, depth).transpose(1, 2).contiguous()
+    x = torch.randint(-8, 8, (300, depth)).float()              # whole numbers: every sum is exact
+    for rows in (1, 2, 3, 4, 7, 300):
+        y = torch.empty(rows, columns)
+        kernels.int8_linear(ctypes.c_void_p(packed.data_ptr()), ctypes.c_float(scale), columns, depth,
+                            ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), rows)
+        assert torch.equal(y, x[:rows] @ weight.float().T * scale), rows
 
 
 def test_without_a_compiler_the_engine_runs_on_sdpa(tiny_model: TinyModels, tmp_path: Path,

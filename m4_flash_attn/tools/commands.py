@@ -14,12 +14,14 @@ from m2_continuous_batching.tools.commands import online_commands
 from ..backends import BACKENDS, Situation, choose
 from ..config import EngineConfig
 from ..kernels.cpu.build import BuildError, describe
+from ..kernels.cpu.dtype import tier, with_auto_dtype
 from ..llm import LLM
 
 
 def env(engine_options: dict[str, Any]) -> None:
     """What attention can run on this machine, with this model: which is chosen, and why others are not available."""
-    config = EngineConfig.from_options(**engine_options)
+    asked = EngineConfig.from_options(**engine_options)
+    config = with_auto_dtype(asked)
     device = resolve_device(config.model_config.device)
     dtype = resolve_dtype(str(config.model_config.dtype), device)
     spec = load_spec(resolve_model(config.model_config.model, dtype))
@@ -34,6 +36,9 @@ def env(engine_options: dict[str, Any]) -> None:
         table.add_row(name, backend.idea, "chosen" if backend is chosen else "available" if reason is None else reason)
     console = Console()
     console.print(table)
+    if asked.model_config.dtype == "auto":
+        why = f", measured to be the faster one with {tier()}" if config is not asked else ""
+        console.print(f"dtype auto: {str(dtype).removeprefix('torch.')}{why}", soft_wrap=True)
     try:
         console.print(f"C++ kernels: {describe()}", soft_wrap=True)
     except BuildError as error:

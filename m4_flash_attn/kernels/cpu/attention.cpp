@@ -6,10 +6,14 @@ namespace {
 template <class T>
 int64_t attend(const Shape& shape, const Batch& batch, const void* q, long q_stride, const void* k_cache,
                const void* v_cache, void* out, Workspace workspace) {
-    const attention::Work<T> work(workspace, shape, batch, omp_get_max_threads());
+    const int threads = threads_worth_using();
+    auto* counters = workspace.take<std::atomic<int>>(Team::num_counters(1, threads));
+    const attention::Work<T> work(workspace, shape, batch, threads);
     if (!workspace.fits()) return workspace.used;
-#pragma omp parallel
-    attention::share(work, shape, batch, (const T*)q, q_stride, (const T*)k_cache, (const T*)v_cache, (T*)out);
+    Team team(counters, 1, threads);
+    team.run([&](Member& member) {
+        attention::share(member, work, shape, batch, (const T*)q, q_stride, (const T*)k_cache, (const T*)v_cache, (T*)out);
+    });
     return 0;
 }
 

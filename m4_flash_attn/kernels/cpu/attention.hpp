@@ -10,15 +10,17 @@
 //                      l = l * 2^(m - m') + sum P               O = O * 2^(m - m') + P x values
 //     in the end:      O / l
 //
-// A long sequence that decodes is cut into ranges of keys, for all threads to have work (split-KV); their O, m and l
-// are merged exactly. Scores are scaled by log2(e), so that 2^x takes the place of e^x.
+// Every row's keys are cut into parts of 256, always at the same places; each has its O, m and l, and they are merged
+// from the first to the last. A prompt's item does so as it goes along; of a sequence that decodes each part is an item,
+// for all threads to have work (split-KV). So a row's result is the same bits in a prompt, a chunk and a decode, whatever
+// runs beside it. Scores are scaled by log2(e), so that 2^x takes the place of e^x.
 //
 // H_q / H_kv query / key-value heads, G = H_q / H_kv, D head size (a multiple of 16).
 #pragma once
 
 #include "plan.hpp"
-#include "threads.hpp"
-#include "tiles.hpp"
+#include "team.hpp"
+#include "tile_copies.hpp"
 
 #include <algorithm>
 
@@ -30,7 +32,9 @@ constexpr float LOWEST = -1e30f;        // below every score
 template <class Kind> struct Scratch {
     typedef typename Kind::element element;
     element *q, *k, *v, *p;
-    float *s, *o, *m, *l, *alpha;
+    float *s, *alpha;
+    float *o, *m, *l;                           // of the part
+    float *merged_o, *merged_m, *merged_l;      // of the parts before it
 
     Scratch(Workspace& workspace, const Shape& shape) {
         constexpr int per = Kind::per_element;
@@ -44,126 +48,11 @@ template <class Kind> struct Scratch {
         m = workspace.take<float>(num_rows);
         l = workspace.take<float>(num_rows);
         alpha = workspace.take<float>(num_rows);
+        merged_o = workspace.take<float>(num_rows * D);
+        merged_m = workspace.take<float>(num_rows);
+        merged_l = workspace.take<float>(num_rows);
     }
 };
-
-// One head's keys, or values, of a tile: where they lie in the cache.
-template <class T> struct Rows {
-    const T* at[KEYS];
-    int count;
-
-    Rows(const T* cache, const long* slots, int num_keys) : count(num_keys) {
-        for (int j = 0; j < num_keys; j++) at[j] = cache + slots[j];
-    }
-};
-
-// ---- copying queries, keys and values into tiles: keys transposed, [D][KEYS]; values as they are, [KEYS][D]
-//
-// For each row that is copied, one of the next tile is fetched (`ahead`). Evenly spread, fetching costs nothing; all of
-// the next tile at once would fill the queue of outstanding cache lines, and the copy would wait behind it.
-
-template <class T> static void copy_query(Singles, float* to, const T* from, int head_dim) {
-    for (int d = 0; d < head_dim; d += VL) store(to + d, load(from + d));
-}
-
-template <class T> static inline void fetch(const Rows<T>& ahead, int j, int head_dim) {
-    if (j >= ahead.count) return;
-    for (int d = 0; d < head_dim; d += 64 / (int)sizeof(T)) __builtin_prefetch(ahead.at[j] + d);
-}
-
-template <class T>
-static void copy_keys(Singles, float* to, const Rows<T>& rows, const Rows<T>& ahead, int head_dim) {
-    for (int j = 0; j < rows.count; j++) {
-        fetch(ahead, j, head_dim);
-        for (int d = 0; d < head_dim; d += VL) {
-            vf x = load(rows.at[j] + d);
-            for (int i = 0; i < VL; i++) to[(d + i) * KEYS + j] = x[i];
-        }
-    }
-    for (int d = 0; d < head_dim; d++)
-        for (int j = rows.count; j < KEYS; j++) to[d * KEYS + j] = 0;
-}
-
-template <class T>
-static void copy_values(Singles, float* to, const Rows<T>& rows, const Rows<T>& ahead, int head_dim) {
-    for (int j = 0; j < rows.count; j++) {
-        fetch(ahead, j, head_dim);
-        for (int d = 0; d < head_dim; d += VL) store(to + j * head_dim + d, load(rows.at[j] + d));
-    }
-}
-
-static void copy_probabilities(Singles, float* to, const float* from, int columns) {
-    for (int j = 0; j < columns; j += VL) store(to + j, load(from + j));
-}
-
-#ifdef HAVE_PAIRS
-static void copy_query(Pairs, uint32_t* to, const bf16* from, int head_dim) { std::memcpy(to, from, 2 * head_dim); }
-
-// 16 x 16 numbers of 32 bits: rows become columns.
-static inline void transpose(__m512i (&x)[16]) {
-    __m512i y[16];
-    for (int i = 0; i < 8; i++) {
-        y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
-        y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; i++)
-        for (int h = 0; h < 2; h++) {
-            x[4 * i + 2 * h] = _mm512_unpacklo_epi64(y[4 * i + h], y[4 * i + 2 + h]);
-            x[4 * i + 2 * h + 1] = _mm512_unpackhi_epi64(y[4 * i + h], y[4 * i + 2 + h]);
-        }
-    for (int i = 0; i < 4; i++) {
-        y[i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88);
-        y[4 + i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd);
-        y[8 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88);
-        y[12 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        x[i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0x88);
-        x[4 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0x88);
-        x[8 + i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0xdd);
-        x[12 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0xdd);
-    }
-}
-
-// [D / 2][KEYS] pairs of neighbouring dimensions.
-static void copy_keys(Pairs, uint32_t* to, const Rows<bf16>& rows, const Rows<bf16>& ahead, int head_dim) {
-    const int num_keys = rows.count, num_ahead = ahead.count;
-    for (int first = 0; first < num_keys; first += 16)
-        for (int d = 0; d < head_dim / 2; d += 16) {
-            int width = std::min(16, head_dim / 2 - d);
-            __mmask16 mask = (1u << width) - 1;
-            __m512i x[16];
-            for (int j = 0; j < 16; j++)
-                x[j] = first + j < num_keys
-                    ? _mm512_maskz_loadu_epi32(mask, (const uint32_t*)rows.at[first + j] + d) : _mm512_setzero_si512();
-            for (int j = first; j < first + 16 && j < num_ahead; j++) __builtin_prefetch(ahead.at[j] + 2 * d);
-            transpose(x);
-            for (int i = 0; i < width; i++) _mm512_storeu_si512(to + (d + i) * KEYS + first, x[i]);
-        }
-}
-
-// [KEYS / 2][D] pairs of neighbouring keys.
-static void copy_values(Pairs, uint32_t* to, const Rows<bf16>& rows, const Rows<bf16>& ahead, int head_dim) {
-    const int num_keys = rows.count, num_ahead = ahead.count;      // the stores might change them, for all g++ knows
-    for (int j = 0; j < num_keys; j += 2)
-        for (int d = 0; d < head_dim; d += 16) {
-            if (d % 32 == 0 && j < num_ahead) {
-                __builtin_prefetch(ahead.at[j] + d);
-                __builtin_prefetch(ahead.at[std::min(j + 1, num_ahead - 1)] + d);
-            }
-            vu low = __builtin_convertvector(load_as<vh>(rows.at[j] + d), vu);
-            vu high = j + 1 < num_keys ? __builtin_convertvector(load_as<vh>(rows.at[j + 1] + d), vu) : vu{};
-            vu both = low | high << 16;
-            std::memcpy(to + j / 2 * head_dim + d, &both, sizeof(both));
-        }
-}
-
-static void copy_probabilities(Pairs, uint32_t* to, const float* from, int columns) {
-    for (int j = 0; j < columns; j += 16) store((bf16*)to + j, load(from + j));
-}
-#endif
-
-// ---- one item
 
 static inline long slot_of(const int32_t* table, int key, int block_size) {
     return (long)table[key / block_size] * block_size + key % block_size;
@@ -213,9 +102,43 @@ static void softmax_rows(const Scratch<Kind>& scratch, const Shape& shape, int f
     }
 }
 
-template <class T, class Kind>
+// A part behind the merged ones: the highest m decides, both are scaled to it. Nothing changes where it has no keys.
+static inline void merge_row(float* o, float& m, float& l, const float* part_o, float part_m, float part_l,
+                             int head_dim) {
+    if (part_l == 0) return;
+    const float highest = std::max(m, part_m);
+    const vf ours = exp2(splat(m - highest)), theirs = exp2(splat(part_m - highest));
+    for (int d = 0; d < head_dim; d += VL) store(o + d, multiply_add(load(o + d) * ours, load(part_o + d), theirs));
+    l = l * ours[0] + part_l * theirs[0];
+    m = highest;
+}
+
+template <class Out> static inline void finish_row(const float* o, float l, Out* to, int head_dim) {
+    for (int d = 0; d < head_dim; d += VL) store(to + d, load(o + d) * (1.0f / l));
+}
+
+template <class Kind> static void begin_part(const Scratch<Kind>& scratch, int num_rows, int head_dim) {
+    std::fill_n(scratch.m, num_rows, LOWEST);
+    std::fill_n(scratch.l, num_rows, 0.0f);
+    std::fill_n(scratch.o, num_rows * head_dim, 0.0f);
+}
+
+template <class Kind> static void merge_part(const Scratch<Kind>& scratch, bool first, int num_rows, int head_dim) {
+    if (first) {
+        std::memcpy(scratch.merged_o, scratch.o, sizeof(float) * num_rows * head_dim);
+        std::memcpy(scratch.merged_m, scratch.m, sizeof(float) * num_rows);
+        std::memcpy(scratch.merged_l, scratch.l, sizeof(float) * num_rows);
+        return;
+    }
+    for (int r = 0; r < num_rows; r++)
+        merge_row(scratch.merged_o + r * head_dim, scratch.merged_m[r], scratch.merged_l[r], scratch.o + r * head_dim,
+                  scratch.m[r], scratch.l[r], head_dim);
+}
+
+// parts: [number][H_q][2 + D], m and l before O.
+template <class T, class Out, class Kind>
 static void run_item(const Item& item, const Shape& shape, const Batch& batch, const T* q, long q_stride,
-                     const T* k_cache, const T* v_cache, T* out, float* parts, const Scratch<Kind>& scratch) {
+                     const T* k_cache, const T* v_cache, Out* out, float* parts, const Scratch<Kind>& scratch) {
     constexpr int per = Kind::per_element;
     const int D = shape.head_dim, G = shape.num_heads / shape.num_kv_heads;
     const int rows_per_head = item.num_tokens * G, num_rows = item.num_heads * rows_per_head;
@@ -230,11 +153,13 @@ static void run_item(const Item& item, const Shape& shape, const Batch& batch, c
 
     for (int r = 0; r < num_rows; r++)
         copy_query(Kind{}, scratch.q + r * (D / per), q + token_of(r) * q_stride + head_of(r) * D, D);
-    std::fill_n(scratch.m, num_rows, LOWEST);
-    std::fill_n(scratch.l, num_rows, 0.0f);
-    std::fill_n(scratch.o, num_rows * D, 0.0f);
+    begin_part(scratch, num_rows, D);
 
     for (int first = item.first_key; first < item.end_key; first += KEYS) {
+        if (first > item.first_key && first % PART == 0) {
+            merge_part(scratch, first == PART, num_rows, D);
+            begin_part(scratch, num_rows, D);
+        }
         const int num_keys = std::min(KEYS, item.end_key - first), columns = (num_keys + 15) / 16 * 16;
         const bool behind_window = shape.window && first + num_keys <= position - shape.window + 1;
         if (behind_window && first >= shape.num_sinks) continue;
@@ -263,36 +188,34 @@ static void run_item(const Item& item, const Shape& shape, const Batch& batch, c
                            KEYS / per, scratch.v, D, scratch.o + row * D, D, scratch.alpha + row);
         }
     }
+    const bool merged = item.merge < 0 && item.end_key > PART;
+    if (merged) merge_part(scratch, false, num_rows, D);
     for (int r = 0; r < num_rows; r++) {
-        if (item.part >= 0) {
-            float* part = parts + ((long)item.part * num_rows + r) * (D + 2);
+        if (item.merge >= 0) {
+            float* part = parts + ((long)item.part * shape.num_heads + head_of(r)) * (2 + D);
             part[0] = scratch.m[r];
             part[1] = scratch.l[r];
-            std::memcpy(part + 2, scratch.o + r * D, 4 * D);
+            std::memcpy(part + 2, scratch.o + r * D, sizeof(float) * D);
         } else {
-            T* to = out + ((long)token_of(r) * shape.num_heads + head_of(r)) * D;
-            for (int d = 0; d < D; d += VL) store(to + d, load(scratch.o + r * D + d) * (1.0f / scratch.l[r]));
+            finish_row((merged ? scratch.merged_o : scratch.o) + r * D, (merged ? scratch.merged_l : scratch.l)[r],
+                       out + ((long)token_of(r) * shape.num_heads + head_of(r)) * D, D);
         }
     }
 }
 
-// The parts of one sequence's new token: the highest m decides, everybody is scaled to it.
-template <class T>
-static void run_merge(const Merge& merge, const Shape& shape, const Batch& batch, const float* parts, T* out) {
-    const int D = shape.head_dim;
-    const long stride = (long)shape.num_heads * (D + 2);
-    for (int head = 0; head < shape.num_heads; head++) {
-        const float* first = parts + merge.first_part * stride + head * (D + 2);
-        float m = LOWEST, l = 0, o[MAX_HEAD_DIM] = {};
-        for (int i = 0; i < merge.num_parts; i++) m = std::max(m, first[i * stride]);
-        for (int i = 0; i < merge.num_parts; i++) {
-            const float* part = first + i * stride;
-            const float factor = exp2(splat(part[0] - m))[0];
-            l += part[1] * factor;
-            for (int d = 0; d < D; d++) o[d] += part[2 + d] * factor;
+template <class Out>
+static void run_merge(const Merge& merge, const Shape& shape, const Batch& batch, const float* parts, Out* out) {
+    const int D = shape.head_dim, G = shape.num_heads / shape.num_kv_heads;
+    const long stride = (long)shape.num_heads * (2 + D);
+    for (int head = merge.first_head * G; head < (merge.first_head + merge.num_heads) * G; head++) {
+        const float* part = parts + merge.first_part * stride + head * (2 + D);
+        float m = part[0], l = part[1], o[MAX_HEAD_DIM];
+        std::memcpy(o, part + 2, sizeof(float) * D);
+        for (int i = 1; i < merge.num_parts; i++) {
+            const float* next = part + i * stride;
+            merge_row(o, m, l, next + 2, next[0], next[1], D);
         }
-        T* to = out + ((long)batch.query_start_loc[merge.sequence] * shape.num_heads + head) * D;
-        for (int d = 0; d < D; d += VL) store(to + d, load(o + d) * (1.0f / l));
+        finish_row(o, l, out + ((long)batch.query_start_loc[merge.sequence] * shape.num_heads + head) * D, D);
     }
 }
 
@@ -306,6 +229,7 @@ template <> struct KindOf<bf16> { typedef Pairs type; };
 template <class T> struct Work {
     typedef typename KindOf<T>::type Kind;
     Plan plan;
+    std::atomic<int>* done;             // parts of each merge, counted on from layer to layer
     float* parts;
     char* scratch;
     int64_t scratch_size;               // of one thread
@@ -315,36 +239,41 @@ template <class T> struct Work {
         cut(counted, shape, batch, num_threads);
         plan.items = workspace.take<Item>(counted.num_items);
         plan.merges = workspace.take<Merge>(counted.num_merges);
-        parts = workspace.take<float>((int64_t)counted.num_parts * shape.num_heads * (shape.head_dim + 2));
+        done = workspace.take<std::atomic<int>>(counted.num_merges);
+        parts = workspace.take<float>((int64_t)counted.num_parts * shape.num_heads * (2 + shape.head_dim));
         Workspace one{};
         Scratch<Kind>(one, shape);
         scratch_size = one.used;
         scratch = workspace.take<char>(scratch_size * num_threads);
-        if (workspace.fits()) cut(plan, shape, batch, num_threads);
+        if (!workspace.fits()) return;
+        cut(plan, shape, batch, num_threads);
+        for (int i = 0; i < plan.num_merges; i++) new (done + i) std::atomic<int>(0);
     }
 
-    // Of the thread that asks.
-    Scratch<Kind> own_scratch(const Shape& shape) const {
-        Workspace own{scratch + scratch_size * omp_get_thread_num(), scratch_size};
+    Scratch<Kind> scratch_of(int thread, const Shape& shape) const {
+        Workspace own{scratch + scratch_size * thread, scratch_size};
         return Scratch<Kind>(own, shape);
     }
 };
 
-// All threads of a parallel region call this, no more of them than `work` is for. A barrier ends it.
-template <class T>
-static void share(const Work<T>& work, const Shape& shape, const Batch& batch, const T* q, long q_stride,
-                  const T* k_cache, const T* v_cache, T* out) {
+// All members of a team call this, no more of them than `work` is for.
+template <class T, class Out>
+static void share(Member& member, const Work<T>& work, const Shape& shape, const Batch& batch, const T* q,
+                  long q_stride, const T* k_cache, const T* v_cache, Out* out) {
     typedef typename KindOf<T>::type Kind;
     const Plan& plan = work.plan;
-    const Scratch<Kind> scratch = work.own_scratch(shape);
+    const Scratch<Kind> scratch = work.scratch_of(member.thread, shape);
     // The last items of a prompt are the longest: they go first, so that nobody waits for one at the end.
-#pragma omp for schedule(dynamic)
-    for (int i = plan.num_items - 1; i >= 0; i--)
-        run_item<T, Kind>(plan.items[i], shape, batch, q, q_stride, k_cache, v_cache, out, work.parts, scratch);
-    if (plan.num_merges > 0) {
-#pragma omp for schedule(static)
-        for (int i = 0; i < plan.num_merges; i++) run_merge<T>(plan.merges[i], shape, batch, work.parts, out);
-    }
+    member.share_in_order(plan.num_items, [&](int first, int last) {
+        for (int i = first; i < last; i++) {
+            const Item& item = plan.items[plan.num_items - 1 - i];
+            run_item<T, Out, Kind>(item, shape, batch, q, q_stride, k_cache, v_cache, out, work.parts, scratch);
+            if (item.merge < 0) continue;
+            const Merge& merge = plan.merges[item.merge];
+            if ((work.done[item.merge].fetch_add(1, std::memory_order_acq_rel) + 1) % merge.num_parts == 0)
+                run_merge(merge, shape, batch, work.parts, out);
+        }
+    });
 }
 
 }  // namespace attention

@@ -1,9 +1,9 @@
-// What Python hands over: the layout of these structures is written down once more in kernels/cpu/ops.py.
+// What Python hands over: the layout of these structures is written down once more in kernels/cpu/bindings.py.
 #pragma once
 
 #include "vec.hpp"
 
-constexpr int MAX_HEAD_DIM = 1024;      // checked in ops.py
+constexpr int MAX_HEAD_DIM = 1024;      // checked in bindings.py
 
 // The same for the whole life of an engine.
 struct Shape {

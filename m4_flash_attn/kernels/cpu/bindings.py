@@ -20,7 +20,7 @@ from .build import library
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_HEAD_DIM = 1024                 # of batch.hpp
-_IN_WORKSPACE = ("attend_paged", "decoder_layers")      # return 0, or the bytes that they lack
+_IN_WORKSPACE = ("attend_paged", "decoder_layers_f32", "decoder_layers_bf16")    # return 0, or the bytes that they lack
 
 
 class Shape(Structure):
@@ -119,8 +119,9 @@ class PagedKernels:
         assert x.shape == (step.batch.num_tokens, decoder.hidden_size)
         assert k_cache.shape[0] == v_cache.shape[0] == decoder.num_layers
         assert logits is None or logits.shape == (step.batch.num_tokens, decoder.head.columns)
-        self._in_workspace("decoder_layers", self._shape_ref, byref(step.batch), byref(decoder), self._whole(x),
-                           *self._rotary(step, rotary), self._whole(k_cache), self._whole(v_cache), k_cache.stride(0),
+        self._in_workspace("decoder_layers_bf16" if self._shape.is_bf16 else "decoder_layers_f32", self._shape_ref,
+                           byref(step.batch), byref(decoder), self._whole(x), *self._rotary(step, rotary),
+                           self._whole(k_cache), self._whole(v_cache), k_cache.stride(0),
                            None if logits is None else _address(logits, torch.float32))
 
     def _in_workspace(self, name: str, *arguments: Any) -> None:
@@ -185,11 +186,13 @@ def _address(x: Tensor, dtype: torch.dtype) -> int:
 @cache
 def _functions(kernels: CDLL) -> dict[str, Any]:
     shape, batch = POINTER(Shape), POINTER(Batch)
+    layers = [shape, batch, *[c_void_p] * 6, c_int64, c_void_p, c_void_p, c_int64]
     signatures: dict[str, list[Any]] = {
         "store_kv": [shape, batch, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p],
         "rotate_store_kv": [shape, batch, *[c_void_p] * 3, c_float, *[c_void_p] * 4],
         "attend_paged": [shape, batch, c_void_p, c_int64, *[c_void_p] * 4, c_int64],
-        "decoder_layers": [shape, batch, *[c_void_p] * 6, c_int64, c_void_p, c_void_p, c_int64],
+        "decoder_layers_f32": layers,
+        "decoder_layers_bf16": layers,
         "add_rms_norm": [c_int32, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_float, c_void_p],
         "silu_mul": [c_int32, c_int64, c_int64, c_void_p, c_void_p]}
     functions = {}

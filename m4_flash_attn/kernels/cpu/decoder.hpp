@@ -5,16 +5,14 @@
 //
 // Called part by part, a step of one token spends a fifth of its time on calls and on waking threads.
 //
-// What multiplies is a policy, so that other weights run through the same layers. A Linear has
-//
-//     Weights                                         of one product, as Python hands them over; `columns` and `depth`
-//     share<T, Out, GATED>(weights, x, x_stride, y, y_stride, num_rows, thread, num_threads)      as linear::share
+// What multiplies is a policy, so that other weights run through the same layers: linear::Product over some Format, or
+// anything that has its Weights (with `columns` and `depth`), Input and share.
 #pragma once
 
 #include "attention.hpp"
 #include "elementwise.hpp"
 #include "linear.hpp"
-#include "threads.hpp"
+#include "team.hpp"
 
 namespace decoder {
 
@@ -33,61 +31,62 @@ template <class Weights> struct Decoder {
     float eps;
 };
 
-// x [T, hidden] is changed in place; caches [layers, num_slots, H_kv, D], `layer_size` elements a layer; logits [T, vocab]
-// or null.
+// x [T, hidden] is changed in place; caches [layers, num_slots, H_kv, D], `layer_size` elements a layer; logits
+// [T, vocab] or null. They are given where every row goes on to the output matrix: then x is of no use afterwards.
 // Returns 0; or, where the workspace is too small, how many bytes it takes: then nothing was done.
 template <class T, class Linear>
 int64_t run(const Shape& shape, const Batch& batch, const Decoder<typename Linear::Weights>& decoder, void* x_,
             const void* cos_, const void* signed_sin_, void* k_cache, void* v_cache, long layer_size, float* logits,
             Workspace workspace) {
     typedef typename Linear::Weights Weights;
+    typedef typename Linear::Input Input;       // what a product reads: T, or T in the room of a float
     T* x = (T*)x_;
     const T *cos = (const T*)cos_, *signed_sin = (const T*)signed_sin_;
     const long tokens = batch.num_tokens, hidden = decoder.hidden_size, intermediate = decoder.layers[0].down.depth;
     const long heads = (long)shape.num_heads * shape.head_dim, qkv_width = decoder.layers[0].qkv.columns;
     const float eps = decoder.eps;
-    T* normed = workspace.take<T>(tokens * hidden);
+    const int threads = threads_worth_using(), phases = 8 * decoder.num_layers + 2;
+    auto* counters = workspace.take<std::atomic<int>>(Team::num_counters(phases, threads));
+    Input* normed = workspace.take<Input>(tokens * hidden);
     T* qkv = workspace.take<T>(tokens * qkv_width);
-    T* attended = workspace.take<T>(tokens * heads);
+    Input* attended = workspace.take<Input>(tokens * heads);
     T* delta = workspace.take<T>(tokens * hidden);
-    T* activated = workspace.take<T>(tokens * intermediate);
-    const attention::Work<T> work(workspace, shape, batch, omp_get_max_threads());
+    Input* activated = workspace.take<Input>(tokens * intermediate);
+    const attention::Work<T> work(workspace, shape, batch, threads);
     if (!workspace.fits()) return workspace.used;
-#pragma omp parallel
-    {
-        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        const long first = tokens * thread / threads, last = tokens * (thread + 1) / threads;
-        auto multiply = [&](const Weights& weights, const T* from, T* to) {
-            Linear::template share<T, T, false>(weights, from, weights.depth, to, weights.columns, tokens, thread, threads);
-#pragma omp barrier
+    Team team(counters, phases, threads);
+    team.run([&](Member& member) {
+        auto norm = [&](const T* addend, const void* weight, auto* out) {
+            member.share(tokens, elementwise::grain(hidden), [&](long first, long last) {
+                elementwise::add_rms_norm(first, last, hidden, x, addend, (const T*)weight, eps, out);
+            });
+        };
+        auto multiply = [&](const Weights& weights, const Input* from, T* to) {
+            Linear::template share<T, false>(member, weights, from, weights.depth, to, weights.columns, tokens);
         };
         for (int i = 0; i < decoder.num_layers; i++) {
             const Layer<Weights>& layer = decoder.layers[i];
             T *k = (T*)k_cache + i * layer_size, *v = (T*)v_cache + i * layer_size;
-            elementwise::add_rms_norm(first, last, hidden, x, i > 0 ? delta : nullptr, (const T*)layer.input_norm,
-                                      eps, normed);
-#pragma omp barrier
+            norm(i > 0 ? delta : nullptr, layer.input_norm, normed);
             multiply(layer.qkv, normed, qkv);
-            elementwise::rotate_store(first, last, shape, batch, qkv, (const T*)layer.q_norm, (const T*)layer.k_norm,
-                                      eps, cos, signed_sin, k, v);
-#pragma omp barrier
-            attention::share(work, shape, batch, qkv, qkv_width, (const T*)k, (const T*)v, attended);
+            member.share(tokens, elementwise::grain(qkv_width), [&](long first, long last) {
+                elementwise::rotate_store(first, last, shape, batch, qkv, (const T*)layer.q_norm,
+                                          (const T*)layer.k_norm, eps, cos, signed_sin, k, v);
+            });
+            attention::share(member, work, shape, batch, qkv, qkv_width, (const T*)k, (const T*)v, attended);
             multiply(layer.o, attended, delta);
-            elementwise::add_rms_norm(first, last, hidden, x, delta, (const T*)layer.post_attention_norm, eps,
-                                      normed);
-#pragma omp barrier
-            Linear::template share<T, T, true>(layer.gate_up, normed, hidden, activated, intermediate, tokens, thread,
-                                               threads);
-#pragma omp barrier
+            norm(delta, layer.post_attention_norm, normed);
+            Linear::template share<Input, true>(member, layer.gate_up, normed, hidden, activated, intermediate, tokens);
             multiply(layer.down, activated, delta);
         }
-        elementwise::add_rms_norm(first, last, hidden, x, delta, (const T*)decoder.norm, eps, x);
         if (logits) {
-#pragma omp barrier
-            Linear::template share<T, float, false>(decoder.head, x, hidden, logits, decoder.head.columns, tokens, thread,
-                                                    threads);
+            norm(delta, decoder.norm, normed);
+            Linear::template share<float, false>(member, decoder.head, normed, hidden, logits, decoder.head.columns,
+                                                 tokens);
+        } else {
+            norm(delta, decoder.norm, x);
         }
-    }
+    });
     return 0;
 }
 

@@ -42,6 +42,7 @@ class CpuDecoder(nn.Module):
         weights = Weights() if head is None or head.weights is None else head.weights
         self._decoder = Decoder(array, _address(norm.weight, layers[0]), weights, len(layers), norm.weight.numel(),
                                 norm.eps)
+        self._logits = torch.empty(0, weights.columns, dtype=torch.float32)
 
     def forward(self, x: Tensor, rotary: Rotary, backend: AttentionBackend, metadata: AttentionMetadata) -> Tensor:
         """x [T, hidden], which may be overwritten -> [T, hidden], through all layers, normed."""
@@ -53,9 +54,14 @@ class CpuDecoder(nn.Module):
         return self.norm(x)
 
     def decode(self, x: Tensor, rotary: Rotary, backend: CpuAttention, metadata: CpuMetadata) -> Tensor:
-        """The same and through the output matrix, which it has: x [T, hidden] -> logits [T, vocab], float32."""
+        """The same and through the output matrix, which it has: x [T, hidden] -> logits [T, vocab], float32.
+
+        They are valid until the next call: fresh memory for each step would cost a page fault for every 4 KB.
+        """
         assert self.has_head
-        logits = torch.empty(x.shape[0], self._decoder.head.columns, dtype=torch.float32)
+        if x.shape[0] > self._logits.shape[0]:
+            self._logits = torch.empty(x.shape[0], self._decoder.head.columns, dtype=torch.float32)
+        logits = self._logits[:x.shape[0]]
         self._run(x, rotary, backend, metadata, logits)
         return logits
 

@@ -1,6 +1,6 @@
 // The entries for Python; the work is in elementwise.hpp.
 #include "elementwise.hpp"
-#include "threads.hpp"
+#include "pace.hpp"
 
 namespace {
 
@@ -8,7 +8,8 @@ constexpr long SMALL = 16384;       // numbers: below this, waking the other thr
 
 // f(first, last) on each thread's rows.
 template <class F> void share_rows(long rows, long width, F&& f) {
-#pragma omp parallel if (rows * width > SMALL)
+    const int wanted = rows * width > SMALL ? threads_worth_using() : 1;
+#pragma omp parallel num_threads(wanted)
     {
         const long thread = omp_get_thread_num(), threads = omp_get_num_threads();
         f(rows * thread / threads, rows * (thread + 1) / threads);

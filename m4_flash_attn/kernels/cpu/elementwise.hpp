@@ -6,9 +6,13 @@
 
 #include "batch.hpp"
 
+#include <algorithm>
 #include <cmath>
 
 namespace elementwise {
+
+// Rows of `width` numbers that are taken together, when threads share them out.
+static inline int grain(long width) { return (int)std::max(1L, 16384 / width); }
 
 static inline float to_float(float x) { return x; }
 static inline float to_float(bf16 x) {
@@ -18,10 +22,15 @@ static inline float to_float(bf16 x) {
     return y;
 }
 static inline void put(float* to, float x) { *to = x; }
-static inline void put(bf16* to, float x) {
+static inline uint32_t round_to_bf16(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
-    to->bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return bits + 0x7fff + ((bits >> 16) & 1);
+}
+static inline void put(bf16* to, float x) { to->bits = round_to_bf16(x) >> 16; }
+static inline void put(widened* to, float x) {
+    const uint32_t bits = round_to_bf16(x) & 0xffff0000u;
+    std::memcpy(to, &bits, 4);
 }
 
 template <class T> static inline float inverse_rms(const T* x, int n, float eps) {
@@ -29,14 +38,14 @@ template <class T> static inline float inverse_rms(const T* x, int n, float eps)
     int i = 0;
     for (; i + VL <= n; i += VL) {
         vf v = load(x + i);
-        squares += v * v;
+        squares = multiply_add(squares, v, v);
     }
     float total = sum(squares);
     for (; i < n; i++) total += to_float(x[i]) * to_float(x[i]);
     return 1.0f / std::sqrt(total / n + eps);
 }
 
-template <class T> static void scale_row(const T* x, const T* weight, float factor, T* out, int n) {
+template <class T, class Out> static void scale_row(const T* x, const T* weight, float factor, Out* out, int n) {
     int i = 0;
     for (; i + VL <= n; i += VL) store(out + i, load(x + i) * factor * load(weight + i));
     for (; i < n; i++) put(out + i, to_float(x[i]) * factor * to_float(weight[i]));
@@ -49,8 +58,8 @@ template <class T> static void add_row(T* x, const T* y, int n) {
 }
 
 // The rows [first, last) of x [rows, n] += addend (where there is one), then out = x / rms(x) * weight. `out` may be `x`.
-template <class T>
-static void add_rms_norm(long first, long last, int n, T* x, const T* addend, const T* weight, float eps, T* out) {
+template <class T, class Out>
+static void add_rms_norm(long first, long last, int n, T* x, const T* addend, const T* weight, float eps, Out* out) {
     for (long r = first; r < last; r++) {
         T* row = x + r * n;
         if (addend) add_row(row, addend + r * n, n);

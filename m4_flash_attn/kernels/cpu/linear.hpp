@@ -1,225 +1,204 @@
-// y = x W^T + b, summed in fp32, for few rows: every weight comes from memory once, while the sums are computed.
+// y = x W^T + b, summed in fp32: every weight comes from memory once, while the sums are computed.
 //
 //     packed  [panels of 2 VL columns][K][2 VL]         fp32
 //             [panels of 2 VL columns][K / 2][2 VL][2]  bf16: pairs of neighbours, as vdpbf16ps multiplies them
 //
 // A tile of x's rows and one panel's columns keeps its sums in registers while K runs. The tiles of a panel find it in
-// the L2 cache, and fetch the next panel meanwhile: computing and fetching overlap. x and y may be views of other rows.
+// the L2 cache, and fetch the next panel meanwhile: computing and fetching overlap.
+//
+// Each number of y is one chain of sums along K, from the first product to the last, whatever the tile: so a row's
+// result is the same bits, however many rows run beside it. Where a tile has few rows, and few chains would wait for
+// each other, it takes more panels.
+//
+// How weights are stored is a policy, a Format (formats.hpp). Where rows are many, a panel may be unpacked once, in
+// slices of K, for all of them.
 #pragma once
 
-#include "vec.hpp"
+#include "linear_tiles.hpp"
+#include "team.hpp"
 
 #include <algorithm>
-
-#if defined(__FMA__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
-#endif
-
-// A layer as Python hands it over; kernels/cpu/linear.py writes the same layout.
-struct Weights {
-    const void* packed;     // padded with zeros to whole panels and pairs, aligned to 64 bytes
-    const float* bias;      // for all columns of all panels, or null
-    int32_t columns, depth; // N, K; of a gated layer N is the number of its outputs, half of the weights' columns
-};
+#include <array>
 
 namespace linear {
 
-constexpr int PANEL = 2 * VL;
-constexpr int64_t X_BYTES = 512 << 10;  // rows of x that are worked on together: half of a usual L2 cache
-constexpr int64_t LEAD = 8 << 10;       // bytes to fetch ahead where one tile is all that uses a panel
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int REGISTERS = 32;
-#else
-constexpr int REGISTERS = 16;
-#endif
+constexpr int64_t X_BYTES = 384 << 10;      // rows of x that are worked on together: most of a small L2 cache
+constexpr int MAX_ROWS = 192;               // of them
+constexpr int64_t SLICE = 256;              // elements of K that are unpacked together: a tile in L1
+constexpr int64_t PIECE_NS = 20'000;        // how long a piece of work should take, by the estimates in `grain`
 
-// One instruction by name: written as `sum + a * b`, -fassociative-math would make trees of the products along K.
-static inline vf multiply_add(vf sum, vf a, vf b) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
-#elif defined(__FMA__)
-    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
-#elif defined(__aarch64__)
-    return (vf)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
-#else
-    return sum + a * b;
-#endif
-}
-
-// What one step along K multiplies: STEP elements of a row of x with STEP elements of every column.
-template <class T> struct Step;
-
-template <> struct Step<float> {
-    static constexpr int STEP = 1, SUMS = REGISTERS == 32 ? 24 : 12;
-    typedef vf operand;
-    static inline operand row(const float* x) { return splat(*x); }
-    static inline operand last(const float* x) { return row(x); }
-    static inline operand columns(const float* w) { return load(w); }
-    static inline vf dot(vf sum, operand a, operand b) { return multiply_add(sum, a, b); }
-};
-
-template <> struct Step<bf16> {
-    static constexpr int STEP = 2;
-    static inline uint32_t pair(const bf16* x) { return load_as<uint32_t>(x); }
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
-    static constexpr int SUMS = 24;
-    typedef __m512bh operand;
-    static inline operand row(const bf16* x) { return (__m512bh)_mm512_set1_epi32((int)pair(x)); }
-    static inline operand last(const bf16* x) { return (__m512bh)_mm512_set1_epi32(x->bits); }
-    static inline operand columns(const bf16* w) { return (__m512bh)_mm512_loadu_si512(w); }
-    static inline vf dot(vf sum, operand a, operand b) { return (vf)_mm512_dpbf16_ps((__m512)sum, a, b); }
-#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-    static constexpr int SUMS = 24;
-    typedef bfloat16x8_t operand;
-    static inline operand row(const bf16* x) { return vreinterpretq_bf16_u32(vdupq_n_u32(pair(x))); }
-    static inline operand last(const bf16* x) { return vreinterpretq_bf16_u32(vdupq_n_u32(x->bits)); }
-    static inline operand columns(const bf16* w) { return vreinterpretq_bf16_u32((uint32x4_t)load_as<vu>(w)); }
-    static inline vf dot(vf sum, operand a, operand b) { return (vf)vbfdotq_f32((float32x4_t)sum, a, b); }
-#else
-    static constexpr int SUMS = REGISTERS == 32 ? 24 : 8;
-    struct operand {
-        vf even, odd;
-    };
-    static inline operand split(vu pairs) { return {(vf)(pairs << 16), (vf)(pairs & 0xffff0000u)}; }
-    static inline operand row(const bf16* x) { return split(pair(x) - vu{}); }
-    static inline operand last(const bf16* x) { return split(uint32_t(x->bits) - vu{}); }
-    static inline operand columns(const bf16* w) { return split(load_as<vu>(w)); }
-    static inline vf dot(vf sum, operand a, operand b) {
-        return multiply_add(multiply_add(sum, a.even, b.even), a.odd, b.odd);
-    }
-#endif
-};
-
-// Runs through the packed weights ahead of their use, one cache line at a time.
-struct Fetch {
-    const char* next;
-    const char* end;
-    inline void until(const char* goal) {
-        for (goal = std::min(goal, end); next < goal; next += 64) __builtin_prefetch(next, 0, 2);
-    }
-};
-
-// ROWS rows x one panel. Meanwhile the fetch goes on evenly from `from`, by `bytes`.
-// GATED: the panel's left columns are a gate, the right ones what it lets through: VL columns of silu(left) * right.
-template <class T, class Out, bool GATED, int ROWS>
-static void tile(const T* x, int64_t x_stride, const T* w, const float* bias, Out* y, int64_t y_stride, int depth,
-                 Fetch& fetch, const char* from, int64_t bytes) {
-    typedef Step<T> S;
-    constexpr int UNROLL = 4;
-    // Few rows: several sums for each element of y, or each step would wait for the one before.
-    constexpr int SETS = 8 * ROWS <= S::SUMS ? 4 : 4 * ROWS <= S::SUMS ? 2 : 1;
-    vf sums[SETS][ROWS][2];
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-        for (int s = 0; s < SETS; s++) sums[s][r][0] = sums[s][r][1] = vf{};
-    const T* rows[(ROWS + 2) / 3];      // every third row's address: the two after it are an index away
-    for (int r = 0; r < ROWS; r += 3) rows[r / 3] = x + r * x_stride;
-
-    auto step = [&](vf (&into)[ROWS][2], int k, auto&& load_row) __attribute__((always_inline)) {
-        const auto left = S::columns(w + int64_t(k) * PANEL), right = S::columns(w + int64_t(k) * PANEL + S::STEP * VL);
-#pragma GCC unroll 12
-        for (int r = 0; r < ROWS; r++) {
-            const auto a = load_row(rows[r / 3] + r % 3 * x_stride + k);
-            into[r][0] = S::dot(into[r][0], a, left);
-            into[r][1] = S::dot(into[r][1], a, right);
-        }
-    };
-    constexpr int ROUND = UNROLL * S::STEP;
-    const int64_t bytes_per_round = bytes * ROUND / depth;
-    int k = 0;
-    for (; k + ROUND <= depth; k += ROUND) {
-        fetch.until(from += bytes_per_round);
-#pragma GCC unroll 4
-        for (int u = 0; u < UNROLL; u++) step(sums[u % SETS], k + u * S::STEP, S::row);
-    }
-    for (; k + S::STEP <= depth; k += S::STEP) step(sums[0], k, S::row);
-    if (k < depth) step(sums[0], k, S::last);
-
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; r++) {
-        vf total[2];
-#pragma GCC unroll 2
-        for (int c = 0; c < 2; c++) {
-            total[c] = bias ? load(bias + c * VL) : vf{};
-#pragma GCC unroll 4
-            for (int s = 0; s < SETS; s++) total[c] += sums[s][r][c];
-        }
-        if (GATED) {
-            store(y + r * y_stride, silu(total[0]) * total[1]);
-        } else {
-            store(y + r * y_stride, total[0]);
-            store(y + r * y_stride + VL, total[1]);
-        }
-    }
-}
-
-template <class T, class Out>
-using Tile = void (*)(const T*, int64_t, const T*, const float*, Out*, int64_t, int, Fetch&, const char*, int64_t);
-
-template <class T, class Out, bool GATED> static Tile<T, Out> tile_of(int rows) {
-    static constexpr Tile<T, Out> tiles[] = {
-        tile<T, Out, GATED, 1>, tile<T, Out, GATED, 2>, tile<T, Out, GATED, 3>, tile<T, Out, GATED, 4>,
-#if defined(__AVX512F__) || defined(__aarch64__)
-        tile<T, Out, GATED, 5>, tile<T, Out, GATED, 6>, tile<T, Out, GATED, 7>, tile<T, Out, GATED, 8>,
-        tile<T, Out, GATED, 9>, tile<T, Out, GATED, 10>, tile<T, Out, GATED, 11>, tile<T, Out, GATED, 12>,
-#else
-        tile<T, Out, GATED, 5>, tile<T, Out, GATED, 6>,
-#endif
-    };
-    return tiles[rows - 1];
-}
-
-// Rows [0, num_rows) x panels [first, last), in tiles of even heights.
-template <class T, class Out, bool GATED>
-static void block(const Weights& weights, const T* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t num_rows,
-                  int64_t first, int64_t last) {
-    constexpr int STEP = Step<T>::STEP, ROWS = Step<T>::SUMS / 2, WIDTH = GATED ? VL : PANEL;
-    const int64_t panel_size = (weights.depth + STEP - 1) / STEP * STEP * PANEL, panel_bytes = panel_size * sizeof(T);
-    const int64_t num_tiles = (num_rows + ROWS - 1) / ROWS;
-    const T* packed = static_cast<const T*>(weights.packed);
-    Fetch fetch{(const char*)(packed + first * panel_size), (const char*)(packed + last * panel_size)};
-    const int64_t lead = num_tiles == 1 ? std::min(LEAD, panel_bytes) : panel_bytes;
-    for (int64_t p = first; p < last; p++) {
-        const T* panel = packed + p * panel_size;
-        const float* bias = weights.bias ? weights.bias + p * PANEL : nullptr;
-        const int64_t columns = std::min<int64_t>(WIDTH, weights.columns - p * WIDTH);
-        for (int64_t t = 0; t < num_tiles; t++) {
-            const int64_t row = num_rows * t / num_tiles, height = num_rows * (t + 1) / num_tiles - row;
-            const char* from = (const char*)panel + panel_bytes * t / num_tiles + lead;
-            fetch.until(from);
-            Out whole[ROWS * WIDTH];    // where y ends within the panel
-            Out* at = y + row * y_stride + p * WIDTH;
-            const bool fits = columns == WIDTH;
-            tile_of<T, Out, GATED>(height)(x + row * x_stride, x_stride, panel, bias, fits ? at : whole,
-                                    fits ? y_stride : WIDTH, weights.depth, fetch, from, panel_bytes / num_tiles);
-            for (int64_t r = 0; r < height && !fits; r++)
-                std::copy(whole + r * WIDTH, whole + r * WIDTH + columns, at + r * y_stride);
-        }
-    }
-}
-
-// What thread `thread` of `num_threads` does of x [num_rows, K] -> y [num_rows, N]; strides in elements. All of them
-// call this, inside a parallel region; a barrier has to come before anyone reads y.
-template <class T, class Out, bool GATED = false>
-static void share(const Weights& weights, const T* x, int64_t x_stride, Out* y, int64_t y_stride, int64_t num_rows,
-                  int thread, int num_threads) {
+// What is left to do with a panel's sums. GATED: its left columns are a gate, the right ones what it lets through: VL
+// columns of silu(left) * right.
+template <class Out, bool GATED>
+static void finish(const float* sums, int64_t sums_stride, const float* bias, Out* y, int64_t y_stride, int64_t num_rows,
+                   int64_t columns) {
     constexpr int WIDTH = GATED ? VL : PANEL;
-    const int64_t panels = (weights.columns + WIDTH - 1) / WIDTH;
-    // Rows are cut where x does not fit the cache, and where there are too few panels for the threads.
-    const int64_t fitting = std::max<int64_t>(12, X_BYTES / int64_t(sizeof(T)) / weights.depth);
-    const int64_t wanted = std::max((num_rows + fitting - 1) / fitting, (4 * num_threads + panels - 1) / panels);
-    const int64_t blocks = std::max<int64_t>(1, std::min(wanted, num_rows / 12));
-    int64_t item = blocks * panels * thread / num_threads;
-    const int64_t end = blocks * panels * (thread + 1) / num_threads;
-    while (item < end) {
-        const int64_t b = item / panels, first = item % panels, last = std::min(panels, first + end - item);
-        const int64_t row = num_rows * b / blocks, row_end = num_rows * (b + 1) / blocks;
-        block<T, Out, GATED>(weights, x + row * x_stride, x_stride, y + row * y_stride, y_stride, row_end - row, first, last);
-        item += last - first;
+    Out whole[WIDTH];       // where y ends within the panel
+    for (int64_t r = 0; r < num_rows; r++) {
+        Out* to = columns == WIDTH ? y + r * y_stride : whole;
+        vf left = load(sums + r * sums_stride), right = load(sums + r * sums_stride + VL);
+        if (bias) left += load(bias), right += load(bias + VL);
+        if (GATED) {
+            store(to, silu(left) * right);
+        } else {
+            store(to, left);
+            store(to + VL, right);
+        }
+        if (to == whole) std::copy(whole, whole + columns, y + r * y_stride);
     }
 }
+
+// ---- a product, and its pieces
+
+template <class Format, class Out, bool GATED> struct Job {
+    typedef typename Format::Arithmetic::element element;
+    static constexpr int WIDTH = GATED ? VL : PANEL;
+    const typename Format::Weights& weights;
+    const element* x;
+    int64_t x_stride;
+    Out* y;
+    int64_t y_stride;
+
+    void finish_panel(int64_t p, const float* sums, int64_t sums_stride, int64_t row, int64_t num_rows) const {
+        const float* bias = weights.bias ? weights.bias + p * PANEL : nullptr;
+        finish<Out, GATED>(sums, sums_stride, bias, y + row * y_stride + p * WIDTH, y_stride, num_rows,
+                           std::min<int64_t>(WIDTH, weights.columns - p * WIDTH));
+    }
+
+    // Few rows x panels [first, last), the last ones by themselves.
+    template <int ROWS, int PANELS>
+    void few_rows(int64_t row, int64_t first, int64_t last, int64_t num_panels, const char*& fetched) const {
+        const int64_t bytes = Format::bytes(weights);
+        alignas(64) float sums[ROWS * PANELS * PANEL];
+        int64_t p = first;
+        for (; p + PANELS <= last; p += PANELS) {
+            const std::array<Format, PANELS> panels = panels_from<PANELS>(p);
+            wide_tile<Format, ROWS, PANELS>(x + row * x_stride, x_stride, panels.data(), weights.depth, sums, bytes);
+            for (int i = 0; i < PANELS; i++) finish_panel(p + i, sums + i * PANEL, PANELS * PANEL, row, ROWS);
+        }
+        if (p < last) many_rows(row, ROWS, p, last, num_panels, fetched);
+    }
+
+    template <int PANELS> std::array<Format, PANELS> panels_from(int64_t p) const {
+        if constexpr (PANELS == 2) return {Format(weights, p), Format(weights, p + 1)};
+        else return {Format(weights, p), Format(weights, p + 1), Format(weights, p + 2), Format(weights, p + 3)};
+    }
+
+    // Rows [row, row + num_rows) x panels [first, last), in tiles of even heights. `fetched`: how far this thread has
+    // fetched before, which usually is where it goes on.
+    void many_rows(int64_t row, int64_t num_rows, int64_t first, int64_t last, int64_t num_panels,
+                   const char*& fetched) const {
+        const int64_t num_tiles = (num_rows + TALLEST - 1) / TALLEST, bytes = Format::bytes(weights);
+        const char* begin = Format(weights, first).begin();
+        const int64_t lead = num_tiles == 1 ? std::min(LEAD, bytes) : bytes;
+        const bool goes_on = fetched >= begin && fetched <= begin + 2 * lead;
+        Fetch fetch{goes_on ? fetched : begin, begin + (num_panels - first) * bytes};
+        alignas(64) float sums[MAX_ROWS * PANEL];
+        const bool unpacks = num_rows >= Format::UNPACK_ROWS;
+        const int64_t slice = unpacks ? SLICE : weights.depth;
+        for (int64_t p = first; p < last; p++) {
+            const Format panel(weights, p);
+            for (int64_t k = 0; k < weights.depth; k += slice) {
+                const int64_t end = std::min(k + slice, int64_t(weights.depth));
+                const char* from = panel.begin() + lead + bytes * k / weights.depth;
+                const int64_t slice_bytes = bytes * (end - k) / weights.depth;
+                const element* at = x + row * x_stride;
+                if constexpr (Format::UNPACK_ROWS != NEVER) {
+                    if (unpacks) {
+                        alignas(64) float unpacked[SLICE * PANEL];
+                        unpack(panel, k, end, unpacked);
+                        tiles(Float32(unpacked), at + k, num_rows, num_tiles, 0, end - k, sums, k == 0, fetch, from,
+                              slice_bytes);
+                        continue;
+                    }
+                }
+                tiles(panel, at, num_rows, num_tiles, k, end, sums, k == 0, fetch, from, slice_bytes);
+            }
+            finish_panel(p, sums, PANEL, row, num_rows);
+        }
+        fetched = fetch.next;
+    }
+
+    static void unpack(const Format& panel, int64_t first, int64_t end, float* to) {
+        for (int64_t k = first; k < end; k += Format::STEP)
+            steps<Format::STEP, 1>([&](auto index) {
+                constexpr int I = decltype(index)::value;
+                if (k + I >= end) return;
+                store(to + (k + I - first) * PANEL, panel.template load<I>(k, 0));
+                store(to + (k + I - first) * PANEL + VL, panel.template load<I>(k, 1));
+            });
+    }
+
+    template <class Panel>
+    void tiles(const Panel& panel, const element* at, int64_t num_rows, int64_t num_tiles, int64_t k, int64_t end,
+               float* sums, bool first, Fetch& fetch, const char* from, int64_t bytes) const {
+        for (int64_t t = 0; t < num_tiles; t++) {
+            const int64_t start = num_rows * t / num_tiles, height = num_rows * (t + 1) / num_tiles - start;
+            const char* to = from + bytes * t / num_tiles;
+            fetch.until(to);
+            tall_tile_of<Panel>(height)(at + start * x_stride, x_stride, panel, k, end, sums + start * PANEL, first, fetch,
+                                        to, bytes / num_tiles);
+        }
+    }
+
+    void run(int64_t row, int64_t num_rows, int64_t first, int64_t last, int64_t num_panels,
+             const char*& fetched) const {
+        switch (num_rows) {
+            case 1: return few_rows<1, 4>(row, first, last, num_panels, fetched);
+            case 2: return few_rows<2, REGISTERS == 32 ? 4 : 2>(row, first, last, num_panels, fetched);
+            case 3: return few_rows<3, 2>(row, first, last, num_panels, fetched);
+            default: return many_rows(row, num_rows, first, last, num_panels, fetched);
+        }
+    }
+};
+
+// Panels to be taken together, that a piece is worth an atomic operation and not so long that others wait for it.
+static inline int grain(int64_t num_rows, int64_t depth, int64_t panel_bytes) {
+    const int64_t ns = panel_bytes / 8 + num_rows * depth * PANEL / 24;         // 8 GB/s or 48 GFLOP/s
+    const int64_t panels = PIECE_NS / std::max<int64_t>(ns, 1);
+    return panels >= 4 ? (int)std::min<int64_t>(16, panels / 4 * 4) : (int)std::max<int64_t>(1, panels);
+}
+
+// x [num_rows, K] -> y [num_rows, N]; strides in elements. All threads of a team call this.
+template <class Format, class Out, bool GATED>
+static void share(Member& member, const typename Format::Weights& weights,
+                  const typename Format::Arithmetic::element* x, int64_t x_stride, Out* y, int64_t y_stride,
+                  int64_t num_rows) {
+    const Job<Format, Out, GATED> job{weights, x, x_stride, y, y_stride};
+    const int64_t panels = (weights.columns + job.WIDTH - 1) / job.WIDTH, threads = member.team.num_threads;
+    // Rows are cut where x does not fit the cache, and where there are too few panels for the threads.
+    auto divided = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+    const int64_t fitting = std::clamp<int64_t>(X_BYTES / int64_t(sizeof(*x)) / weights.depth, 12, MAX_ROWS);
+    const int64_t wanted = std::max(divided(num_rows, fitting), divided(4 * threads, panels));
+    const int64_t blocks = std::max({int64_t(1), divided(num_rows, MAX_ROWS), std::min(wanted, num_rows / 12)});
+    const char* fetched = nullptr;
+    if (num_rows == 0) return;
+    member.share((int)(blocks * panels), grain((num_rows + blocks - 1) / blocks, weights.depth, Format::bytes(weights)),
+                 [&](int64_t item, int64_t end) {
+        while (item < end) {
+            const int64_t b = item / panels, first = item % panels, last = std::min(panels, first + end - item);
+            const int64_t row = num_rows * b / blocks, row_end = num_rows * (b + 1) / blocks;
+            job.run(row, row_end - row, first, last, panels, fetched);
+            item += last - first;
+        }
+    });
+}
+
+// The products of a model of type T with weights in a Format: what decoder.hpp multiplies with.
+template <class T, class Format> struct Product {
+    typedef typename Format::Weights Weights;
+    typedef typename InputOf<T, typename Format::Arithmetic>::type Input;      // what rows of x are kept as
+
+    template <class Out, bool GATED>
+    static void share(Member& member, const Weights& weights, const Input* x, int64_t x_stride, Out* y, int64_t y_stride,
+                      int64_t num_rows) {
+        linear::share<Format, Out, GATED>(member, weights, (const typename Format::Arithmetic::element*)x, x_stride, y,
+                                          y_stride, num_rows);
+    }
+};
+
+template <class T> struct FormatOf;
+template <> struct FormatOf<float> { typedef Float32 type; };
+template <> struct FormatOf<bf16> { typedef Bfloat16 type; };
 
 }  // namespace linear

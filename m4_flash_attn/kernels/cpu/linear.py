@@ -141,8 +141,10 @@ def _native(weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype,
     weights = Weights(packed.data_ptr(), None if padded_bias is None else padded_bias.data_ptr(), columns, depth)
     reference = byref(weights)
     tensors = (packed, padded_bias)
+    widens = weight.dtype is torch.bfloat16 and bool(kernels.linear_widens())
 
     def product(x: Tensor, keep: Any = tensors) -> Tensor:      # `weights` points into them
+        x = x.float() if widens else x
         if x.stride(1) != 1:
             x = x.contiguous()
         rows = x.shape[0]

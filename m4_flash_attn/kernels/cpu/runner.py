@@ -33,7 +33,7 @@ class DecodeRunner(Runner):
 
     @torch.inference_mode()
     def execute(self, inputs: ModelInputs) -> Tensor:
-        """Logits [R, vocab] of prepared inputs."""
+        """Logits [R, vocab] of prepared inputs, valid until the next call."""
         metadata, backend, decoder = inputs.metadata, self.backend, self.model.layers[0]
         if not _is_decode(inputs):
             return self.runner.execute(inputs)

@@ -10,14 +10,13 @@
 #include "vec.hpp"
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
-#include <immintrin.h>
 #define HAVE_PAIRS 1
 #endif
 
 struct Singles {
     typedef float element;
     static constexpr int per_element = 1;
-    static inline vf multiply_add(vf sum, element a, const element* b) { return sum + a * load(b); }
+    static inline vf multiply_add(vf sum, element a, const element* b) { return ::multiply_add(sum, splat(a), load(b)); }
 };
 
 #ifdef HAVE_PAIRS
@@ -62,15 +61,65 @@ static inline void tile_rows(int rows, const typename Kind::element* a, long a_s
 template <class Kind>
 static void multiply(int rows, int columns, int depth, const typename Kind::element* a, long a_stride,
                      const typename Kind::element* b, long b_stride, float* c, long c_stride, const float* alpha) {
+    constexpr int N = REGISTERS == 32 ? 4 : 2;      // 6 x N sums, a row of B and an element of A have to fit
     for (int row = 0; row < rows; row += 6) {
         int height = rows - row < 6 ? rows - row : 6;
         const float* factors = alpha ? alpha + row : nullptr;
         int column = 0;
-        for (; column + 4 * VL <= columns; column += 4 * VL)
-            tile_rows<Kind, 4>(height, a + row * a_stride, a_stride, b + column, b_stride,
+        for (; column + N * VL <= columns; column += N * VL)
+            tile_rows<Kind, N>(height, a + row * a_stride, a_stride, b + column, b_stride,
                                c + row * c_stride + column, c_stride, factors, depth);
         for (; column < columns; column += VL)
             tile_rows<Kind, 1>(height, a + row * a_stride, a_stride, b + column, b_stride,
                                c + row * c_stride + column, c_stride, factors, depth);
     }
+}
+
+// VL x VL numbers: rows become columns.
+static inline void transpose(vf (&x)[VL]) {
+#if defined(__AVX512F__)
+    __m512i y[16], z[16];
+    for (int i = 0; i < 8; i++) {
+        y[2 * i] = _mm512_unpacklo_epi32((__m512i)x[2 * i], (__m512i)x[2 * i + 1]);
+        y[2 * i + 1] = _mm512_unpackhi_epi32((__m512i)x[2 * i], (__m512i)x[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++)
+        for (int h = 0; h < 2; h++) {
+            z[4 * i + 2 * h] = _mm512_unpacklo_epi64(y[4 * i + h], y[4 * i + 2 + h]);
+            z[4 * i + 2 * h + 1] = _mm512_unpackhi_epi64(y[4 * i + h], y[4 * i + 2 + h]);
+        }
+    for (int i = 0; i < 4; i++) {
+        y[i] = _mm512_shuffle_i32x4(z[i], z[4 + i], 0x88);
+        y[4 + i] = _mm512_shuffle_i32x4(z[i], z[4 + i], 0xdd);
+        y[8 + i] = _mm512_shuffle_i32x4(z[8 + i], z[12 + i], 0x88);
+        y[12 + i] = _mm512_shuffle_i32x4(z[8 + i], z[12 + i], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        x[i] = (vf)_mm512_shuffle_i32x4(y[i], y[8 + i], 0x88);
+        x[4 + i] = (vf)_mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0x88);
+        x[8 + i] = (vf)_mm512_shuffle_i32x4(y[i], y[8 + i], 0xdd);
+        x[12 + i] = (vf)_mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0xdd);
+    }
+#elif defined(__AVX__)
+    __m256 y[8];
+    for (int i = 0; i < 4; i++) {
+        y[2 * i] = _mm256_unpacklo_ps((__m256)x[2 * i], (__m256)x[2 * i + 1]);
+        y[2 * i + 1] = _mm256_unpackhi_ps((__m256)x[2 * i], (__m256)x[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; i++)
+        for (int h = 0; h < 2; h++) {
+            x[4 * i + 2 * h] = (vf)_mm256_shuffle_ps(y[4 * i + h], y[4 * i + 2 + h], 0x44);
+            x[4 * i + 2 * h + 1] = (vf)_mm256_shuffle_ps(y[4 * i + h], y[4 * i + 2 + h], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        y[i] = _mm256_permute2f128_ps((__m256)x[i], (__m256)x[4 + i], 0x20);
+        y[4 + i] = _mm256_permute2f128_ps((__m256)x[i], (__m256)x[4 + i], 0x31);
+    }
+    for (int i = 0; i < 8; i++) x[i] = (vf)y[i];
+#else
+    float rows[VL][VL];
+    std::memcpy(rows, x, sizeof(rows));
+    for (int i = 0; i < VL; i++)
+        for (int j = 0; j < VL; j++) x[i][j] = rows[j][i];
+#endif
 }
