@@ -25,7 +25,7 @@ ACTIONS = {"whole": 4, "stream": 4, "chat": 3, "chat_stream": 3, "malformed": 2,
            "leave_stream": 2, "leave_whole": 2, "leave_in_body": 1}
 SYNC_ACTIONS = {"sync_whole": 1, "sync_stream": 1, "sync_chat": 1, "sync_chat_stream": 1}
 _MALFORMED: tuple[dict[str, Any], ...] = (
-    {"temperature": "hot"}, {"prompt": ""}, {"prompt": [10 ** 9]}, {"top_k": 2 ** 63}, {"max_tokens": -5},
+    {"temperature": "hot"}, {"prompt": ""}, {"prompt": [10 ** 9]}, {"top_p": 7}, {"max_tokens": -5},
     {"n": 10 ** 6}, {"suffix": "x"}, {"logit_bias": {"word": 1}})
 _GOOD_JSON = b'{"prompt": "The sea is", "max_tokens": 4}'
 _BROKEN_JSON = (b"", b"{", b"\xff\xfe", b"[" * 9000, b"null", _GOOD_JSON[:-1], _GOOD_JSON + b"}")
