@@ -57,7 +57,7 @@ plt.rcParams.update({
     "legend.frameon": False})
 
 torch.set_num_threads(1)        # steadier times on a machine that has other work
-COMMON = {"dtype": "bfloat16", "device": "cpu", "max_model_len": 256}
+COMMON = {"dtype": "auto", "device": "cpu", "max_model_len": 256}
 EXACT = COMMON | {"dtype": "float32"}        # where tokens are compared: rounding must not decide
 
 
@@ -550,8 +550,8 @@ for length, fitted in zip(LENGTHS, fit_blocks, strict=True):
 assert fit_blocks[-1] == ROWS, "nothing to save"
 slots = {"rows": RowKVCacheManager(ROWS, ROW), "blocks": paged_manager(SLOTS // 16, 16)}
 BATCH, CONTEXT = ROWS, ROW - 1
-row_s, block_s = (times(backend(cache, slots[name], torch.float32), decode_step(slots[name]))
-                  for name, backend in (("rows", RaggedAttention), ("blocks", PagedAttention)))
+row_s = times(RaggedAttention(cache, slots["rows"], torch.float32), decode_step(slots["rows"]))
+block_s = times(PagedAttention(cache, slots["blocks"].tables, torch.float32), decode_step(slots["blocks"]))
 print(f"a decode step of {ROWS} such sequences: rows {1e3 * row_s[0]:.2f} ms to prepare and {1e3 * row_s[1]:.2f} ms a "
       f"layer, blocks {1e3 * block_s[0]:.2f} ms and {1e3 * block_s[1]:.2f} ms")
 
