@@ -99,6 +99,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_template_that_would_never_end_or_fill_the_memory(name, tiny_model, tmp_path, monkeypatch):
     """One line, in bounded time and memory."""

@@ -116,6 +116,7 @@ def states() -> list[str]:
     return [book.state(exercise).value for exercise in book.exercises]
 
 
+@pytest.mark.slow
 def test_from_blank_to_solved(toy: Path) -> None:
     started = run("start", "1")
     assert started.exit_code == 0
@@ -148,6 +149,7 @@ def test_from_blank_to_solved(toy: Path) -> None:
     assert (toy / "shop.py").read_text() == SHOP
 
 
+@pytest.mark.slow
 def test_a_second_exercise_of_the_module_keeps_the_first_ones_work(toy: Path) -> None:
     run("start", "1")
     mine = "            return 7\n"
@@ -174,6 +176,7 @@ def test_a_second_exercise_of_the_module_keeps_the_first_ones_work(toy: Path) ->
     assert not learner(toy).exists()
 
 
+@pytest.mark.slow
 def test_a_blank_neighbour_is_named(toy: Path) -> None:
     more = "def test_till(): assert m9_toy.shop.Shop.Till().total(('tea',)) == 3\n"
     (toy / "tests/test_more.py").write_text("import m9_toy.shop\n" + more)
@@ -185,12 +188,14 @@ def test_a_blank_neighbour_is_named(toy: Path) -> None:
     assert "still blank: Shop.Till.total; write it first" in result.output and "has changed" not in result.output
 
 
+@pytest.mark.slow
 def test_a_module_that_changed_since_is_named(toy: Path) -> None:
     run("start", "1")
     (toy / "shop.py").write_text(SHOP + "x = 1\n")
     assert "m9_toy/shop.py has changed since your copy was made" in run("check", "1").output
 
 
+@pytest.mark.slow
 def test_tests_that_are_all_skipped_grade_nothing(toy: Path) -> None:
     run("start", "3")
     result = run("check", "3")
@@ -269,6 +274,7 @@ except ModuleNotFoundError:
 """
 
 
+@pytest.mark.slow
 def test_the_overlay_replaces_the_module_and_nothing_else(toy: Path) -> None:
     """`__file__` stays, so data files are found; code objects carry the learner's path, so tracebacks show it."""
     file = learner(toy)

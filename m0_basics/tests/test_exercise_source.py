@@ -262,6 +262,7 @@ def indent(text: str) -> str:
     return "\n".join(result)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(parts=st.lists(functions(), min_size=1, max_size=3), in_class=st.booleans(),
        newline=st.sampled_from(["\n", "\r\n"]), final=st.booleans())

@@ -68,6 +68,7 @@ def test_every_type(kind, tiny_model, tmp_path):
     check(tmp_path / "model.gguf", tiny_model("qwen3"), kind, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
 def test_every_k_type(kind, wide, tmp_path):
     check(tmp_path / "model.gguf", wide, kind, tmp_path)

@@ -116,6 +116,7 @@ def test_a_gguf_header_that_lies(case, tmp_path, cache):
     assert not cache.exists() or not list(cache.iterdir()), "nothing half done is left"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_a_gguf_file_with_random_bytes_in_its_header(seed, tiny_model, tmp_path):
     """It loads, or says in one line why not."""

@@ -42,6 +42,7 @@ def small_vocabularies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tu
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("ignore_eos", [False, True])
 def test_a_wide_enough_beam_is_exhaustive(small_vocabularies: dict[str, Any], length_penalty: float,
@@ -70,6 +71,7 @@ def test_a_wide_enough_beam_is_exhaustive(small_vocabularies: dict[str, Any], le
     assert [s.score for s in found] == sorted((s.score for s in found), reverse=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0, 2.0])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "tiny"])
 def test_equals_transformers(small_vocabularies: dict[str, Any], tiny_model: TinyModels, name: str,
@@ -120,6 +122,7 @@ def test_one_beam_is_greedy_decoding(tiny_model: TinyModels, variant: str) -> No
         assert found.sequences[0].text == part.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["qwen3", "llama3_rope"])
 def test_score_is_at_least_that_of_greedy(tiny_model: TinyModels, variant: str) -> None:
     """F1.4: wherever the greedy output's beginnings stay in the beam, as they mostly do.

@@ -131,6 +131,7 @@ class TestIncrementalDetokenizer:
             ids.insert(at, 268)
         assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["always", "first", "never", "byte level"])
     @EXAMPLES
     @given(prompt=st.lists(TOKENS, max_size=5), output=st.lists(TOKENS, max_size=8), skip=st.booleans())

@@ -41,6 +41,7 @@ def new_sequence(num_tokens: int = 4) -> Sequence:
     return Sequence(next_seq_id(), SequenceData(list(range(num_tokens))), SamplingParams(), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["qwen3", "qwen2", "llama", "llama3_rope"])
 def test_same_tokens_with_and_without_cache(tiny_model: TinyModels, variant: str) -> None:
     """F1.2: m0 recomputes everything, m1 nothing."""
@@ -178,6 +179,7 @@ def test_copy_moves_slots_of_all_layers(cache: KVCache) -> None:
         assert torch.equal(after[:, [0, *range(4, 10)]], before[:, [0, *range(4, 10)]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("params", [greedy(24), SamplingParams(n=3, seed=1, max_tokens=24, ignore_eos=True)])
 def test_nothing_outside_the_stored_slots_is_read(tiny_model: TinyModels, params: SamplingParams) -> None:
     """F1.2: with NaN in every slot before each request the tokens are the same: NaN times 0 would be NaN."""

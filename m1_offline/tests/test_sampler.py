@@ -105,6 +105,7 @@ class TestDistribution:
 class TestDraws:
     """F1.3: FullSampler draws from exactly that distribution."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("settings_", [
         {}, {"temperature": 0.5}, {"temperature": 3.0}, {"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.1},
         {"top_k": 12, "top_p": 0.9, "temperature": 1.5}, {"top_k": 10, "min_p": 0.05, "top_p": 0.95}])

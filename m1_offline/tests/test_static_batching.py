@@ -23,6 +23,7 @@ def make(model: str, **options: Any) -> tuple[StaticBatchLLM, StaticBatchEngine]
     return llm, llm.engine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("variant", ["qwen3", "qwen2", "llama3_rope"])
 def test_padded_batch_gives_what_single_runs_give(tiny_model: TinyModels, variant: str, batch_size: int) -> None:
@@ -40,6 +41,7 @@ def test_padded_batch_gives_what_single_runs_give(tiny_model: TinyModels, varian
         assert_same_tokens([batched[i].outputs[0].token_ids], reference_greedy(folder, [prompts[i]], 4 + 3 * i))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_one_row_reaches_max_model_len_while_others_go_on(tiny_model: TinyModels, batch_size: int) -> None:
     """F1.8: a full row is finished early and kept; the others run on past the last position it may have."""

@@ -289,6 +289,7 @@ def test_the_death_of_the_engine_reaches_everybody(make):
     assert all("MemoryError: gone" in str(r) for r in results)
 
 
+@pytest.mark.slow
 def test_shutdown_drains_and_then_aborts(make):
     """A short request ends as usual, a long one is cut off, and no new one is taken."""
     engine, recorder = make()
@@ -297,6 +298,7 @@ def test_shutdown_drains_and_then_aborts(make):
         recorder.step_s = 0.05
 
     recorder.on_request_completion = slow_down
+    recorder.hold_after = 0         # so that both are open when it begins
 
     async def run():
         engine.start()
@@ -305,6 +307,7 @@ def test_shutdown_drains_and_then_aborts(make):
         await until(lambda: engine.num_open_requests == 2)
         ending = asyncio.create_task(engine.shutdown(drain_s=2.0))
         await asyncio.sleep(0)
+        recorder.go.set()
         with pytest.raises(EngineStoppedError):
             await last(engine.generate(PROMPTS[2], greedy()))
         await ending

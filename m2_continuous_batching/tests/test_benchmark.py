@@ -37,6 +37,7 @@ def test_every_part_is_there(report: tuple[BenchReport, Path]) -> None:
     assert figures == {"ragged.png", "equal.png", "timeline.png", "poisson_ttft_ms.png", "poisson_request_goodput.png"}
 
 
+@pytest.mark.slow
 def test_latency_scenarios(report: tuple[BenchReport, Path]) -> None:
     """F2.5, F2.10: each policy and each budget was measured; a longest wait is not below a percentile."""
     latency = report[0].measurements["latency"]

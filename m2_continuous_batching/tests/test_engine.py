@@ -35,6 +35,7 @@ class TestPreemption:
         assert lab.watcher.preempted >= 8
         lab.check_empty()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("asynchronous", [False, True])
     @pytest.mark.parametrize("settings", [{"n": 3}, {"n": 2, "best_of": 5}, {"n": 4, "max_tokens": 1},
                                           {"n": 3, "max_tokens": 2}])

@@ -30,6 +30,7 @@ def lab(tiny_model: TinyModels) -> Lab:
 class TestFailures:
     """F2.7: a failing request fails alone."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("place", ["sampler", "record", "conclude", "prepare_inputs", "execute"])
     @pytest.mark.parametrize("when", [0, 1, 7])
     @pytest.mark.parametrize("asynchronous", [False, True])

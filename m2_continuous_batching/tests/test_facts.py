@@ -68,6 +68,7 @@ def test_urgent_requests_displace_others() -> None:
     assert sum(s.preempted for s in run.steps) == 1
 
 
+@pytest.mark.slow
 def test_utilisation(values: dict[str, Value]) -> None:
     """188 tokens in 4 places of 100 steps; a queue of them ends when the last long one does."""
     assert values["s0.static.utilisation"] == (5 + 100 + 3 + 80) / 400

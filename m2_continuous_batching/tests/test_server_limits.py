@@ -213,6 +213,7 @@ def test_time_limit(server, watch):
     assert answer.choices[0].stop_reason == "time limit"
 
 
+@pytest.mark.slow
 def test_sixteen_clients_some_of_which_hang_up(server, tiny_model):
     """Every answer that is read to its end equals the offline engine's, and nothing is left."""
     prompts = mixed_length_prompts(260, 16, seed=5)

@@ -48,6 +48,7 @@ def test_every_fault_is_named(change, complaint):
     assert complaint in "; ".join(dataclasses.replace(GOOD, **change).complaints)
 
 
+@pytest.mark.slow
 def test_the_clients_notice_a_server_that_answers_something_else(tiny_model, monkeypatch):
     """Every good action compares: with other texts expected, each finds a difference; and no bad body is served."""
     options = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8}

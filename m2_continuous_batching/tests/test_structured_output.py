@@ -110,6 +110,7 @@ def test_many_threads_share_the_grammars(llm: LLM, monkeypatch: pytest.MonkeyPat
     assert together == [first_tokens(c) for c in constraints] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"max_num_seqs": 2, "policy": "round-robin:3"}, {"async_scheduling": True}],
                          ids=["together", "preempted", "async"])
 def test_mixed_batch(tiny_model: TinyModels, options: dict[str, Any]) -> None:
@@ -134,6 +135,7 @@ def test_mixed_batch(tiny_model: TinyModels, options: dict[str, Any]) -> None:
     assert len(llm.engine.sampler._walks) == 0, "nothing is kept of sequences that ended"
 
 
+@pytest.mark.slow
 def test_preemption_happens_and_changes_nothing(tiny_model: TinyModels, llm: LLM) -> None:
     """Sequences that give way in the middle of an object end with the same tokens."""
     switching = LLM(str(tiny_model("qwen3")), dtype="float32", max_model_len=256, max_num_seqs=2,
@@ -157,6 +159,7 @@ def test_several_outputs_of_a_request(llm: LLM) -> None:
     assert len({part.text for part in output.outputs}) > 1
 
 
+@pytest.mark.slow
 def test_a_step_that_is_run_twice(llm: LLM) -> None:
     """A batch that fails is run again one by one; the matchers do not take a token twice."""
     params = [constrained(json=SCHEMA), replace(SAMPLED)]

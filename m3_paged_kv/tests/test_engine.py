@@ -191,6 +191,7 @@ def test_a_compressed_cache_is_recomputed_not_swapped(tiny_model: TinyModels) ->
     assert count.most == 9, "the pool was full"
 
 
+@pytest.mark.slow
 def test_twice_as_many_run_side_by_side_as_with_rows(tiny_model: TinyModels) -> None:
     """F3.9: with as many slots, on ragged-64's lengths halved: sequences that get a token, counted at every step."""
     options = {"dtype": "float32", "max_model_len": 512, "skip_tokenizer_init": True}

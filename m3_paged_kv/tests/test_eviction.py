@@ -139,6 +139,7 @@ def test_a_window_for_all_changes_nothing(tiny_model: TinyModels, plugin: Any) -
     assert outputs == reference_greedy(tiny_model("qwen3"), prompts, 24)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("plugin", "bound"), [
     (lambda: AttentionSinks(4, 16), 1 + 4 + 1), (lambda: AttentionSinks(5, 17), 2 + 5 + 1),
     (lambda: HeavyHitters(32, 8), 8), (lambda: HeavyHitters(30, 9), 7)])
@@ -208,6 +209,7 @@ def test_swapped_sequences_come_back_as_they_left(tiny_model: TinyModels) -> Non
     assert recomputed != expected
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prompts=st.lists(st.integers(1, 30), min_size=1, max_size=6), outputs=st.integers(1, 3),
        num_blocks=st.integers(16, 24), swap_space=st.sampled_from([0.0, 0.00002, 0.01]), window=st.integers(1, 20),

@@ -191,6 +191,7 @@ def test_tiny_pools_change_no_token(tiny_model: TinyModels, work: list[dict[str,
     assert (manager.usage, len(manager.swapped), manager.swapped.host_pool.num_used) == (0.0, 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("swap_space", "swaps"), [(0.0, False), (0.01, True)])
 def test_the_pools_are_tiny_enough(tiny_model: TinyModels, swap_space: float, swaps: bool) -> None:
     """The fuzz test means something: sequences do give way, and are swapped where there is room for them."""

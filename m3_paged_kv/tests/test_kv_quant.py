@@ -205,6 +205,7 @@ def test_large_channels_of_keys() -> None:
     assert errors[4, True] < 0.5 * errors[4, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "by_channel"), FORMATS)
 def test_forks_in_the_engine(tiny_model: TinyModels, bits: int, by_channel: bool) -> None:
     """F3.5, F3.10: three outputs that share their prompt, each of them always the most probable token: greedy's."""

@@ -196,6 +196,7 @@ def test_any_block_size_on_a_cpu(tiny_model: TinyModels, block_size: int) -> Non
     assert_same_tokens(tokens(llm), reference_greedy(tiny_model("qwen3"), PROMPTS, 16))
 
 
+@pytest.mark.slow
 def test_nothing_optional_is_imported_until_chosen(tiny_model: TinyModels) -> None:
     """F4.1: beyond what torch itself brings."""
     script = f"""

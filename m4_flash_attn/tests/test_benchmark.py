@@ -70,6 +70,7 @@ def test_all_ways_compute_the_same(batch: int, prefill: bool, tiny_model: TinyMo
         torch.testing.assert_close(run(), expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
 def test_peak_memory_counts_what_is_gone_again(tiny_model: TinyModels) -> None:
     """F4.3: by size, by hand; twice the same, though malloc could use the first one's pages again. O(n^2), and O(n)."""
@@ -124,6 +125,7 @@ def test_flags_of_a_command() -> None:
         "--max-model-len", "64", "--no-fused-layers", "--enforce-eager"]
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="model"):
         first_token_s({"model": str(tmp_path / "nothing")}, tmp_path)

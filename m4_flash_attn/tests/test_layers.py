@@ -81,6 +81,7 @@ def m0_model(tiny_model: TinyModels, name: str, dtype: str = "float32") -> Any:
     return load_model(ModelConfig(str(tiny_model(name)), dtype=dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"attention_backend": "sdpa"}, {"attention_backend": "naive"},
                                       {"fused_layers": False}], ids=["cpu", "sdpa", "naive", "not fused"])
 @pytest.mark.parametrize("name", FAMILIES_UNDER_TEST)
@@ -103,6 +104,7 @@ def test_on_other_processors(tiny_model: TinyModels, name: str, variant: str) ->
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [2, 3, 5])
 @pytest.mark.parametrize("name", FAMILIES_UNDER_TEST)
 def test_threads_wait_for_each_other(tiny_model: TinyModels, name: str, threads: int) -> None:
@@ -115,6 +117,7 @@ def test_threads_wait_for_each_other(tiny_model: TinyModels, name: str, threads:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("name", FAMILIES_UNDER_TEST)
 def test_bfloat16_is_as_exact_as_m0s(tiny_model: TinyModels, name: str, threads: int) -> None:
@@ -277,6 +280,7 @@ def test_an_attention_plugin_can_replace_attention(tiny_model: TinyModels) -> No
     assert ours != reference_greedy(tiny_model("qwen3"), PROMPTS, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_tied", "llama_bias"])
 def test_packed_weights_take_the_place_of_the_originals(tiny_model: TinyModels, name: str, dtype: str) -> None:

@@ -22,6 +22,7 @@ shapes = st.builds(Heads, num_queries=st.integers(1, 40), num_keys=st.integers(1
                    group=st.sampled_from([1, 2, 3]))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(algorithm=st.sampled_from(sorted(ALGORITHMS)), shape=shapes, sram_elements=st.integers(62, 900),
        element_bytes=st.sampled_from([1, 2, 4]))

@@ -227,6 +227,7 @@ class StopConformance(StopTokenConformance):
 class StreamingConformance(Conformance):
     """Deltas joined equal the final text and tokens (F1.6)."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("variant", ["qwen3", "llama", "parrot"])
     def test_deltas_join_to_the_whole(self, variant: str) -> None:
         """Random bytes make every kind of broken character; the parrot's characters span up to four tokens."""
