@@ -144,7 +144,7 @@ class Tokenizer:
         text = self._inner_texts.get(token_id)
         if text is None:
             if self._a_word is None:
-                self._a_word = self.encode("a", add_special_tokens=False)
+                self._a_word = self._backend.encode("a", add_special_tokens=False).ids
             text = self._inner_texts[token_id] = self.decode_output([token_id], self._a_word, False)
         return text
 

@@ -32,18 +32,19 @@ def test_drafted_tokens_have_rows_of_their_own(tiny_model: TinyModels) -> None:
     """Behind the newest token and each drafted one: the logits of the sequence with the guesses so far."""
     model = load_model(ModelConfig(model=str(tiny_model("llama")), dtype="float32"))
     runner = ModelRunner(model, FullAttention())
-    prompt, drafts = [20, 21, 22], (30, 31)
+    prompt, drafts = [20, 21], (30, 31)
     sequence = Sequence(0, SequenceData(prompt), SamplingParams(temperature=0), 0)
+    sequence.append_token_id(22)
     other = Sequence(1, SequenceData([40, 41]), SamplingParams(temperature=0), 0)
     inputs = runner.prepare_inputs([ScheduledSequence(sequence, 0, 5, drafts), ScheduledSequence.rest(other)])
-    assert inputs.input_ids.tolist() == [*prompt, *drafts, 40, 41]
+    assert inputs.input_ids.tolist() == [*prompt, 22, *drafts, 40, 41]
     assert inputs.positions.tolist() == [0, 1, 2, 3, 4, 0, 1]
     assert inputs.logit_rows.tolist() == [2, 3, 4, 6]
-    assert [s.output_token_ids for s in inputs.sampled] == [[], [30], [30, 31], []]
+    assert [s.output_token_ids for s in inputs.sampled] == [[22], [22, 30], [22, 30, 31], []]
     assert (inputs.sampled[0], inputs.sampled[3]) == (sequence, other)
-    assert sequence.output_token_ids == [], "the guesses are not the sequence's"
+    assert sequence.output_token_ids == [22], "the guesses are not the sequence's"
     logits = runner.execute(inputs)
     for row, length in enumerate((3, 4, 5)):
-        known = Sequence(2, SequenceData([*prompt, *drafts][:length]), SamplingParams(temperature=0), 0)
+        known = Sequence(2, SequenceData([*prompt, 22, *drafts][:length]), SamplingParams(temperature=0), 0)
         alone = runner.execute_model([ScheduledSequence.rest(known)])
         torch.testing.assert_close(logits[row], alone[0], rtol=1e-4, atol=1e-4)

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import textwrap
+import time
 from dataclasses import replace
 
 import psutil
@@ -151,6 +152,14 @@ def counting(request):
     return tuple(request.prompt_token_ids[-1] + 1 + i for i in range(request.output_len))
 
 
+def wait_until_stopped(pid):
+    """A signal arrives a moment after it is sent."""
+    deadline = time.monotonic() + 10
+    while psutil.Process(pid).status() != psutil.STATUS_STOPPED:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_peer_in_its_own_interpreter(llm, tmp_path):
     python = interpreter(tmp_path, vllm=VLLM)
     assert engines_of(python) == ["vllm"]
@@ -159,7 +168,7 @@ def test_peer_in_its_own_interpreter(llm, tmp_path):
         assert peer.name == "vllm"
         assert peer.note.startswith("vllm 0.test; start-up ")
         assert peer.pid != os.getpid()
-        assert psutil.Process(peer.pid).status() == psutil.STATUS_STOPPED       # it takes no core from the others
+        wait_until_stopped(peer.pid)                                            # it takes no core from the others
         seen = []
         comparison = compare([EngineContender("m0", llm), peer], WORK, rounds=2,
                              on_result=lambda number, c, result: seen.append((c.name, result)))
