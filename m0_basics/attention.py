@@ -42,6 +42,10 @@ class ScheduledSequence(NamedTuple):
         """Everything of `sequence` that is not computed yet."""
         return cls(sequence, sequence.num_computed_tokens, sequence.num_tokens - sequence.num_computed_tokens)
 
+    def without_drafts(self) -> ScheduledSequence:
+        """The same, and no guesses."""
+        return ScheduledSequence(self.sequence, self.start, self.num_tokens - len(self.draft_token_ids))
+
     @property
     def end(self) -> int:
         """Tokens computed once the step is done, drafted ones included."""

@@ -113,6 +113,8 @@ class LLMEngine(Engine):
             return self._run(self._prepare(scheduled)), []
         except Exception as error:
             if len(scheduled) == 1:
+                if scheduled[0].draft_token_ids:        # a guess may lead where no token is allowed: run without
+                    return self._run_isolated([scheduled[0].without_drafts()])
                 return [], [(scheduled[0].sequence, error)]
             logger.warning("a step of %d sequences failed (%s); each is run by itself", len(scheduled), error)
         return self._run_each(scheduled)

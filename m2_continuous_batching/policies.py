@@ -44,6 +44,7 @@ class QueuedSequence:
     sequence: Sequence
     request: Request
     params: SchedulingParams
+    work_before: int = 0                # tokens that the engine had run when it arrived
     queue_number: int = 0               # sequences that had joined the queue when it did, itself included
     tokens_this_turn: int = 0           # steps that gave it a token since it was last admitted
     last_step: int = -1                 # the last step that ran it
@@ -122,6 +123,21 @@ class ShortestJobFirstPolicy(SchedulingPolicy):
         return (float("inf") if max_tokens is None else sequence.num_prompt_tokens + max_tokens, *entry.order)
 
 
+class ShortestFirstPolicy(SchedulingPolicy):
+    """The least left to compute goes first, aged by work: nobody starves.
+
+    A sequence with n tokens to compute is overtaken by at most `patience` * n tokens of others' work. Time is counted
+    in tokens, so the same patience means the same on any machine.
+    """
+
+    def __init__(self, patience: float = 8.0) -> None:
+        self.patience = patience
+
+    def key(self, entry: QueuedSequence) -> Key:
+        left = entry.sequence.num_tokens - entry.sequence.num_computed_tokens
+        return (entry.work_before + self.patience * left, *entry.order)
+
+
 class RoundRobinPolicy(SchedulingPolicy):
     """After `quantum` tokens a sequence may be sent to the end of the queue. Each switch costs a recompute.
 
@@ -178,6 +194,16 @@ class SLAPolicy(SchedulingPolicy):
             raise reject("sla_class", params.sla_class, ", ".join(self.classes))
 
 
+def _shortest_first(text: str) -> ShortestFirstPolicy:
+    try:
+        patience = float(text or 8.0)
+    except ValueError:
+        raise reject("policy", f"shortest-first:{text}", "shortest-first:PATIENCE") from None
+    if not 0 < patience < float("inf"):
+        raise reject("policy", f"shortest-first:{text}", "shortest-first:PATIENCE, above 0")
+    return ShortestFirstPolicy(patience)
+
+
 def _ageing(text: str) -> AgeingPolicy:
     try:
         interval = float(text or 5.0)
@@ -224,6 +250,7 @@ POLICIES: dict[str, Callable[[str], SchedulingPolicy]] = {
     "fcfs": _plain("fcfs", FCFSPolicy),
     "priority": _plain("priority", PriorityPolicy),
     "ageing": _ageing,
+    "shortest-first": _shortest_first,
     "sjf": _plain("sjf", ShortestJobFirstPolicy),
     "round-robin": _round_robin,
     "sla": _sla,

@@ -10,15 +10,25 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from enum import Enum, auto
 
 from m0_basics.config import ConfigError, reject
 from m0_basics.request import Request, Sequence, SequenceStatus
 
 from .kv_cache_manager import KVCacheManager
-from .policies import QueuedSequence, SchedulingParams, SchedulingPolicy
+from .policies import Key, QueuedSequence, SchedulingParams, SchedulingPolicy
 
 TIME_LIMIT = "time limit"           # the stop_reason of a request that ran out of time
+
+
+class Admission(Enum):
+    """What became of a sequence that wanted to join the step."""
+
+    ADMITTED = auto()
+    NO_PLACE = auto()           # tokens or places are used up, as its policy sees them: its lane has to wait
+    NO_BLOCKS = auto()          # the cache is full, and for all lanes
 
 
 class Queues:
@@ -38,6 +48,7 @@ class Queues:
         self._requests: dict[str, Request] = {}
         self._deadlines: dict[str, float] = {}                  # by request_id, of those that have a time limit
         self._num_queued = 0
+        self.num_tokens_run = 0                                 # by all that has ever run: the scheduler counts
 
     def check(self, request: Request, params: SchedulingParams) -> None:
         """Raise ConfigError for a request that the policy does not know how to order, or the cache can never hold."""
@@ -56,7 +67,7 @@ class Queues:
         self._requests[request.request_id] = request
         if params.timeout_s is not None:
             self._deadlines[request.request_id] = request.metrics.arrival_time + params.timeout_s
-        self._wait(QueuedSequence(request.sequences[0], request, params))
+        self._wait(QueuedSequence(request.sequences[0], request, params, work_before=self.num_tokens_run))
 
     def start(self, entry: QueuedSequence, num_computed_tokens: int) -> None:
         """Let a waiting sequence run; the cache holds its first `num_computed_tokens` tokens."""
@@ -74,8 +85,7 @@ class Queues:
         Where there is no room for the child, it waits like a preempted sequence and will be computed on its own.
         """
         origin = self._entries[parent.seq_id]
-        entry = QueuedSequence(child, origin.request, origin.params, queue_number=origin.queue_number,
-                               last_step=origin.last_step)
+        entry = replace(origin, sequence=child, tokens_this_turn=0)
         if self.has_place(entry) and self.kv_cache_manager.fork(parent, child):
             child.num_computed_tokens = parent.num_computed_tokens
             self._entries[child.seq_id] = entry
@@ -84,6 +94,60 @@ class Queues:
             child.set_status(SequenceStatus.WAITING)
             child.num_computed_tokens = 0
             self._wait(entry)
+
+    def admit(self, entry: QueuedSequence, start: int, num_tokens: int, in_step: Collection[QueuedSequence],
+              ) -> tuple[Admission, list[QueuedSequence]]:
+        """Let a waiting sequence run tokens [start, start + num_tokens), if there is a place and room in the cache.
+
+        Where the policy lets it, running sequences that are not `in_step` give way, the fewest that help. Returns what
+        became of it, and the victims.
+        """
+        victims = self._victims_for(entry, start, num_tokens, in_step)
+        if isinstance(victims, Admission):
+            return victims, []
+        for victim in victims:
+            self.preempt(victim)
+        if victims:
+            allocated = self.kv_cache_manager.allocate_slots(entry.sequence, start, num_tokens)
+            assert allocated, "fits_without has said so"
+        self.start(entry, start)
+        return Admission.ADMITTED, victims
+
+    def _victims_for(self, entry: QueuedSequence, start: int, num_tokens: int, in_step: Collection[QueuedSequence],
+                     ) -> list[QueuedSequence] | Admission:
+        """Who has to leave for a newcomer: nobody, and its slots are allocated by now; or why it has to wait."""
+        has_place = self.has_place(entry)
+        if has_place and self.kv_cache_manager.allocate_slots(entry.sequence, start, num_tokens):
+            return []
+        candidates = [e for e in self.running if e not in in_step and self.policy.may_displace(entry, e)]
+        candidates.sort(key=self.policy.key, reverse=True)
+        if not self._fits_without(entry, start, num_tokens, candidates):
+            return Admission.NO_BLOCKS if has_place else Admission.NO_PLACE
+        victims: list[QueuedSequence] = []
+        while not self._fits_without(entry, start, num_tokens, victims):
+            victims.append(candidates[len(victims)])
+        return victims
+
+    def _fits_without(self, entry: QueuedSequence, start: int, num_tokens: int, victims: list[QueuedSequence]) -> bool:
+        """Whether there would be a place and room for a newcomer, once `victims` are preempted."""
+        return self.has_place(entry, without=victims) and self.kv_cache_manager.fits_without(
+            entry.sequence, start, num_tokens, [victim.sequence for victim in victims])
+
+    def extend(self, entry: QueuedSequence, start: int, num_tokens: int, others: list[QueuedSequence],
+               key: Callable[[QueuedSequence], Key]) -> tuple[bool, list[QueuedSequence]]:
+        """Make room for a running sequence's next tokens; the one with the largest key, of it and `others`, gives way.
+
+        Victims are taken out of `others`. Returns whether it may run, and the victims.
+        """
+        victims: list[QueuedSequence] = []
+        while not self.kv_cache_manager.allocate_slots(entry.sequence, start, num_tokens):
+            victim = max((entry, *others), key=key)
+            self.preempt(victim)
+            victims.append(victim)
+            if victim is entry:
+                return False, victims
+            others.remove(victim)
+        return True, victims
 
     def preempt(self, entry: QueuedSequence) -> None:
         """Send a running sequence back to the queue. It keeps its tokens; if it keeps its cache, the manager says."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from enum import Enum, auto
 
 from m0_basics.attention import ScheduledSequence
 from m0_basics.config import check_int, reject
@@ -20,7 +19,7 @@ from m0_basics.request import Logprob, Request, Sequence
 
 from .kv_cache_manager import KVCacheManager, SlotCopy
 from .policies import QueuedSequence, SchedulingParams
-from .queues import Queues
+from .queues import Admission, Queues
 
 DEFAULT_TOKEN_BUDGET = 2048
 Sampled = tuple[Sequence, int, dict[int, Logprob] | None]       # a sequence, its next token, the log-probabilities
@@ -78,6 +77,7 @@ class Scheduler(ABC):
 
     def update_from_output(self, output: SchedulerOutput) -> None:
         """The step has run, or is under way and will have run before the next one: its tokens count as computed."""
+        self.queues.num_tokens_run += output.total_num_scheduled_tokens
         for s in output.scheduled:
             if (entry := self.queues.get_entry(s.sequence)) is not None:        # else it failed during the step
                 s.sequence.num_computed_tokens = s.end
@@ -113,14 +113,6 @@ class Scheduler(ABC):
     def token_budget(self, value: int) -> None:
         check_int("token_budget", value, 1)
         self._token_budget = min(value, self.max_num_batched_tokens)
-
-
-class Admission(Enum):
-    """What became of a sequence that wanted to join the step."""
-
-    ADMITTED = auto()
-    NO_PLACE = auto()           # tokens or places are used up, as its policy sees them: its lane has to wait
-    NO_BLOCKS = auto()          # the cache is full, and for all lanes
 
 
 class PrefillFirstScheduler(Scheduler):
@@ -174,37 +166,12 @@ class PrefillFirstScheduler(Scheduler):
         limit = (self.queues.policy.share(entry, joined, self.token_budget) if joined else self.max_num_batched_tokens)
         if sum(n for _, n in joined) + num_tokens > limit:
             return Admission.NO_PLACE
-        admission = self._make_room(entry, start, num_tokens, joined, output)
+        admission, victims = self.queues.admit(entry, start, num_tokens, in_step=[e for e, _ in joined])
+        output.preempted.extend(victim.sequence for victim in victims)
         if admission is Admission.ADMITTED:
-            self.queues.start(entry, start)
             output.scheduled.append(ScheduledSequence(sequence, start, num_tokens))
             joined.append((entry, num_tokens))
         return admission
-
-    def _make_room(self, entry: QueuedSequence, start: int, num_tokens: int, joined: list[tuple[QueuedSequence, int]],
-                   output: SchedulerOutput) -> Admission:
-        """Allocate room for a newcomer; preempt running sequences where the policy lets it, the fewest that help."""
-        has_place, manager = self.queues.has_place(entry), self.kv_cache_manager
-        if has_place and manager.allocate_slots(entry.sequence, start, num_tokens):
-            return Admission.ADMITTED
-        in_step = {e for e, _ in joined}
-        candidates = [e for e in self.running if e not in in_step and self.queues.policy.may_displace(entry, e)]
-        candidates.sort(key=self.queues.policy.key, reverse=True)
-        if not self._fits_without(entry, start, num_tokens, candidates):
-            return Admission.NO_BLOCKS if has_place else Admission.NO_PLACE
-        victims: list[QueuedSequence] = []
-        while not self._fits_without(entry, start, num_tokens, victims):
-            victims.append(candidates[len(victims)])
-        for victim in victims:
-            self._preempt(victim, output)
-        allocated = manager.allocate_slots(entry.sequence, start, num_tokens)
-        assert allocated, "fits_without has said so"
-        return Admission.ADMITTED
-
-    def _fits_without(self, entry: QueuedSequence, start: int, num_tokens: int, victims: list[QueuedSequence]) -> bool:
-        """Whether there would be a place and room for a newcomer, once `victims` are preempted."""
-        return self.queues.has_place(entry, without=victims) and self.kv_cache_manager.fits_without(
-            entry.sequence, start, num_tokens, [victim.sequence for victim in victims])
 
     def _schedule_decodes(self, output: SchedulerOutput) -> None:
         """One token for each running sequence, as far as the budget goes; who is left out goes first next time."""
@@ -216,15 +183,7 @@ class PrefillFirstScheduler(Scheduler):
         while order and len(output.scheduled) < self.token_budget:
             entry = order.pop(0)
             start = entry.sequence.num_computed_tokens
-            while not self.kv_cache_manager.allocate_slots(entry.sequence, start, 1):
-                victim = max((entry, *order), key=key)          # of those that are not in the step yet
-                self._preempt(victim, output)
-                if victim is entry:
-                    break
-                order.remove(victim)
-            else:
+            has_room, victims = self.queues.extend(entry, start, 1, order, key)     # of those not in the step yet
+            output.preempted.extend(victim.sequence for victim in victims)
+            if has_room:
                 output.scheduled.append(ScheduledSequence(entry.sequence, start, 1))
-
-    def _preempt(self, entry: QueuedSequence, output: SchedulerOutput) -> None:
-        self.queues.preempt(entry)
-        output.preempted.append(entry.sequence)

@@ -11,6 +11,7 @@ The grammar decides where the output may end, and ends it when nothing else can 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 import re
@@ -101,13 +102,35 @@ class StructuredSampler(Sampler):
         from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
         assert self.grammars is not None
         bits = allocate_token_bitmask(len(sequences), self.grammars.vocab_size)
-        for row, sequence in enumerate(sequences):
+        for _, rows in itertools.groupby(enumerate(sequences), key=lambda item: item[1].seq_id):
+            (row, sequence), *drafted = rows
             walk = self._walks.get(sequence)
             if walk is None:
                 walk = self._walks[sequence] = _Walk(self._compiled(sequence.sampling_params).deep_copy())
             fill_next_token_bitmask(walk.follow(sequence.output_token_ids), bits, row)
             walk.check()
+            if drafted:
+                self._next_tokens_of_drafts(walk.matcher, drafted, bits)
         return torch.from_numpy(bits)
+
+    @staticmethod
+    def _next_tokens_of_drafts(matcher: LLMatcher, drafted: list[tuple[int, Sequence]], bits: np.ndarray) -> None:
+        """The same for a sequence with one, two, .. guesses behind it: the matcher goes ahead, and back at the end.
+
+        Behind a guess that is not allowed everything is: that row will not be used.
+        """
+        from llguidance.numpy import fill_next_token_bitmask
+        num_ahead, is_possible = 0, True
+        for row, sequence in drafted:
+            guess = sequence.output_token_ids[-1]
+            if is_possible and not matcher.is_stopped():
+                is_possible = matcher.validate_tokens([guess]) == 1 and matcher.consume_token(guess)
+                num_ahead += is_possible
+            if is_possible:
+                fill_next_token_bitmask(matcher, bits, row)
+            else:
+                bits[row] = -1
+        matcher.rollback(num_ahead)
 
 
 class _Walk:

@@ -81,6 +81,11 @@ class Tokenizer:
         size: int = self._backend.get_vocab_size(with_added_tokens=True)
         return size
 
+    def has_same_vocab(self, other: Tokenizer) -> bool:
+        """Whether every token has the same number in both."""
+        vocab: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return vocab == other._backend.get_vocab(with_added_tokens=True)
+
     def to_json(self) -> str:
         """The tokenizer in the format of `tokenizer.json`."""
         text: str = self._backend.to_str()

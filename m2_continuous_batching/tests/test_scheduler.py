@@ -7,7 +7,7 @@ import pytest
 
 from m0_basics.config import ConfigError
 from m0_basics.request import SequenceStatus
-from m2_continuous_batching.policies import SchedulingParams
+from m2_continuous_batching.policies import SchedulingParams, make_policy
 from m2_continuous_batching.queues import TIME_LIMIT
 from m2_continuous_batching.tests.fake_loop import MAX_MODEL_LEN, loop_of, make_request, who
 
@@ -221,6 +221,22 @@ class TestPolicies:
         requests = [loop.add(make_request(p, m, arrival=i)) for i, (p, m) in enumerate(jobs)]
         loop.run(100)
         assert loop.admitted == [requests[i].request_id for i in (1, 4, 2, 0, 3)]
+
+    @pytest.mark.parametrize(("patience", "order"), [(1, [0, 1, 2, 3]), (2, [0, 2, 1, 3])])
+    def test_shortest_first(self, patience: int, order: list[int]) -> None:
+        """What ran before it came, and `patience` times its tokens: 2 + 10 p, 3 + 9 p, 4 + 9 p."""
+        loop = loop_of(f"shortest-first:{patience}", rows=1)
+        requests = [loop.add(make_request(2, 3, arrival=0))]
+        for i, length in enumerate((10, 9, 9), start=1):
+            loop.step()
+            requests.append(loop.add(make_request(length, 1, arrival=i)))
+        loop.run(100)
+        assert loop.admitted == [requests[i].request_id for i in order]
+
+    @pytest.mark.parametrize("text", ["shortest-first:0", "shortest-first:x", "shortest-first:inf"])
+    def test_patience_is_a_number_above_0(self, text: str) -> None:
+        with pytest.raises(ConfigError, match="shortest-first:PATIENCE"):
+            make_policy(text)
 
     def test_round_robin(self) -> None:
         """Quantum 2: the prompt's token and one more, then to the end of the queue, and recomputed."""

@@ -12,8 +12,8 @@ from m2_continuous_batching.policies import SchedulingParams, SLAPolicy, make_po
 from m2_continuous_batching.queues import TIME_LIMIT
 from m2_continuous_batching.tests.fake_loop import MAX_MODEL_LEN, FakeLoop, SlotPool, make_request
 
-POLICIES = ["fcfs", "priority", "ageing:3", "sjf", "round-robin:1", "round-robin:2", "sla:a=0.5,b=0.25,c=0",
-            "sla:a=0,b=0.6"]
+POLICIES = ["fcfs", "priority", "ageing:3", "sjf", "shortest-first:2", "round-robin:1", "round-robin:2",
+            "sla:a=0.5,b=0.25,c=0", "sla:a=0,b=0.6"]
 
 
 class SchedulerMachine(RuleBasedStateMachine):

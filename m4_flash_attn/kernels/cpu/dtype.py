@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import replace
+from typing import TypeVar
 
 from m0_basics.loading.loader import resolve_device
 from m4_flash_attn.config import EngineConfig
 
 from .build import BuildError, library
 
+Config = TypeVar("Config", bound=EngineConfig)
 FASTER = {"avx512_bf16": "bfloat16", "avx2": "bfloat16"}
 
 
-def with_auto_dtype(config: EngineConfig, has_cache_plugins: bool = False) -> EngineConfig:
+def with_auto_dtype(config: Config, has_cache_plugins: bool = False) -> Config:
     """The configuration with the kernels' own choice for dtype="auto", where they have one and will run."""
     model, attention = config.model_config, config.attention_config
     will_run = attention.fused_layers and attention.attention_backend in ("auto", "cpu") and not has_cache_plugins
