@@ -45,6 +45,7 @@ class Conformance:
     llm_class: ClassVar[Callable[..., BaseLLM]]
     options: ClassVar[dict[str, Any]] = {}
     tiny_memory_options: ClassVar[dict[str, Any]] = {}
+    several_tokens_a_step: ClassVar[bool] = False       # a stream may bring more than one at once
 
     @pytest.fixture(autouse=True)
     def _provide_models(self, tiny_model: TinyModels) -> None:
@@ -240,7 +241,7 @@ class StreamingConformance(Conformance):
             assert whole.text == llm.get_tokenizer().decode(whole.token_ids)
             assert [part.finished for part in parts] == [False] * (len(parts) - 1) + [True]
             assert parts[-1].outputs[0].finish_reason == "length"
-            assert len(parts) == 32, "one delta for each token"
+            assert len(parts) == 32 or self.several_tokens_a_step, "one delta for each token"
 
     def test_a_character_that_spans_tokens_comes_whole(self) -> None:
         parts = list(self.make("parrot").stream(BOS, greedy(len(PARROT_TEXT.encode()))))
