@@ -1,0 +1,133 @@
+"""A small model as the drafter: it writes ahead, the large one checks.
+
+It has a KV cache of its own, in which it follows each sequence. Where a guess was wrong it goes back to the last token
+that was right: what lies behind is overwritten. It draws with the target's numbers (the hash of seed, index and
+position), so the two agree wherever their distributions nearly do.
+"""
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from m0_basics.attention import ScheduledSequence
+from m0_basics.config import ConfigError
+from m0_basics.loading.loader import load_model, load_tokenizer
+from m0_basics.loading.tokenizer import Tokenizer
+from m0_basics.model_runner import ModelRunner, Runner
+from m0_basics.model_spec import ModelSpec
+from m0_basics.request import Request, Sequence
+from m0_basics.sampler import Sampler
+from m1_offline.sampler import FullSampler
+from m2_continuous_batching.slot_cache import SlotCache
+from m3_paged_kv.block_pool import BlockPool
+from m3_paged_kv.block_tables import BlockTables
+from m4_flash_attn.backends import choose, situation_of
+from m4_flash_attn.kernels.cpu.runner import with_decode_call
+from m4_flash_attn.kernels.layer_kernels import layer_kernels_for
+from m4_flash_attn.layers import fuse
+
+from .config import EngineConfig
+from .drafter import Drafter, Drafts
+
+_CATCH_UP = 256             # tokens of a prompt that are read between two steps: nobody waits for all of a long one
+_SMOOTHING = 0.2            # weight of the newest measurement
+
+
+class DraftModelDrafter(Drafter):
+    """Runs a model of its own over the same sequences."""
+
+    def __init__(self, runner: Runner, tables: BlockTables, sampler: Sampler, max_model_len: int) -> None:
+        """The runner's backend reads `tables`. Sequences of more than `max_model_len` tokens get no guesses."""
+        self.runner, self.tables, self.sampler, self.max_model_len = runner, tables, sampler, max_model_len
+        self.seconds_per_token = 1e-9           # until it is measured; not 0, which would mean looked up
+        self._followed: dict[int, Sequence] = {}            # by seq_id: what this model has seen, the latest used last
+
+    def propose(self, sequences: list[Sequence], lengths: list[int]) -> Drafts:
+        start = time.perf_counter()
+        writing = list[tuple[Sequence, int]]()
+        for sequence, length in zip(sequences, lengths, strict=True):
+            length = min(length, self.max_model_len - sequence.num_tokens)
+            if length > 0 and self._catch_up(mine := self._follow(sequence), {s.seq_id for s in sequences}):
+                writing.append((mine, sequence.num_tokens + length))
+        depth = 0
+        busy = writing
+        while busy := [(mine, end) for mine, end in busy if mine.num_tokens < end and self._has_room(mine, 1)]:
+            self._write([mine for mine, _ in busy])
+            depth += 1
+        if depth:
+            seconds = (time.perf_counter() - start) / depth
+            self.seconds_per_token += _SMOOTHING * (seconds - self.seconds_per_token)
+        drafts = {mine.seq_id: mine for mine, _ in writing}
+        return [drafts[s.seq_id].data.token_slice(s.num_tokens, drafts[s.seq_id].num_tokens)
+                if s.seq_id in drafts else [] for s in sequences]
+
+    def on_request_completion(self, request: Request) -> None:
+        for sequence in request.sequences:
+            self._forget(sequence.seq_id)
+
+    def _follow(self, sequence: Sequence) -> Sequence:
+        """This model's view of a sequence: its tokens, as far computed as they are those that were computed."""
+        mine, known = sequence.with_drafts(()), self._followed.pop(sequence.seq_id, None)
+        if known is None:       # nobody reads this model's log-probabilities, and it follows no grammar
+            mine.sampling_params = replace(mine.sampling_params, logprobs=None, prompt_logprobs=None,
+                                           structured_outputs=None)
+        else:
+            mine.sampling_params = known.sampling_params
+            written, truth = known.output_token_ids, mine.output_token_ids
+            same = next((i for i, (a, b) in enumerate(zip(written, truth, strict=False)) if a != b),
+                        min(len(written), len(truth)))
+            mine.num_computed_tokens = min(known.num_computed_tokens, mine.num_prompt_tokens + same,
+                                           mine.num_tokens - 1)
+        self._followed[sequence.seq_id] = mine
+        if mine not in self.tables:
+            self.tables.open(mine)
+        return mine
+
+    def _catch_up(self, mine: Sequence, in_step: set[int]) -> bool:
+        """Compute what the sequence has got since the last time, all but its newest token; False: not all of it."""
+        num_tokens = min(mine.num_tokens - 1 - mine.num_computed_tokens, _CATCH_UP)
+        while not self._has_room(mine, num_tokens + 1):
+            unused = next((seq_id for seq_id in self._followed if seq_id not in in_step), None)
+            if unused is None:
+                return False
+            self._forget(unused)
+        if num_tokens:
+            self.runner.execute_model([ScheduledSequence(mine, mine.num_computed_tokens, num_tokens)])
+            mine.num_computed_tokens += num_tokens
+        return mine.num_computed_tokens == mine.num_tokens - 1
+
+    def _has_room(self, mine: Sequence, num_tokens: int) -> bool:
+        return self.tables.grow(mine, mine.num_computed_tokens, num_tokens)
+
+    def _write(self, sequences: list[Sequence]) -> None:
+        """One more token for each."""
+        logits = self.runner.execute_model([ScheduledSequence.rest(s) for s in sequences])
+        for sequence, token_id in zip(sequences, self.sampler(logits, sequences).token_ids, strict=True):
+            sequence.num_computed_tokens = sequence.num_tokens
+            sequence.append_token_id(token_id)
+
+    def _forget(self, seq_id: int) -> None:
+        if (mine := self._followed.pop(seq_id, None)) is not None:
+            self.tables.release(self.tables.close(mine))
+
+
+def make_draft_model(config: EngineConfig, spec: ModelSpec, tokenizer: Tokenizer | None) -> DraftModelDrafter:
+    """Load `speculative_model` for a target of that `spec`. Raises ConfigError where their tokens are not the same."""
+    name = config.speculative_config.speculative_model
+    assert name is not None
+    own = replace(config, model_config=replace(config.model_config, model=name, max_model_len=None))
+    model, theirs = load_model(own.model_config), load_tokenizer(own.model_config)
+    if model.spec.vocab_size != spec.vocab_size or (tokenizer and theirs and not tokenizer.has_same_vocab(theirs)):
+        raise ConfigError(f"speculative_model={name!r} has another vocabulary than the model; allowed: a model with "
+                          "the same tokens, under the same numbers")
+    longest = min(config.scheduler_config.longest, model.spec.max_position_embeddings)
+    situation = situation_of(own, model, [])
+    backend = choose(own.attention_config.attention_backend, situation)
+    if own.attention_config.fused_layers:
+        model = fuse(model, layer_kernels_for(model.device, model.dtype))
+    num_blocks = -(-longest // situation.block_size) * config.scheduler_config.max_num_seqs
+    size = situation.block_size
+    cache = SlotCache(model.spec, num_blocks * size, model.dtype, model.device, [], size)
+    tables = BlockTables(BlockPool(num_blocks), size)
+    runner = with_decode_call(ModelRunner(model, backend.make(situation, cache, tables)))
+    return DraftModelDrafter(runner, tables, FullSampler(tokenizer), longest)

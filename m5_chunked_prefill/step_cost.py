@@ -1,0 +1,179 @@
+"""What a step costs: a model of its time, fitted to the steps that ran.
+
+    t = c + b(x) + r R + g L + a (2 L x + x^2)        summed over the step's sequences
+
+    x    tokens that a sequence runs            b is bent: the first rows are nearly free while weights come from memory
+    L    tokens before them, in the cache       g: they are read; a: each new token meets them, and those before it
+    R    rows that need logits
+
+The shape is known, the numbers are the machine's. No coefficient is below zero: more work is never less time.
+"""
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m0_basics.attention import ScheduledSequence
+from m2_continuous_batching.plugins.base import SchedulerPlugin, StepStats
+from m2_continuous_batching.scheduler import Scheduler
+
+Vector = NDArray[np.float64]
+KNEES = (16, 64)                # rows at which a product's time bends
+_NUM_KEPT = 96                  # steps of each kind that the fit sees
+_REFIT_EVERY = 8                # steps
+_MIN_STEPS = 6                  # before the first fit
+_OUTLIER = 3.0                  # a step this many times longer than predicted was held up by something else
+
+
+class StepShape:
+    """How much a step has to do: what its time depends on. Grows as sequences are added."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.num_rows = 0           # that need logits
+        self.context = 0            # tokens before the new ones, of all sequences
+        self.pairs = 0              # 2 L x + x^2: twice the pairs of a query and a key
+
+    def add(self, start: int, num_tokens: int, num_rows: int) -> None:
+        """Tokens [start, start + num_tokens) of one sequence."""
+        self.num_tokens += num_tokens
+        self.num_rows += num_rows
+        self.context += start
+        self.pairs += 2 * start * num_tokens + num_tokens * num_tokens
+
+    def plus(self, start: int, num_tokens: int, num_rows: int) -> StepShape:
+        """A copy with more to do."""
+        more = StepShape()
+        more.num_tokens, more.num_rows = self.num_tokens, self.num_rows
+        more.context, more.pairs = self.context, self.pairs
+        more.add(start, num_tokens, num_rows)
+        return more
+
+    @classmethod
+    def of(cls, scheduled: Iterable[ScheduledSequence]) -> StepShape:
+        """The shape of a step, asked before or after it ran."""
+        shape = cls()
+        for s in scheduled:
+            drafts = len(s.draft_token_ids)
+            samples = s.end - drafts >= s.sequence.num_prompt_tokens      # at least: a chunk of a recomputation may not
+            shape.add(s.start, s.num_tokens, (1 + drafts) if samples else 0)
+        return shape
+
+    def features(self) -> Vector:
+        """The numbers that the coefficients multiply."""
+        x, (first, second) = self.num_tokens, KNEES
+        return np.array([1.0, min(x, first), min(max(x - first, 0), second - first), max(x - second, 0), self.num_rows,
+                         self.context, self.pairs])
+
+
+class StepCost(SchedulerPlugin):
+    """Watches the steps of an engine and predicts the time of the next one."""
+
+    def __init__(self) -> None:
+        self.coefficients: Vector | None = None             # seconds; None until enough steps ran
+        self._decodes = deque[tuple[Vector, float]](maxlen=_NUM_KEPT)       # kept apart: decodes are many
+        self._mixed = deque[tuple[Vector, float]](maxlen=_NUM_KEPT)
+        self._num_new = 0
+
+    def after_step(self, scheduler: Scheduler, stats: StepStats) -> None:
+        self.observe(StepShape.of(stats.output.scheduled), stats.duration_s)
+
+    def observe(self, shape: StepShape, seconds: float) -> None:
+        """A step of that shape took so long."""
+        kept = self._decodes if shape.num_tokens == shape.num_rows else self._mixed
+        kept.append((shape.features(), seconds))
+        self._num_new += 1
+        num_steps = len(self._decodes) + len(self._mixed)
+        if self._num_new >= _REFIT_EVERY or (self.coefficients is None and num_steps >= _MIN_STEPS):
+            self._num_new = 0
+            self.coefficients = self._fit()
+
+    def predict(self, shape: StepShape) -> float | None:
+        """Seconds that a step will take; None while too little is known."""
+        return None if self.coefficients is None else float(self.coefficients @ shape.features())
+
+    def _fit(self) -> Vector:
+        """Least squares of the relative errors. Steps that were held up do not count in a second pass."""
+        steps = [*self._decodes, *self._mixed]
+        features, seconds = np.array([f for f, _ in steps]), np.array([s for _, s in steps])
+        fitted = nonnegative_least_squares(features / seconds[:, None], np.ones(len(steps)))
+        usual = seconds < _OUTLIER * np.maximum(features @ fitted, 1e-9)
+        if usual.all() or usual.sum() < _MIN_STEPS:
+            return fitted
+        return nonnegative_least_squares(features[usual] / seconds[usual, None], np.ones(int(usual.sum())))
+
+
+def nonnegative_least_squares(a: Vector, b: Vector, num_rounds: int = 200) -> Vector:
+    """x >= 0 that makes |a x - b| small: a [n, k], b [n] -> x [k], by descent along one coordinate after the other.
+
+    Columns are scaled to length 1. A column that says nothing is left at 0.
+    """
+    scale = np.sqrt((a * a).sum(axis=0))
+    scale[scale == 0] = 1
+    a = a / scale
+    gram, target = a.T @ a, a.T @ b
+    # A little towards zero: features that move together share the time instead of one taking all.
+    gram[np.diag_indices_from(gram)] += 1e-6
+    x = np.zeros(len(target))
+    for _ in range(num_rounds):
+        largest = 0.0
+        for i in range(len(x)):
+            new = max(0.0, x[i] + (target[i] - gram[i] @ x) / gram[i, i])
+            largest, x[i] = max(largest, abs(new - x[i])), new
+        if largest < 1e-9:
+            break
+    return x / scale
+
+
+class StepBudget:
+    """How many tokens of a prompt a step may still take."""
+
+    SMALLEST = 16               # tokens of a chunk: less is not worth a step's fixed cost
+    FIRST = 128                 # while nothing is known, and no less where nothing decodes
+    FIXED_SHARE = 0.05          # of a step's time, where nothing decodes: larger chunks would gain no more than that
+
+    def __init__(self, cost: StepCost, max_step_slowdown: float, is_fixed: bool) -> None:
+        """`is_fixed`: the number of tokens is the limit, whatever they cost."""
+        self.cost, self.max_step_slowdown, self.is_fixed = cost, max_step_slowdown, is_fixed
+
+    def chunk(self, decodes: StepShape, step: StepShape, start: int, num_tokens: int) -> int:
+        """Of a sequence's `num_tokens` tokens from `start` on, how many fit into the step beside what is in it.
+
+        `decodes`: the step without chunks. The first chunk has at least `SMALLEST` tokens.
+        """
+        if self.is_fixed:
+            return num_tokens
+        most = self._most(decodes, step, start, num_tokens)
+        if most >= num_tokens:
+            return num_tokens
+        if step.num_tokens == decodes.num_tokens:               # the first one
+            most = max(most, self.SMALLEST)
+        return min(num_tokens, most - most % self.SMALLEST)
+
+    def _most(self, decodes: StepShape, step: StepShape, start: int, num_tokens: int) -> int:
+        if not decodes.num_tokens:
+            return self._efficient() - step.num_tokens
+        alone = self.cost.predict(decodes)
+        if alone is None:
+            return self.FIRST - (step.num_tokens - decodes.num_tokens)
+        limit = self.max_step_slowdown * alone
+        low, high = 0, num_tokens
+        while low < high:                                       # the most whose time is within the limit
+            middle = (low + high + 1) // 2
+            seconds = self.cost.predict(step.plus(start, middle, 0))
+            assert seconds is not None
+            low, high = (middle, high) if seconds <= limit else (low, middle - 1)
+        return low
+
+    def _efficient(self) -> int:
+        """Tokens with which a step's fixed cost is a small share of its time."""
+        coefficients = self.cost.coefficients
+        if coefficients is None:
+            return self.FIRST
+        fixed, per_token = coefficients[0] + KNEES[0] * coefficients[1], coefficients[3]
+        if not per_token:
+            return self.FIRST
+        return max(self.FIRST, int(min(fixed / per_token / self.FIXED_SHARE, 65_536)))
