@@ -1,4 +1,4 @@
-"""F5.2, F5.4, F5.6: m5's engine behaves as every engine of this repository does, whatever the chunks and the guesses."""
+"""F5.2, F5.4, F5.6: m5 behaves as every engine of this repository does, whatever the chunks and the guesses."""
 from __future__ import annotations
 
 from typing import Any, ClassVar

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import m4_flash_attn as m4
 from m0_basics.base_llm import BaseLLM
 from m0_basics.sampling_params import SamplingParams
 from m0_basics.tools.testing.fixtures import TinyModels
 from m2_continuous_batching.policies import POLICIES
-from m4_flash_attn import LLM as PlainLLM
 from m5_chunked_prefill import LLM
 
 LONGEST = 64
@@ -42,7 +42,7 @@ def everything(llm: BaseLLM, work: list[tuple[list[int], SamplingParams]]) -> li
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nothing_changes_a_token(tiny_model: TinyModels, dtype: str) -> None:
     model = str(tiny_model("qwen3"))
-    plain = PlainLLM(model, dtype=dtype, num_blocks=512, **OPTIONS)
+    plain = m4.LLM(model, dtype=dtype, num_blocks=512, **OPTIONS)
 
     @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(work=st.lists(jobs(), min_size=1, max_size=5), budget=st.none() | st.integers(1, 30),
