@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +186,18 @@ def _bench(path: str, unit: str) -> Result:
     return Result("bench.json", path, unit)
 
 
+def _results(folder: Path) -> dict[str, Result]:
+    """Of every machine that the benchmark ran on: `bench.` is one with AVX-512 and bf16, `avx2.` one without."""
+    facts: dict[str, Result] = {}
+    for prefix, name in (("bench", "bench.json"), ("avx2", "avx2/bench.json")):
+        if (folder / name).is_file():
+            found = bench_results(read_json_file(folder / name))
+            facts |= {key.replace("bench", prefix, 1): replace(result, file=name) for key, result in found.items()}
+    return facts
+
+
 FOLDER = Path(__file__).parents[1]
-BENCH = FOLDER / "results" / "bench.json"
 FACTS = Facts(FOLDER,
               computed={"traffic": traffic, "intensities": intensities, "long_contexts": long_contexts,
                         "packing": packing, "windows": windows, "graphs": graphs},
-              results=bench_results(read_json_file(BENCH)) if BENCH.is_file() else {})
+              results=_results(FOLDER / "results"))
