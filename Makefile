@@ -6,9 +6,10 @@ RUN := $(VENV)/bin/python
 PACKAGES := $(sort $(wildcard m[0-7]_*))
 
 # Two processes with one thread each end sooner than one with two: most of the time is Python's. What is marked `slow`
-# comes first, so that no process waits for the other at the end.
+# comes first, so that no process waits for the other at the end. Tracebacks are Python's own: pytest's parse the source,
+# which Python 3.11 and 3.12 cannot do while another thread does it too.
 PROCESSES ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PROCESSES) --dist loadscope --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PROCESSES) --dist loadscope --no-loadscope-reorder --tb=native
 
 .PHONY: setup demo quick test lint unit notebooks bench gpu-check clean
 

@@ -194,24 +194,18 @@ class SLAPolicy(SchedulingPolicy):
             raise reject("sla_class", params.sla_class, ", ".join(self.classes))
 
 
-def _shortest_first(text: str) -> ShortestFirstPolicy:
-    try:
-        patience = float(text or 8.0)
-    except ValueError:
-        raise reject("policy", f"shortest-first:{text}", "shortest-first:PATIENCE") from None
-    if not 0 < patience < float("inf"):
-        raise reject("policy", f"shortest-first:{text}", "shortest-first:PATIENCE, above 0")
-    return ShortestFirstPolicy(patience)
-
-
-def _ageing(text: str) -> AgeingPolicy:
-    try:
-        interval = float(text or 5.0)
-    except ValueError:
-        raise reject("policy", f"ageing:{text}", "ageing:SECONDS") from None
-    if not 0 < interval < float("inf"):
-        raise reject("policy", f"ageing:{text}", "ageing:SECONDS, above 0")
-    return AgeingPolicy(interval)
+def _with_number(name: str, unit: str, default: float, policy: Callable[[float], SchedulingPolicy],
+                 ) -> Callable[[str], SchedulingPolicy]:
+    """A policy with one finite number above 0: `name:unit`."""
+    def make(text: str) -> SchedulingPolicy:
+        try:
+            number = float(text or default)
+        except ValueError:
+            raise reject("policy", f"{name}:{text}", f"{name}:{unit}") from None
+        if not 0 < number < float("inf"):
+            raise reject("policy", f"{name}:{text}", f"{name}:{unit}, above 0")
+        return policy(number)
+    return make
 
 
 def _round_robin(text: str) -> RoundRobinPolicy:
@@ -249,8 +243,8 @@ def _plain(name: str, policy: Callable[[], SchedulingPolicy]) -> Callable[[str],
 POLICIES: dict[str, Callable[[str], SchedulingPolicy]] = {
     "fcfs": _plain("fcfs", FCFSPolicy),
     "priority": _plain("priority", PriorityPolicy),
-    "ageing": _ageing,
-    "shortest-first": _shortest_first,
+    "ageing": _with_number("ageing", "SECONDS", 5.0, AgeingPolicy),
+    "shortest-first": _with_number("shortest-first", "PATIENCE", 8.0, ShortestFirstPolicy),
     "sjf": _plain("sjf", ShortestJobFirstPolicy),
     "round-robin": _round_robin,
     "sla": _sla,

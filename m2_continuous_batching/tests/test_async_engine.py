@@ -3,14 +3,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from contextlib import aclosing
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
 from m0_basics import ConfigError, SamplingParams
 from m0_basics.tools.testing.parity import mixed_length_prompts
 from m2_continuous_batching import LLM, SchedulingParams
+from m2_continuous_batching.server import async_engine
 from m2_continuous_batching.server.app import running
 from m2_continuous_batching.server.async_engine import AsyncLLMEngine
 from m2_continuous_batching.server.output_stream import OutputStream
@@ -290,22 +293,29 @@ def test_the_death_of_the_engine_reaches_everybody(make):
 
 
 @pytest.mark.slow
-def test_shutdown_drains_and_then_aborts(make):
+def test_shutdown_drains_and_then_aborts(make, monkeypatch):
     """A short request ends as usual, a long one is cut off, and no new one is taken."""
     engine, recorder = make()
+    late = [0.0]
+    monkeypatch.setattr(async_engine, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late[0]))
 
-    def slow_down(request):         # so that the long one cannot end while the engine drains
+    def time_is_up(request):        # as soon as the short one has ended, and the long one cannot
+        late[0] = 100.0
         recorder.step_s = 0.05
 
-    recorder.on_request_completion = slow_down
-    recorder.hold_after = 0         # so that both are open when it begins
+    recorder.on_request_completion = time_is_up
+    recorder.hold_after = 0
 
     async def run():
         engine.start()
+        both_wait = threading.Event()
+        engine._post(lambda: both_wait.wait(120))       # so that both are open before the first step
         short = asyncio.create_task(last(engine.generate(PROMPTS[0], greedy(8, ignore_eos=True))))
         long = asyncio.create_task(last(engine.generate(PROMPTS[1], LONG)))
+        await until(lambda: engine._commands.qsize() == 2)
+        both_wait.set()
         await until(lambda: engine.num_open_requests == 2)
-        ending = asyncio.create_task(engine.shutdown(drain_s=2.0))
+        ending = asyncio.create_task(engine.shutdown(drain_s=90.0))
         await asyncio.sleep(0)
         recorder.go.set()
         with pytest.raises(EngineStoppedError):

@@ -106,7 +106,8 @@ class TestPreemption:
             output, budget = choose()
             if len(sent_back) == 1:             # the first call chooses the prompt, the second while it runs
                 entry = lab.scheduler.running[0]
-                lab.scheduler._preempt(entry, output)
+                lab.scheduler.queues.preempt(entry)
+                output.preempted.append(entry.sequence)
                 output = replace(output, scheduled=[s for s in output.scheduled if s.sequence is not entry.sequence])
             sent_back.append(output)
             return output, budget
