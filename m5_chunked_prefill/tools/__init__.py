@@ -1,1 +1,1 @@
-"""What measures, draws and documents this milestone from outside. No file of the engine imports it."""
+"""Measuring, drawing and documenting this milestone, from outside of its engine."""

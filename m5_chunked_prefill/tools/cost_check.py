@@ -1,0 +1,45 @@
+"""How far the cost model is off: each step's time predicted before it runs, from the steps before it."""
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from m2_continuous_batching.plugins.base import SchedulerPlugin, StepStats
+from m2_continuous_batching.scheduler import Scheduler
+
+from ..step_cost import StepCost, StepShape
+
+_LEARNT_AFTER = 32              # steps, before the predictions count
+
+
+class CostCheck(SchedulerPlugin):
+    """A plugin that learns the cost of steps as the engine does, and keeps predicted and measured seconds."""
+
+    def __init__(self) -> None:
+        self.cost = StepCost()
+        self.steps: list[tuple[StepShape, float, float]] = []       # shape, predicted, measured
+        self._num_seen = 0
+
+    def after_step(self, scheduler: Scheduler, stats: StepStats) -> None:
+        shape = StepShape.of(stats.output.scheduled)
+        predicted = self.cost.predict(shape)
+        if predicted is not None and self._num_seen >= _LEARNT_AFTER:
+            self.steps.append((shape, predicted, stats.duration_s))
+        self._num_seen += 1
+        self.cost.after_step(scheduler, stats)
+
+    def summary(self) -> dict[str, Any]:
+        """Relative errors, of steps that only decode and of mixed ones, and what the coefficients have come to."""
+        found: dict[str, Any] = {}
+        for kind, is_mixed in (("decode", False), ("mixed", True)):
+            errors = [abs(predicted / seconds - 1) for shape, predicted, seconds in self.steps
+                      if (shape.num_tokens > shape.num_rows) == is_mixed]
+            if errors:
+                found[kind] = {"num_steps": len(errors), "error_median": median(errors),
+                               "error_p90": float(np.percentile(errors, 90)),
+                               "within_15_percent": sum(e <= 0.15 for e in errors) / len(errors)}
+        if self.cost.coefficients is not None:
+            found["coefficients"] = [float(c) for c in self.cost.coefficients]
+        return found
