@@ -70,7 +70,8 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
     ours = _ours(llm, base)
     with ExitStack() as stack:
         names = list(peers) or list(DEFAULT_PEERS)
-        others = [stack.enter_context(p) for p in make_peers(names, peer_python, llm, base["max_model_len"])]
+        others = [stack.enter_context(p) for p in make_peers(names, peer_python, llm, base["max_model_len"],
+                                                             str(base.get("dtype", "auto")))]
         contenders = [*ours, *others]
         comparisons = [compare(contenders, ragged.fit_vocabulary(llm.spec.vocab_size), rounds, baseline="m3")]
         if workload is not None:

@@ -29,8 +29,11 @@ TRANSFORMERS_PEERS: dict[str, Callable[[str, TransformersModel], Contender]] = {
 PEERS = (*TRANSFORMERS_PEERS, *ENGINES)
 
 
-def make_peers(names: Sequence[str], peer_python: Sequence[Path], llm: BaseLLM, max_model_len: int) -> list[Contender]:
-    """Contenders that run `llm`'s model in its precision, on its device.
+def make_peers(names: Sequence[str], peer_python: Sequence[Path], llm: BaseLLM, max_model_len: int,
+               dtype: str | None = None) -> list[Contender]:
+    """Contenders that run `llm`'s model on its device, in `dtype` or, where that is None, in its precision.
+
+    With "auto" they take what is fast for them, which need not be what is fast for `llm`.
 
     `names` are of PEERS; "vllm" and "llama.cpp" need an interpreter that has them among `peer_python`, and every
     peer that such an interpreter has takes part. `max_model_len` sizes the peers' caches, in tokens. Raises
@@ -46,16 +49,16 @@ def make_peers(names: Sequence[str], peer_python: Sequence[Path], llm: BaseLLM, 
             raise ConfigError(f"peer {name} needs --peer-python PATH, an interpreter that can import {ENGINES[name]}")
     model = llm.config.model_config.model
     device = resolve_device(llm.config.model_config.device)
-    dtype = resolve_dtype(str(llm.config.model_config.dtype), device)
+    precision = resolve_dtype(dtype or str(llm.config.model_config.dtype), device)
     peers: list[Contender] = []
     try:
         if in_process := [name for name in wanted if name in TRANSFORMERS_PEERS]:
-            source = TransformersModel(resolve_model(model, dtype), dtype, device)
+            source = TransformersModel(resolve_model(model, precision), precision, device)
             peers += [TRANSFORMERS_PEERS[name](name, source) for name in in_process]
         for number, (engine, python) in enumerate(found):
             same = [e for e, _ in found[:number]].count(engine)
             name = f"{engine}-{same + 1}" if same else engine
-            peers.append(_start(name, engine, python, model, dtype, max_model_len))
+            peers.append(_start(name, engine, python, model, precision, max_model_len))
     except BaseException:
         for peer in peers:
             peer.close()
