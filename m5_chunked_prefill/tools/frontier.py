@@ -11,8 +11,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from m0_basics.tools.bench import Contender, EngineContender, RequestRecord, RunResult, Series, Stats, Workload, line_plot
+from m0_basics.tools.bench import (
+    Contender,
+    EngineContender,
+    RequestRecord,
+    RunResult,
+    Series,
+    Stats,
+    Workload,
+    line_plot,
+)
 from m0_basics.tools.bench.contender import Served
+
+from m2_continuous_batching.engine import engine_of
 
 from ..llm import LLM
 from ..scheduler import ChunkedPrefillScheduler
@@ -33,20 +44,24 @@ class Budget:
     def name(self) -> str:
         return f"m5 {self.slowdown:g}x" if self.num_tokens is None else f"m5 {self.num_tokens} tokens"
 
+    def apply(self, llm: LLM) -> None:
+        """Limit the steps of that engine so."""
+        scheduler = engine_of(llm).scheduler
+        assert isinstance(scheduler, ChunkedPrefillScheduler)
+        scheduler.budget.max_step_slowdown = self.slowdown
+        scheduler.budget.is_fixed = self.num_tokens is not None
+        scheduler.token_budget = self.num_tokens or scheduler.max_num_batched_tokens
+
 
 class BudgetContender(EngineContender):
     """One engine of many budgets."""
 
     def __init__(self, llm: LLM, budget: Budget) -> None:
         super().__init__(budget.name, llm)
-        self.budget = budget
+        self._limit = lambda: budget.apply(llm)
 
     def serve(self, workload: Workload) -> Served:
-        scheduler = self.llm.engine.scheduler           # type: ignore[attr-defined]
-        assert isinstance(scheduler, ChunkedPrefillScheduler)
-        scheduler.budget.max_step_slowdown = self.budget.slowdown
-        scheduler.budget.is_fixed = self.budget.num_tokens is not None
-        scheduler.token_budget = self.budget.num_tokens or scheduler.max_num_batched_tokens
+        self._limit()
         return super().serve(workload)
 
 

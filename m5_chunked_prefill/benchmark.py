@@ -1,0 +1,109 @@
+"""Benchmark of milestone 5: what mixed steps do for those who wait, and what drafts do for one who decodes.
+
+  frontier      streams decode while long prompts arrive: the longest waits against throughput, over budgets
+  waits         a short prompt behind a giant one; a giant one among streams
+  no_help       everything at once, and one long prompt alone: nothing to win
+  cost          how far the cost model is off
+  drafts        drafter x task x number of requests
+  thoughts      long chains of thought: m4, m5, with a small memory that swaps, with drafts
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import m4_flash_attn as m4
+from m0_basics.base_llm import BaseLLM
+from m0_basics.tools.bench import BenchReport, Contender, EngineContender, compare, get_workload, make_peers
+from m2_continuous_batching.engine import engine_of
+
+from .llm import LLM
+from .tools import draft_table, frontier, long_thoughts, waits
+from .tools.bench_views import draw, print_tables
+from .tools.copy_tasks import TASKS
+from .tools.cost_check import CostCheck
+
+DEFAULT_PEERS = ("transformers-static",)
+MAX_NUM_SEQS = 64
+GIANT = 6000                            # tokens
+SHORTS = (32, 256)
+PEER_BUDGETS = (256, 2048)              # vLLM's max_num_batched_tokens
+
+
+def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: int = 3, quick: bool = False,
+        peers: Sequence[str] = (), peer_python: Sequence[Path] = (), output_dir: Path) -> BenchReport:
+    """Run everything, or one named `workload` over all contenders; print, save JSON and figures, return the report.
+
+    `quick` shrinks every part until it takes seconds; its numbers mean nothing.
+    """
+    base = {"max_model_len": 512 if quick else 8192, "max_num_seqs": MAX_NUM_SEQS, **config_options}
+    earlier, llm = m4.LLM(**base), LLM(**base)
+    ours: list[EngineContender] = [EngineContender("m4", earlier, "whole prompts first"),
+                                   EngineContender("m5", llm, "decodes first, then chunks")]
+    with ExitStack() as stack:
+        start = partial(make_peers, llm=llm, max_model_len=base["max_model_len"], dtype=str(base.get("dtype", "auto")))
+        named = get_workload(workload or ("ragged-64:num_requests=6,output_max=20" if quick else "ragged-64"))
+        others = [stack.enter_context(p) for p in start(list(peers) or list(DEFAULT_PEERS), [])]
+        if workload is not None:
+            others += [stack.enter_context(p) for p in start([], peer_python)]
+        comparisons = [compare([*ours, *others], named.fit_vocabulary(llm.spec.vocab_size), rounds, baseline="m4")]
+        if workload is not None:
+            report = BenchReport.create("m5_chunked_prefill", base, tuple(comparisons))
+            report.print()
+            report.save(output_dir / f"bench-{named.name.partition(':')[0]}.json")
+            return report
+        tuned: list[Contender] = []
+        for budget in PEER_BUDGETS if peer_python else ():
+            for peer in start([], peer_python, settings={"max_num_batched_tokens": budget}):
+                peer.name = f"{peer.name} {budget}"
+                tuned.append(stack.enter_context(peer))
+        measurements = {"frontier": _frontier(ours, tuned, rounds, quick)}
+    measurements |= _waits(ours, base, rounds, quick)
+    measurements |= _drafts(earlier, base, rounds, quick)
+    alone = get_workload("equal-1:prompt_len=40,output_len=4" if quick else "equal-1:prompt_len=3000,output_len=4")
+    comparisons.append(compare(ours, alone.fit_vocabulary(llm.spec.vocab_size), rounds, baseline="m4"))
+    report = BenchReport.create("m5_chunked_prefill", base, tuple(comparisons), measurements)
+    report.print()
+    print_tables(report)
+    report.save(output_dir / "bench.json")
+    draw(report, output_dir)
+    return report
+
+
+def _frontier(ours: list[EngineContender], peers: list[Contender], rounds: int, quick: bool) -> dict[str, Any]:
+    m5 = ours[-1].llm
+    assert isinstance(m5, LLM)
+    workload = get_workload("mixed-2:stream_output=12,num_long=1,long_min=64,long_max=64,first=0.05" if quick else "mixed-8")
+    budgets = frontier.budgets(m5)[:2] if quick else frontier.budgets(m5)
+    check = CostCheck()
+    engine_of(m5).plugins.append(check)
+    found = frontier.measure([ours[0], *budgets, *peers], budgets[0], workload.fit_vocabulary(m5.spec.vocab_size), rounds)
+    engine_of(m5).plugins.remove(check)
+    frontier.Budget().apply(m5)
+    return found | {"compared": frontier.compared(found), "cost": check.summary()}
+
+
+def _waits(ours: list[EngineContender], base: dict[str, Any], rounds: int, quick: bool) -> dict[str, Any]:
+    vocab_size = ours[0].llm.spec.vocab_size
+    in_order = EngineContender("m5 fcfs", LLM(**base | {"policy": "fcfs"}), "chunks in the order of arrival")
+    giant, shorts = (100, SHORTS[:1]) if quick else (GIANT, SHORTS)
+    return {"short": waits.short_behind_long([ours[0], in_order, ours[1]], giant, shorts, rounds, vocab_size),
+            "giant": waits.giant_among_streams(ours, giant, 2 if quick else 8, rounds, vocab_size, 12 if quick else 160)}
+
+
+def _drafts(earlier: BaseLLM, base: dict[str, Any], rounds: int, quick: bool) -> dict[str, Any]:
+    drafting: dict[str, BaseLLM] = {method: LLM(**base | {"speculative_method": method})
+                                    for method in ("ngram", "suffix")}
+    contenders = {draft_table.BASELINE: earlier, **drafting}
+    sizes = {1: 8, 2: 4} if quick else draft_table.SIZES
+    table = draft_table.measure(contenders, list(TASKS)[:1] if quick else list(TASKS), sizes, rounds)
+    output_len = 12 if quick else 1500
+    small = {"max_model_len": 128 if quick else 2048}
+    # A cache for half of what the answers need in the end: who has no place waits outside.
+    tight = small | {"num_kv_blocks": 24 if quick else 220, "preemption_mode": "swap"}
+    thinking = {"m4": earlier, "m5": LLM(**base | small), "m5, half the cache": LLM(**base | tight),
+                "m5, suffix": drafting["suffix"]}
+    return {"drafts": table, "thoughts": long_thoughts.measure(thinking, output_len, 1, 2 if quick else 4)}

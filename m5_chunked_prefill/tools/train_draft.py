@@ -1,0 +1,85 @@
+"""Train a small draft model for the target: the target's own embeddings and first layers, taught to write as it does.
+
+The draft has the target's vocabulary and its width, so embeddings, the first layers and the last norm are copied. Those
+layers are then trained on texts that the target wrote (the cross-entropy of its own tokens): a small distillation of
+minutes on a CPU. Embeddings stay as they are.
+"""
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from m0_basics.base_llm import BaseLLM
+from m0_basics.config import DEFAULT_MODEL, check_int, require
+from m0_basics.loading.loader import resolve_model
+from m0_basics.sampling_params import SamplingParams
+
+from ..llm import LLM
+from .copy_tasks import TASKS, prompts
+
+_TRAINING_SEED = 1_000_000          # prompts that the benchmark does not use
+
+
+def train_draft(folder: Path, model: str = DEFAULT_MODEL, num_layers: int = 2, num_prompts: int = 96,
+                output_len: int = 96, num_passes: int = 3) -> list[float]:
+    """Write a draft model of `num_layers` layers into `folder`; returns the mean loss of each pass.
+
+    `num_prompts` for each of the benchmark's tasks; `output_len` tokens are written for each of them.
+    """
+    check_int("num_layers", num_layers, 1)
+    transformers = require("transformers", "training a draft model")
+    llm = LLM(model, max_model_len=1024)
+    texts = _texts(llm, num_prompts, output_len)
+    source = resolve_model(model, torch.float32)
+    target = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    draft = _first_layers(target, num_layers)
+    losses = _fit(draft, texts, num_passes)
+    folder.mkdir(parents=True, exist_ok=True)
+    draft.to(torch.bfloat16).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return losses
+
+
+def _texts(llm: BaseLLM, num_prompts: int, output_len: int) -> list[tuple[list[int], int]]:
+    """What the target answers, with its prompt, and where the answer begins."""
+    tokenizer = llm.get_tokenizer()
+    chats = [tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": text}]),
+                              add_special_tokens=False)
+             for task in TASKS for text in prompts(task, num_prompts, _TRAINING_SEED)]
+    params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in chats], params)
+    return [(ids + list(o.outputs[0].token_ids), len(ids)) for ids, o in zip(chats, outputs, strict=True)]
+
+
+def _first_layers(target: torch.nn.Module, num_layers: int) -> torch.nn.Module:
+    """A model of the target's class with its embeddings, first layers and last norm, its embeddings not trained."""
+    config = type(target.config).from_dict(target.config.to_dict() | {"num_hidden_layers": num_layers})
+    draft = type(target)(config)
+    known = draft.state_dict()
+    draft.load_state_dict({name: w for name, w in target.state_dict().items() if name in known})
+    for parameter in (*draft.get_input_embeddings().parameters(), *draft.get_output_embeddings().parameters()):
+        parameter.requires_grad = False
+    return draft
+
+
+def _fit(draft: torch.nn.Module, texts: Sequence[tuple[list[int], int]], num_passes: int) -> list[float]:
+    """Next-token cross-entropy on the answers. Returns the mean loss of each pass."""
+    optimizer = torch.optim.AdamW([p for p in draft.parameters() if p.requires_grad], lr=5e-4, weight_decay=0.01)
+    order, rng, losses = list(texts), random.Random(0), []
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_passes * len(order))
+    for _ in range(num_passes):
+        rng.shuffle(order)
+        total = 0.0
+        for ids, start in order:
+            hidden = draft.model(torch.tensor([ids[:-1]])).last_hidden_state[0, start - 1:]
+            loss = torch.nn.functional.cross_entropy(draft.lm_head(hidden), torch.tensor(ids[start:]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.item()
+        losses.append(total / len(order))
+    return losses
