@@ -5,7 +5,7 @@ are read from the scheduler at the moment of the scrape: an engine that has gone
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -55,6 +55,10 @@ class PrometheusMetrics(SchedulerPlugin):
                                                    _TOKENS)
         self._success = client.Counter("vllm:request_success", "Requests that have ended, by reason.",
                                        ("model_name", "finished_reason"), registry=self.registry)
+
+    def show_totals_of(self, plugins: Sequence[SchedulerPlugin]) -> None:
+        """Add what an engine's plugins count. Names may come with the first number, so they are asked at each scrape."""
+        self.registry.register(_Totals(self._client, plugins, self._model_name))
 
     def render(self) -> tuple[bytes, str]:
         """What /metrics returns, and its content type."""
@@ -111,6 +115,27 @@ class PrometheusMetrics(SchedulerPlugin):
         histogram = self._client.Histogram(f"vllm:{name}", text, ("model_name",), registry=self.registry,
                                            buckets=buckets)
         return histogram.labels(self._model_name)
+
+
+class _Totals:
+    """Reads the plugins' totals at the moment of the scrape."""
+
+    def __init__(self, client: Any, plugins: Sequence[SchedulerPlugin], model_name: str) -> None:
+        self._family = client.core.CounterMetricFamily
+        self._plugins, self._model_name = plugins, model_name
+
+    def describe(self) -> list[Any]:
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        families: dict[str, Any] = {}
+        for plugin in self._plugins:
+            for total in plugin.totals():
+                labels = {"model_name": self._model_name, **total.labels}
+                if total.name not in families:
+                    families[total.name] = self._family(f"vllm:{total.name}", total.text, labels=tuple(labels))
+                families[total.name].add_metric(tuple(labels.values()), total.value)
+        yield from families.values()
 
 
 def _reason(request: Request) -> str:
