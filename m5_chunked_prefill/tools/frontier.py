@@ -42,7 +42,7 @@ class Budget:
 
     @property
     def name(self) -> str:
-        return f"m5 {self.slowdown:g}x" if self.num_tokens is None else f"m5 {self.num_tokens} tokens"
+        return f"m5 {100 * self.slowdown:.0f}%" if self.num_tokens is None else f"m5 {self.num_tokens} tokens"
 
     def apply(self, llm: LLM) -> None:
         """Limit the steps of that engine so."""
@@ -117,7 +117,7 @@ def draw(found: dict[str, Any], path: Path) -> Path:
     for name, p in found["points"].items():
         kind = name
         if name.startswith("m5 "):
-            kind = "m5, by cost" if name.endswith("x") else "m5, fixed numbers of tokens"
+            kind = "m5, by cost" if name.endswith("%") else "m5, fixed numbers of tokens"
         elif name.startswith("vllm"):
             kind = "vLLM"
         lines.setdefault(kind, []).append((p["output_throughput"], p["itl_p99_ms"]))
