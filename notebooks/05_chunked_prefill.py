@@ -9,6 +9,7 @@
 #     language: python
 #     name: python3
 # ---
+
 # %% [markdown]
 # # Chunked prefill: a step is so many tokens, of anybody
 #

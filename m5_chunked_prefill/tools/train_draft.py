@@ -24,14 +24,15 @@ _TRAINING_SEED = 1_000_000          # prompts that the benchmark does not use
 
 
 def train_draft(folder: Path, model: str = DEFAULT_MODEL, num_layers: int = 2, num_prompts: int = 96,
-                output_len: int = 96, num_passes: int = 3) -> list[float]:
+                output_len: int = 96, num_passes: int = 3, max_model_len: int = 1024) -> list[float]:
     """Write a draft model of `num_layers` layers into `folder`; returns the mean loss of each pass.
 
-    `num_prompts` for each of the benchmark's tasks; `output_len` tokens are written for each of them.
+    `num_prompts` for each of the benchmark's tasks; `output_len` tokens are written for each of them. A prompt and
+    its answer have at most `max_model_len` tokens.
     """
     check_int("num_layers", num_layers, 1)
     transformers = require("transformers", "training a draft model")
-    llm = LLM(model, max_model_len=1024)
+    llm = LLM(model, max_model_len=max_model_len)
     texts = _texts(llm, num_prompts, output_len)
     source = resolve_model(model, torch.float32)
     target = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
