@@ -131,7 +131,7 @@ def test_merge_is_exact() -> None:
     row_max, row_sum, parts = (torch.cat([x, torch.full_like(x[:, :1], empty)], dim=1)
                                for x, empty in ((row_max, torch.nan), (row_sum, torch.nan), (parts, torch.nan)))
     out = torch.empty(6, 16)
-    lengths = torch.tensor([3 * 64] * 2, dtype=torch.int32)         # two sequences of three heads, without a fourth part
+    lengths = torch.tensor([3 * 64] * 2, dtype=torch.int32)         # two sequences of three heads, and no fourth part
     merge_kernel[6,](parts, row_max, row_sum, out, lengths, 4, NUM_HEADS=3, HEAD_DIM=16, TILES_PER_SPLIT=1, BLOCK_N=64,
                      BLOCK_D=16, WINDOW=0, NUM_SINKS=0)
     probabilities = torch.softmax(scores.flatten(1).double() * torch.log(torch.tensor(2.0)), dim=-1)
