@@ -56,7 +56,7 @@ class AsyncSchedulingEngine(LLMEngine):
         self._recorded = Recorded([], 0)
         if running is not None:
             self.scheduler.update_from_output(output)
-            self._chosen = self._choose()
+            self._chosen = self._schedule()
             ended += self._chosen[0].expired                # now: if nobody else is left, no other step will say so
             sampled, failures = self._await(running, output.scheduled)
             for sequence, error in failures:
@@ -69,7 +69,7 @@ class AsyncSchedulingEngine(LLMEngine):
         """What was chosen ahead, less the sequences that have ended since; chosen now if nothing was."""
         chosen, self._chosen = self._chosen, None
         if chosen is None or not (chosen[0].scheduled or chosen[0].copies):
-            return self._choose()
+            return self._schedule()
         output, budget = chosen
         going_on = [s for s in output.scheduled if not s.sequence.is_finished and s.sequence.ends_as is None]
         return replace(output, scheduled=going_on, expired=[]), budget
@@ -109,3 +109,4 @@ class AsyncSchedulingEngine(LLMEngine):
             else:
                 self.scheduler.kv_cache_manager.free(s.sequence)
                 s.sequence.num_computed_tokens = 0
+                self.queues.sort_anew(s.sequence)

@@ -12,6 +12,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from m0_basics.attention import ScheduledSequence
 from m0_basics.base_llm import BaseLLM
@@ -38,7 +39,7 @@ class Batch:
 
     inputs: ModelInputs
     sequences: list[Sequence]       # those that sample: the inputs', and outputs that part from them in this step
-    rows: list[int]                 # which row of the logits each of them samples from
+    rows: Tensor | None             # which row of the logits each of them samples from; None: each from its own
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class LLMEngine(Engine):
         """Schedule, execute, sample, update."""
         start = time.perf_counter()
         self._aborted = []
-        output, budget = self._choose()
+        output, budget = self._schedule()
         ended = output.expired.copy()                       # requests that end in this step without a token
         num_prompt_tokens = output.num_prefill_tokens
         self.copy_slots(output.copies)
@@ -101,7 +102,7 @@ class LLMEngine(Engine):
             self._report(start, output, num_prompt_tokens, recorded.num_tokens, budget)
         return self._hand_out(updated, ended)
 
-    def _choose(self) -> tuple[SchedulerOutput, int]:
+    def _schedule(self) -> tuple[SchedulerOutput, int]:
         """What runs next, and the token budget that it was chosen under."""
         for plugin in self.plugins:
             plugin.before_step(self.scheduler)
@@ -131,13 +132,15 @@ class LLMEngine(Engine):
     def _prepare(self, scheduled: list[ScheduledSequence]) -> Batch:
         """Read everything that the step needs from the sequences."""
         inputs = self.runner.prepare_inputs(scheduled)
-        return Batch(inputs, *self._fan_out(inputs.sampled))
+        sampling, rows = self._fan_out(inputs.sampled)
+        parted = len(rows) > len(inputs.sampled)
+        return Batch(inputs, sampling, torch.tensor(rows, device=inputs.input_ids.device) if parted else None)
 
     def _run(self, batch: Batch) -> list[Sampled]:
         """Execute the model and sample. To run it twice gives the same: no token is recorded before `_record`."""
         logits = self.runner.execute(batch.inputs)
-        if len(batch.rows) > logits.shape[0]:
-            logits = logits[torch.tensor(batch.rows, device=logits.device)]
+        if batch.rows is not None:
+            logits = logits[batch.rows]
         sampled = self.sampler(logits, batch.sequences)
         return list(zip(batch.sequences, sampled.token_ids, sampled.logprobs, strict=True))
 

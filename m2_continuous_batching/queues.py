@@ -210,6 +210,13 @@ class Queues:
         """Whether anything waits or runs."""
         return bool(self._entries)
 
+    def sort_anew(self, sequence: Sequence) -> None:
+        """What a waiting sequence's place depends on has changed, such as how much of it is computed."""
+        entry = self._entries[sequence.seq_id]
+        if entry in self.waiting:
+            self.waiting.remove(entry)
+            bisect.insort(self.waiting, entry, key=self.policy.key)
+
     def _wait(self, entry: QueuedSequence) -> None:
         self._entries[entry.sequence.seq_id] = entry
         self._num_queued += 1

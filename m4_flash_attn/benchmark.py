@@ -134,11 +134,13 @@ def limits(llm: LLM, cpu: Hardware, ragged: Workload, single: Workload, measured
     [request] = single.requests
     context = len(request.prompt_token_ids) + request.output_len // 2
     num_bytes = calc.decode_bytes(spec, context, dtype=dtype).total
+    # A processor that cannot multiply bfloat16 widens the weights, and multiplies float32.
+    peak = max(cpu.peak(dtype), cpu.peak(torch.float32))
     bandwidth = median(probe for c in measured.contenders for probe in c.probes)
-    return {"bytes_per_second": bandwidth, "flops_per_second": cpu.peak(dtype),
+    return {"bytes_per_second": bandwidth, "flops_per_second": peak,
             "single": {"bytes_per_token": num_bytes, "tokens_per_s": bandwidth / num_bytes,
                        "decode_share": {c.name: median(shares(c, num_bytes)) for c in measured.contenders}},
-            "ragged": {"tokens_per_s": ragged.num_output_tokens * cpu.peak(dtype) / _flops(spec, ragged)}}
+            "ragged": {"tokens_per_s": ragged.num_output_tokens * peak / _flops(spec, ragged)}}
 
 
 def shares(contender: ContenderResult, num_bytes: int) -> list[float]:

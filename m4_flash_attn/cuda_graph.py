@@ -57,7 +57,7 @@ class DecodeBuffers:
         """For a recording of `size` rows: views of the buffers, and the longest that a sequence can ever be."""
         return FlashMetadata(list(range(size + 1)), self.seq_lens[:size], self.block_table[:size],
                              self.slot_mapping[:size], 1, self.query_starts[:size + 1], self.block_size,
-                             self.max_model_len)
+                             self.max_model_len, size)
 
     def fill(self, inputs: ModelInputs, size: int) -> None:
         """Copy a step of B <= size decodes to the first B rows; rows B to size - 1 become padding.

@@ -9,6 +9,7 @@ B sequences in the step, T tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,12 @@ class FlashMetadata(PagedMetadata):
     query_starts: Tensor            # B + 1, int32: `query_start_loc` on the device
     block_size: int
     max_seq_len: int                # no sequence is longer; under a CUDA graph: can ever be
+    num_decodes: int                # sequences in front of all others that have one new token each
+
+
+def num_decodes(query_start_loc: list[int]) -> int:
+    """Of B + 1 query starts: how many sequences in front have one new token."""
+    return next((i for i, (a, b) in enumerate(pairwise(query_start_loc)) if b - a != 1), len(query_start_loc) - 1)
 
 
 class StepNumbers(NamedTuple):
@@ -51,7 +58,8 @@ def flash_metadata(scheduled: list[ScheduledSequence], block_tables: BlockTables
     return FlashMetadata(starts, flat[step.seq_lens_at:step.seq_lens_at + num_sequences],
                          flat[step.block_table_at:].view(-1, step.num_blocks),
                          flat[step.slots_at:step.slots_at + starts[-1]], max(s.num_tokens for s in scheduled),
-                         flat[:num_sequences + 1], block_tables.block_size, max(s.end for s in scheduled))
+                         flat[:num_sequences + 1], block_tables.block_size, max(s.end for s in scheduled),
+                         num_decodes(starts))
 
 
 def step_numbers(starts: list[int], scheduled: list[ScheduledSequence], block_tables: BlockTables) -> StepNumbers:

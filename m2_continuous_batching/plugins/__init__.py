@@ -1,7 +1,4 @@
-"""Plugins: hooks into scheduling, attention and cache, and the built-in ones.
-
-One more built-in plugin, `MetricsCollector`, lives with what it measures: in `metrics.py`, one folder up.
-"""
+"""Plugins: hooks into scheduling, attention and cache, and the built-in ones."""
 from __future__ import annotations
 
 from collections.abc import Sequence

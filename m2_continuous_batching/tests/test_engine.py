@@ -100,7 +100,7 @@ class TestPreemption:
         lab = Lab(tiny_model, async_scheduling=True)
         params = SamplingParams(n=3, temperature=1.5, seed=4, max_tokens=6, ignore_eos=True)
         expected = [o.token_ids for o in lab.run(PROMPTS[1], params)[0].outputs]
-        choose, sent_back = lab.engine._choose, []
+        choose, sent_back = lab.engine._schedule, []
 
         def send_back() -> tuple[SchedulerOutput, int]:
             output, budget = choose()
@@ -112,7 +112,7 @@ class TestPreemption:
             sent_back.append(output)
             return output, budget
 
-        monkeypatch.setattr(lab.engine, "_choose", send_back)
+        monkeypatch.setattr(lab.engine, "_schedule", send_back)
         outputs = lab.run(PROMPTS[1], params)[0].outputs
         assert_same_tokens([o.token_ids for o in outputs], expected)
         lab.check_empty()

@@ -20,7 +20,7 @@ from m4_flash_attn.kernels.layer_kernels import plain_layer_kernels
 from m4_flash_attn.kernels.triton import launch
 from m4_flash_attn.kernels.triton.attention import attend
 from m4_flash_attn.kernels.triton.backend import GpuAttention
-from m4_flash_attn.kernels.triton.decode import choose_num_splits, merge_kernel, paged_decode
+from m4_flash_attn.kernels.triton.decode import KEYS_PER_SPLIT, merge_kernel, paged_decode
 from m4_flash_attn.kernels.triton.elementwise import TritonOps
 from m4_flash_attn.kernels.triton.prefill import paged_prefill
 from m4_flash_attn.kernels.triton.rotary import rotary_and_store, store_kv
@@ -42,9 +42,9 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
-def decode(batch: PagedBatch, window: int | None = None, num_sinks: int = 0, num_splits: int | None = None):
+def decode(batch: PagedBatch, window: int | None = None, num_sinks: int = 0, keys: int = KEYS_PER_SPLIT):
     return paged_decode(batch.q, batch.k_cache, batch.v_cache, batch.seq_lens, batch.block_table, batch.block_size,
-                        int(batch.seq_lens.max()), batch.scale, window, num_sinks, num_splits)
+                        int(batch.seq_lens.max()), batch.scale, window, num_sinks, keys)
 
 
 def prefill(batch: PagedBatch, window: int | None = None, num_sinks: int = 0):
@@ -68,20 +68,20 @@ def test_prefill_equals_the_reference(sequences, heads, head_dim, dtype, block_s
 
 @FEW
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=4), HEADS, HEAD_DIMS, DTYPES, BLOCK_SIZES, MASKS,
-       st.sampled_from([1, 2, 8]), st.integers(0, 9))
-def test_decode_equals_the_reference(computed, heads, head_dim, dtype, block_size, mask, num_splits, seed) -> None:
-    """F4.4, F4.5, F4.6: any number of splits, also more of them than there are tiles."""
+       st.sampled_from([64, 128, 256]), st.integers(0, 9))
+def test_decode_equals_the_reference(computed, heads, head_dim, dtype, block_size, mask, keys, seed) -> None:
+    """F4.4, F4.5, F4.6: splits of any size; some have no keys."""
     batch = random_paged_batch([(n, 1) for n in computed], *heads, head_dim, block_size, dtype, seed=seed)
-    close(decode(batch, *mask, num_splits=num_splits), batch.expected(*mask))
+    close(decode(batch, *mask, keys=keys), batch.expected(*mask))
 
 
-@pytest.mark.parametrize("num_splits", [1, 4])
-def test_padded_rows_are_zero_and_disturb_nobody(num_splits) -> None:
+@pytest.mark.parametrize("keys", [64, 256])
+def test_padded_rows_are_zero_and_disturb_nobody(keys) -> None:
     """F4.7: a CUDA graph's batch is padded with rows of length 0 and a table of -1."""
     batch = random_paged_batch([(40, 1), (7, 1), (90, 1)], block_size=16)
     lengths, table = batch.seq_lens.clone(), batch.block_table.clone()
     lengths[1], table[1] = 0, -1
-    out = decode(replace(batch, seq_lens=lengths, block_table=table), num_splits=num_splits)
+    out = decode(replace(batch, seq_lens=lengths, block_table=table), keys=keys)
     assert not out[1].any()
     close(out[[0, 2]], batch.expected()[[0, 2]])
 
@@ -90,7 +90,7 @@ def test_a_cache_in_another_precision() -> None:
     """A float32 model over a bfloat16 cache: keys and values are converted as they are loaded."""
     batch = random_paged_batch([(30, 1), (3, 1)], dtype=torch.bfloat16)
     batch = replace(batch, q=batch.q.float())
-    close(decode(batch, num_splits=2), batch.expected())
+    close(decode(batch, keys=64), batch.expected())
     close(prefill(batch), batch.expected())
 
 
@@ -102,29 +102,38 @@ def test_attend_takes_the_kernel_that_fits_the_step() -> None:
           decodes.expected(50, 2))
 
 
-@pytest.mark.parametrize(("batch", "kv_heads", "longest", "sms", "expected"), [
-    (1, 8, 4096, 132, 16),          # 33 would fill the GPU, 16 x 256 keys are worth it
-    (1, 8, 100_000, 132, 32),
-    (256, 8, 4096, 132, 1),         # the batch fills it already
-    (8, 3, 1000, 132, 2),
-    (1, 8, 100, 132, 1),            # too few keys to share
-])
-def test_number_of_splits(batch, kv_heads, longest, sms, expected) -> None:
-    """F4.5: a power of two that fills the GPU and leaves each split enough keys."""
-    assert choose_num_splits(batch, kv_heads, longest, sms) == expected
+@pytest.mark.parametrize("mask", [(None, 0), (70, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decode_is_the_same_bits_in_any_batch(dtype, mask) -> None:
+    """Alone, beside others, and in front of somebody's prompt; as one that could be longer, as under a CUDA graph."""
+    lengths = [599, 19, 300]
+    batch = random_paged_batch([*((n, 1) for n in lengths), (40, 30)], 3, 1, 16, 16, dtype)
+    whole = metadata_of(batch)
+    assert whole.num_decodes == 3
+    together = attend(batch.q, batch.k_cache, batch.v_cache, whole, batch.scale, *mask)
+    close(together, batch.expected(*mask))
+    for i in range(3):
+        one = replace(whole, query_start_loc=[0, 1], seq_lens=whole.seq_lens[i:i + 1],
+                      block_table=whole.block_table[i:i + 1], max_query_len=1, query_starts=whole.query_starts[:2],
+                      max_seq_len=lengths[i] + 1, num_decodes=1)
+        for metadata in (one, replace(one, max_seq_len=5000)):
+            alone = attend(batch.q[i:i + 1], batch.k_cache, batch.v_cache, metadata, batch.scale, *mask)
+            assert torch.equal(alone[0], together[i])
 
 
 def test_merge_is_exact() -> None:
-    """F4.5: parts of a softmax in base 2, merged, against the softmax of everything; one part is empty."""
+    """F4.5: parts of a softmax in base 2, merged, against the softmax of everything; one part is not there."""
     generator = torch.Generator().manual_seed(0)
     scores, values = torch.randn(6, 3, 10, generator=generator) * 4, torch.randn(6, 3, 10, 16, generator=generator)
     row_max = scores.amax(-1)
     weights = torch.exp2(scores - row_max.unsqueeze(-1))
     parts, row_sum = torch.einsum("rsk,rskd->rsd", weights, values), weights.sum(-1)
     row_max, row_sum, parts = (torch.cat([x, torch.full_like(x[:, :1], empty)], dim=1)
-                               for x, empty in ((row_max, float("-inf")), (row_sum, 0.0), (parts, 0.0)))
+                               for x, empty in ((row_max, torch.nan), (row_sum, torch.nan), (parts, torch.nan)))
     out = torch.empty(6, 16)
-    merge_kernel[6,](parts, row_max, row_sum, out, HEAD_DIM=16, NUM_SPLITS=4, BLOCK_D=16)
+    lengths = torch.tensor([3 * 64] * 2, dtype=torch.int32)         # two sequences of three heads, and no fourth part
+    merge_kernel[6,](parts, row_max, row_sum, out, lengths, 4, NUM_HEADS=3, HEAD_DIM=16, TILES_PER_SPLIT=1, BLOCK_N=64,
+                     BLOCK_D=16, WINDOW=0, NUM_SINKS=0)
     probabilities = torch.softmax(scores.flatten(1).double() * torch.log(torch.tensor(2.0)), dim=-1)
     close(out, torch.einsum("rk,rkd->rd", probabilities, values.flatten(1, 2).double()))
 

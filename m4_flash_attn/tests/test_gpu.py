@@ -57,17 +57,33 @@ def test_triton_attention_equals_the_reference(sequences, shape, dtype) -> None:
         close(out, batch.expected(*mask))
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 8, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decode_is_the_same_bits_in_any_batch(dtype) -> None:
+    """Alone, beside others, and in front of somebody's prompt; as one that could be longer, as under a CUDA graph."""
+    from m4_flash_attn.kernels.triton.attention import attend
+    batch = gpu_batch([*DECODES, *LONG], SHAPES[0], dtype)
+    n, whole = len(DECODES), metadata_of(batch)
+    together = attend(batch.q, batch.k_cache, batch.v_cache, whole, batch.scale)
+    for i in range(n):
+        one = replace(whole, query_start_loc=[0, 1], seq_lens=whole.seq_lens[i:i + 1],
+                      block_table=whole.block_table[i:i + 1], max_query_len=1, query_starts=whole.query_starts[:2],
+                      max_seq_len=int(whole.seq_lens[i]), num_decodes=1)
+        for metadata in (one, replace(one, max_seq_len=whole.max_seq_len)):
+            alone = attend(batch.q[i:i + 1], batch.k_cache, batch.v_cache, metadata, batch.scale)
+            assert torch.equal(alone[0], together[i])
+
+
+@pytest.mark.parametrize("keys", [64, 256, 1024, 8192])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_splits_change_nothing(shape, num_splits) -> None:
-    """F4.5: also with more splits than tiles; padded rows become 0."""
+def test_splits_change_nothing(shape, keys) -> None:
+    """F4.5: splits of any size, also larger than every sequence; padded rows become 0."""
     from m4_flash_attn.kernels.triton.decode import paged_decode
     batch = gpu_batch(DECODES, shape, torch.float32)
     lengths, table = batch.seq_lens.clone(), batch.block_table.clone()
     lengths[3], table[3] = 0, -1
     batch = replace(batch, seq_lens=lengths, block_table=table)
     out = paged_decode(batch.q, batch.k_cache, batch.v_cache, batch.seq_lens, batch.block_table, batch.block_size, 5001,
-                       batch.scale, num_splits=num_splits)
+                       batch.scale, keys_per_split=keys)
     assert not out[3].any()
     close(out, batch.expected())
 

@@ -36,6 +36,21 @@ extern "C" int run_phases(int threads, int phases, int pieces, int grain, int in
     return mistakes;
 }
 
+// Threads that are worth it after `phases` phases of two pieces for each, where thread 0 sleeps in each of its own.
+extern "C" int worth(int threads, int phases, int in_order, int sleep_us) {
+    auto* counters = new std::atomic<int>[Team::num_counters(phases, threads)];
+    Team team(counters, phases, threads);
+    team.run([&](Member& member) {
+        for (int phase = 0; phase < phases; phase++) {
+            auto piece = [&](int first, int last) { if (member.thread == 0) usleep(sleep_us); };
+            if (in_order) member.share_in_order(2 * threads, piece);
+            else member.share(2 * threads, 1, piece);
+        }
+    });
+    delete[] counters;
+    return team.watch.num_worth();
+}
+
 extern "C" int num_threads(int most) { return pace.num_threads(most); }
 extern "C" void learn(int used, int worth, int64_t ns) { pace.learn(used, worth, ns); }
 """
@@ -60,6 +75,13 @@ def test_every_piece_is_done_once_and_after_the_phase_before(kernels: ctypes.CDL
                                                   ctypes.c_void_p(counts.data_ptr()))
                     assert mistakes == 0
                     assert bool((counts == 1).all())
+
+
+def test_a_thread_that_does_not_run_is_noticed(kernels: ctypes.CDLL) -> None:
+    """The others wait 5 ms for it in each phase: some are given up. Not where the pieces differ in size by design."""
+    assert kernels.worth(3, 20, 0, 5000) < 3
+    assert kernels.worth(3, 20, 1, 5000) == 3
+    assert kernels.worth(1, 20, 0, 0) == 1
 
 
 def test_fewer_threads_for_a_while(kernels: ctypes.CDLL) -> None:

@@ -1,4 +1,4 @@
-// All layers of the model in one parallel region: the threads meet at barriers and never go back to Python in between.
+// All layers of the model in one parallel region: threads share out its phases and never go back to Python in between.
 //
 //     for each layer:   norm | qkv | rotate + store | attend | o | add + norm | gate, up, silu x up | down
 //     then:             add + norm, and the output matrix where every token is its sequence's newest

@@ -74,12 +74,14 @@ class Watch {
         if (too_much && worth.compare_exchange_strong(known, known - 1)) lost = 0;
     }
 
+    int num_worth() const { return worth; }
+
     void end() {
         if (num_threads > 1) pace.learn(num_threads, worth, now_ns() - start);
     }
 
   private:
-    static constexpr int64_t LONG = 300'000;        // ns; pieces take less
+    static constexpr int64_t LONG = 300'000;        // ns; pieces that are counted take less
     static constexpr int64_t ENOUGH = 2'000'000;    // ns
     const int num_threads;
     std::atomic<int> worth;

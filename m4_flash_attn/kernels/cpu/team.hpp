@@ -64,16 +64,19 @@ class Member {
 
     // f(first, last) for all pieces [0, num_pieces), at most `grain` at a time. Returns when all are done; or at once,
     // where this thread is one too many.
-    template <class F> void share(int num_pieces, int grain, F&& f) { share(num_pieces, grain, team.num_threads, f); }
+    template <class F> void share(int num_pieces, int grain, F&& f) {
+        share(num_pieces, grain, team.num_threads, true, f);
+    }
 
-    // The same, in order: the next piece goes to whoever comes first. For pieces of very different sizes.
-    template <class F> void share_in_order(int num_pieces, F&& f) { share(num_pieces, 1, 1, f); }
+    // The same, in order: the next piece goes to whoever comes first. For pieces of very different sizes; waiting for
+    // a long one says nothing about who runs, and is not counted.
+    template <class F> void share_in_order(int num_pieces, F&& f) { share(num_pieces, 1, 1, false, f); }
 
     Team& team;
     const int thread;
 
   private:
-    template <class F> void share(int num_pieces, int grain, int num_owners, F&& f) {
+    template <class F> void share(int num_pieces, int grain, int num_owners, bool are_short, F&& f) {
         if (team.num_threads == 1) {
             if (num_pieces > 0) f(0, num_pieces);
             return;
@@ -96,7 +99,7 @@ class Member {
             }
         }
         finish(number, count);
-        if (!team.watch.retired(thread)) wait(number, num_pieces);
+        if (!team.watch.retired(thread)) wait(number, num_pieces, are_short);
     }
 
     void finish(int number, int count) {
@@ -105,7 +108,7 @@ class Member {
 
     // Short waits are the rule, and sleeping would take longer than they do. A long one is for a thread that does not
     // run: then this core may be what it needs.
-    void wait(int number, int num_pieces) {
+    void wait(int number, int num_pieces, bool are_short) {
         std::atomic<int>& done = team.done(number);
         for (int i = 0; i < SPINS; i++) {
             if (done.load(std::memory_order_acquire) == num_pieces) return;
@@ -116,7 +119,7 @@ class Member {
             sched_yield();
             if (team.watch.retired(thread)) return;
         }
-        team.watch.waited(start);
+        if (are_short) team.watch.waited(start);
     }
 
     static constexpr int SPINS = 2000;          // some 20 to 80 microseconds

@@ -19,19 +19,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # runs each two tiles ahead and keeps two tiles of keys in flight; with four or fewer it waits for every load at once.
 NUM_STAGES = 5
 MAX_GROUP = 16          # query heads per KV head: the rows of the smallest tile that tensor cores multiply
-_NUM_SMS_INTERPRETED = 4
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def compute_dtype(dtype: torch.dtype) -> Any:
     """The Triton type in which tiles of `dtype` are multiplied."""
     return tl.float32 if INTERPRETED else _DTYPES[dtype]
-
-
-@cache
-def num_sms(device: torch.device) -> int:
-    """Streaming multiprocessors of the GPU: how many programs run at once, at least."""
-    return _NUM_SMS_INTERPRETED if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

@@ -87,12 +87,13 @@ def prefill_tiles(head_dim: int, dtype: torch.dtype, compute_capability: tuple[i
 
 def paged_prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, query_starts: Tensor, seq_lens: Tensor,
                   block_table: Tensor, block_size: int, max_query_len: int, scale: float, window: int | None = None,
-                  num_sinks: int = 0) -> Tensor:
+                  num_sinks: int = 0, out: Tensor | None = None) -> Tensor:
     """Causal attention of the new tokens over their sequences: q [T, H_q, D] -> [T, H_q, D], contiguous.
 
     k_cache, v_cache [num_slots, H_kv, D] of one layer, the step's tokens stored already; query_starts [B + 1],
     seq_lens [B] and block_table [B, max_blocks] int32. No sequence has more than `max_query_len` new tokens. A query
-    sees `window` keys, its own included, and the first `num_sinks`; all where it is None.
+    sees `window` keys, its own included, and the first `num_sinks`; all where it is None. `out`, of q's shape and
+    contiguous, is written where it is given: the rows of these sequences, which may begin behind others' tokens.
     """
     check_rows(q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table)
     assert k_cache.stride() == v_cache.stride()
@@ -100,7 +101,8 @@ def paged_prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, query_starts: Ten
     group = num_heads // num_kv_heads
     assert group <= MAX_GROUP
     tiles = prefill_tiles(head_dim, q.dtype, capability(q.device))
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
     grid = (triton.cdiv(max_query_len, tiles.block_m // group), num_kv_heads, len(seq_lens))
     paged_prefill_kernel[grid](
         q, k_cache, v_cache, out, query_starts, seq_lens, block_table, q.stride(0), q.stride(1), k_cache.stride(0),
