@@ -111,8 +111,12 @@ class DraftModelDrafter(Drafter):
             self.tables.release(self.tables.close(mine))
 
 
-def make_draft_model(config: EngineConfig, spec: ModelSpec, tokenizer: Tokenizer | None) -> DraftModelDrafter:
-    """Load `speculative_model` for a target of that `spec`. Raises ConfigError where their tokens are not the same."""
+def make_draft_model(config: EngineConfig, spec: ModelSpec, tokenizer: Tokenizer | None,
+                     num_cached_tokens: int) -> DraftModelDrafter:
+    """Load `speculative_model` for a target of that `spec`, with a cache of at most so many tokens.
+
+    Raises ConfigError where their tokens are not the same.
+    """
     name = config.speculative_config.speculative_model
     assert name is not None
     own = replace(config, model_config=replace(config.model_config, model=name, max_model_len=None))
@@ -125,8 +129,9 @@ def make_draft_model(config: EngineConfig, spec: ModelSpec, tokenizer: Tokenizer
     backend = choose(own.attention_config.attention_backend, situation)
     if own.attention_config.fused_layers:
         model = fuse(model, layer_kernels_for(model.device, model.dtype))
-    num_blocks = -(-longest // situation.block_size) * config.scheduler_config.max_num_seqs
     size = situation.block_size
+    most = -(-longest // size) * config.scheduler_config.max_num_seqs
+    num_blocks = min(most, -(-num_cached_tokens // size))
     cache = SlotCache(model.spec, num_blocks * size, model.dtype, model.device, [], size)
     tables = BlockTables(BlockPool(num_blocks), size)
     runner = with_decode_call(ModelRunner(model, backend.make(situation, cache, tables)))

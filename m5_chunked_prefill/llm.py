@@ -59,7 +59,8 @@ class LLM(PagedLLM):
 
         cost, observers = StepCost(), list(hooks.scheduler)
         speculation = None
-        if (drafter := drafter_for(config, weights.spec, tokenizer, hooks.cache)) is not None:
+        if (drafter := drafter_for(config, weights.spec, tokenizer, hooks.cache,
+                                   memory.num_blocks * situation.block_size)) is not None:
             speculation = Speculation(drafter, cost, guessing.num_speculative_tokens, limits.longest,
                                       guessing.adaptive_drafts)
             observers += [drafter, SpeculationStats()]

@@ -15,8 +15,11 @@ from .lookup_drafters import NGramDrafter, SuffixDrafter
 
 
 def drafter_for(config: EngineConfig, spec: ModelSpec, tokenizer: Tokenizer | None,
-                cache_plugins: Sequence[CachePlugin]) -> Drafter | None:
-    """The drafter of `config.speculative_config`; None where nobody guesses. Raises ConfigError for what cannot be."""
+                cache_plugins: Sequence[CachePlugin], num_cached_tokens: int) -> Drafter | None:
+    """The drafter of `config.speculative_config`; None where nobody guesses. Raises ConfigError for what cannot be.
+
+    `num_cached_tokens`: how many the target's cache holds; a draft model's holds no more.
+    """
     method = config.speculative_config.speculative_method
     if method == "none":
         return None
@@ -28,4 +31,4 @@ def drafter_for(config: EngineConfig, spec: ModelSpec, tokenizer: Tokenizer | No
         return NGramDrafter()
     if method == "suffix":
         return SuffixDrafter()
-    return make_draft_model(config, spec, tokenizer)
+    return make_draft_model(config, spec, tokenizer, num_cached_tokens)

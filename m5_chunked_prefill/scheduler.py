@@ -63,14 +63,20 @@ class ChunkedPrefillScheduler(Scheduler):
         return (_is_prefilling(entry), *self.queues.policy.key(entry))
 
     def _add_drafts(self, output: SchedulerOutput) -> None:
-        """Let them run guesses behind their newest token, where blocks and budget are left; nobody leaves for them."""
+        """Let them run guesses behind their newest token, where blocks and budget are left; nobody leaves for them.
+
+        Who guesses comes behind who does not: kernels take what stands in front with one token as plain decodes.
+        """
         assert self.speculation is not None
         left = self.token_budget - len(output.scheduled)
+        if self.waiting or any(map(_is_prefilling, self.running)):
+            left //= 2                                  # prompts get on as well
         drafts = self.speculation.propose([s.sequence for s in output.scheduled], left)
         for i, s in enumerate(output.scheduled):
             guesses = drafts.get(s.sequence.seq_id, ())
             if guesses and self.kv_cache_manager.allocate_slots(s.sequence, s.start, 1 + len(guesses)):
                 output.scheduled[i] = ScheduledSequence(s.sequence, s.start, 1 + len(guesses), guesses)
+        output.scheduled.sort(key=lambda s: bool(s.draft_token_ids))
 
     def accept(self, output: SchedulerOutput, sampled: list[Sampled]) -> list[Sampled]:
         """Of each drafted sequence the tokens up to the first that its guess did not foresee, that one included."""

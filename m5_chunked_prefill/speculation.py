@@ -10,6 +10,7 @@ textbook's, to compare). How far to guess is a matter of cost: see `plan`.
 """
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -81,6 +82,7 @@ class Speculation:
 
     def propose(self, sequences: list[Sequence], max_num_tokens: int) -> dict[int, tuple[int, ...]]:
         """Guesses by seq_id, for sequences that decode in this step; at most `max_num_tokens` in all."""
+        start = time.perf_counter()
         limits = [self._limit(sequence) for sequence in sequences]
         if not any(limits) or max_num_tokens <= 0:
             return {}
@@ -89,6 +91,7 @@ class Speculation:
         drafts = self.drafter.propose(sequences, limits)
         if not self.drafter.seconds_per_token:
             limits = self._plan(sequences, [len(draft) for draft in drafts], max_num_tokens)
+        self.cost.apart = time.perf_counter() - start
         cut = {s.seq_id: tuple(d[:n]) for s, d, n in zip(sequences, drafts, limits, strict=True)}
         return {seq_id: draft for seq_id, draft in cut.items() if draft}
 
@@ -126,10 +129,9 @@ class Speculation:
         shape = StepShape()
         for sequence in sequences:
             shape.add(sequence.num_tokens - 1, 1, 1)
-        context = shape.context / max(1, len(sequences))
 
         def seconds(num_guesses: int, depth: int) -> float:
-            predicted = self.cost.predict(shape.plus(int(context), num_guesses, num_guesses) if num_guesses else shape)
+            predicted = self.cost.predict(shape.with_guesses(len(sequences), num_guesses))
             assert predicted is not None
             return predicted + depth * self.drafter.seconds_per_token
 

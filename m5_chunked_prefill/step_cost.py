@@ -52,6 +52,13 @@ class StepShape:
         more.add(start, num_tokens, num_rows)
         return more
 
+    def with_guesses(self, num_sequences: int, num_guesses: int) -> StepShape:
+        """A copy for a step of decodes, `num_sequences` of them, with so many guesses spread over them."""
+        more = self.plus(0, 0, num_guesses)
+        more.num_tokens += num_guesses
+        more.pairs += (2 * self.context + num_guesses) * num_guesses // num_sequences + 2 * num_guesses
+        return more
+
     @classmethod
     def of(cls, scheduled: Iterable[ScheduledSequence]) -> StepShape:
         """The shape of a step, asked before or after it ran."""
@@ -74,12 +81,14 @@ class StepCost(SchedulerPlugin):
 
     def __init__(self) -> None:
         self.coefficients: Vector | None = None             # seconds; None until enough steps ran
+        self.apart = 0.0            # seconds of the step under way that went into guessing: who guesses counts them
         self._decodes = deque[tuple[Vector, float]](maxlen=_NUM_KEPT)       # kept apart: decodes are many
         self._mixed = deque[tuple[Vector, float]](maxlen=_NUM_KEPT)
         self._num_new = 0
 
     def after_step(self, scheduler: Scheduler, stats: StepStats) -> None:
-        self.observe(StepShape.of(stats.output.scheduled), stats.duration_s)
+        self.observe(StepShape.of(stats.output.scheduled), stats.duration_s - self.apart)
+        self.apart = 0.0
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """A step of that shape took so long."""

@@ -58,7 +58,7 @@ class PrometheusMetrics(SchedulerPlugin):
 
     def show_totals_of(self, plugins: Sequence[SchedulerPlugin]) -> None:
         """Add what an engine's plugins count. Names may come with the first number, so they are asked at each scrape."""
-        self.registry.register(_Totals(self._client, plugins, self._model_name))
+        self.registry.register(_Totals(plugins, self._model_name))
 
     def render(self) -> tuple[bytes, str]:
         """What /metrics returns, and its content type."""
@@ -120,8 +120,8 @@ class PrometheusMetrics(SchedulerPlugin):
 class _Totals:
     """Reads the plugins' totals at the moment of the scrape."""
 
-    def __init__(self, client: Any, plugins: Sequence[SchedulerPlugin], model_name: str) -> None:
-        self._family = client.core.CounterMetricFamily
+    def __init__(self, plugins: Sequence[SchedulerPlugin], model_name: str) -> None:
+        self._family = require("prometheus_client.core", "the server's /metrics", extra="serve").CounterMetricFamily
         self._plugins, self._model_name = plugins, model_name
 
     def describe(self) -> list[Any]:

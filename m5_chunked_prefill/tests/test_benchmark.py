@@ -8,6 +8,7 @@ import pytest
 from m0_basics.tools.bench import BenchReport
 from m0_basics.tools.documents.factbook import read_json_file, read_result
 from m0_basics.tools.testing.fixtures import TinyModels
+from m0_basics.tools.testing.tiny_models import save_tiny_model
 from m5_chunked_prefill import LLM, benchmark
 from m5_chunked_prefill.tools.copy_tasks import TASKS, prompts
 from m5_chunked_prefill.tools.facts import bench_results
@@ -32,13 +33,13 @@ def test_every_part_is_there(tmp_path: Path, tiny_model: TinyModels) -> None:
         "over_decode_only": found["frontier"]["points"]["m4"]["itl_p99_ms"] / found["frontier"]["decode_only_ms"]}
     assert list(found["short"]["contenders"]) == ["m4", "m5 fcfs", "m5"]
     assert all(c["longest_gap_ms"] > 0 and len(c["gaps"]) == 11 for c in found["giant"]["contenders"].values())
-    assert [(e["task"], e["num_requests"]) for e in found["drafts"]] == [("quote", 1), ("quote", 2)]
+    assert [(e["task"], e["num_requests"]) for e in found["drafts"]] == [("story", 1), ("story", 2)]
     assert {name: c["acceptance"] is None for name, c in found["drafts"][0]["contenders"].items()}["none"]
     assert list(found["thoughts"]) == ["m4", "m5", "m5, half the cache", "m5, suffix"]
     assert {path.stem for path in folder.glob("*.png")} == {"frontier", "giant", "drafts"}
     results = bench_results(read_json_file(folder / "bench.json"))
     assert {"bench.frontier.m5_150.itl_p99_gain", "bench.short.m5_fcfs.32.ratio", "bench.giant.m5.longest_gap_ms",
-            "bench.drafts.quote.1.suffix.ratio", "bench.thoughts.m5_half_the_cache.tokens_per_s"} <= set(results)
+            "bench.drafts.story.1.suffix.ratio", "bench.thoughts.m5_half_the_cache.tokens_per_s"} <= set(results)
     for name, result in results.items():
         assert isinstance(read_result(tmp_path, result.file, result.path), int | float), name
 
@@ -60,9 +61,9 @@ def test_tasks_are_the_same_for_the_same_seed_and_never_twice() -> None:
 
 
 @pytest.mark.slow
-def test_a_draft_model_learns_from_the_target(tmp_path: Path, tiny_model: TinyModels) -> None:
+def test_a_draft_model_learns_from_the_target(tmp_path: Path) -> None:
     """Its loss falls, its folder loads as a draft model, and its first layers' guesses change no token."""
-    model = str(tiny_model("qwen3"))
+    model = str(save_tiny_model(tmp_path / "target", "qwen3", max_position_embeddings=4096))
     losses = train_draft(tmp_path / "draft", model, num_layers=1, num_prompts=2, output_len=12, num_passes=3,
                          max_model_len=4096)
     assert losses[-1] < losses[0]

@@ -55,7 +55,7 @@ def answer(tiny_model):
 
 
 def test_all_right(tiny_model, answer):
-    """1 + 5 + 1 tokens for each draft of 5: 40 tokens are the first, and 39 behind 6.5 drafts."""
+    """The first token, then 6 for each draft of 5: 37 tokens are 1 + 6 x 6."""
     llm, metrics = make(tiny_model("llama"), Oracle(list(answer)), num_speculative_tokens=5)
     llm.generate([PROMPT], SamplingParams(temperature=0, max_tokens=37, ignore_eos=True), use_tqdm=False)
     found = scraped(metrics)

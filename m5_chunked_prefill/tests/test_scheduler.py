@@ -57,13 +57,16 @@ def test_nobody_starves_behind_short_ones() -> None:
 
 
 def test_a_half_read_prompt_gives_way_to_a_decode() -> None:
-    """F5.4: 20 slots. a needs an eleventh while b holds ten of its fourteen: b leaves, and a goes on."""
-    loop = ChunkLoop(budget=10, slots=20)
-    a = loop.add(make_request(9, 6))
+    """F5.4: 22 slots. a takes one in each step while b holds nine and lacks three: in the end b leaves, and a goes on."""
+    loop = ChunkLoop(budget=10, slots=22)
+    a = loop.add(make_request(9, 7))
     loop.step()                                     # a holds 9, its first token is there
-    b = loop.add(make_request(10, 2))
+    b = loop.add(make_request(12, 2))
     assert who(loop.step(), a, b) == {"a": 1, "b": 9}
-    assert who(loop.step(), a, b) == {"a": 1}       # 11 + 9 slots: none is left, b's last token waits
+    for _ in range(3):                              # up to 13 + 9 slots; b waits, and keeps what it has
+        output = loop.step()
+        assert who(output, a, b) == {"a": 1}
+        assert not output.preempted
     output = loop.step()
     assert output.preempted == [b.sequences[0]]
     assert who(output, a, b) == {"a": 1}

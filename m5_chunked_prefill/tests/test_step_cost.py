@@ -6,6 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from m0_basics.attention import ScheduledSequence
+from m0_basics.request import Sequence, SequenceData
+from m0_basics.sampling_params import SamplingParams
+from m2_continuous_batching.plugins.base import StepStats
+from m2_continuous_batching.scheduler import SchedulerOutput
 from m5_chunked_prefill.step_cost import StepBudget, StepCost, StepShape, nonnegative_least_squares
 
 
@@ -48,6 +53,28 @@ def test_a_step_is_counted_by_hand() -> None:
     assert (more.num_tokens, more.num_rows, more.context, more.pairs) == (6, 2, 13, 56)
     assert shape.num_tokens == 4
     assert shape_of((0, 70, 3)).features().tolist() == [1, 16, 48, 6, 3, 0, 4900]
+
+
+def test_guesses_are_priced_as_the_step_will_be_counted() -> None:
+    """Three for each of two decodes, against the shape of that very step."""
+    decodes = shape_of((9, 1, 1), (30, 1, 1))
+    drafted = shape_of((9, 4, 4), (30, 4, 4))
+    planned = decodes.with_guesses(2, 6)
+    assert (planned.num_tokens, planned.num_rows, planned.context) == (8, 8, 39)
+    assert planned.pairs == drafted.pairs
+    assert decodes.with_guesses(2, 0).features().tolist() == decodes.features().tolist()
+
+
+def test_time_that_went_into_guessing_is_not_the_steps() -> None:
+    """A step of 10 ms in which a draft model ran for 4."""
+    cost = StepCost()
+    scheduled = [ScheduledSequence(Sequence(0, SequenceData([1, 2], [3]), SamplingParams(), 0), 2, 1)]
+    stats = StepStats(0, 0.0, 0.010, SchedulerOutput(scheduled), 0, 1, 1, 0, 0, 0.0, 8)
+    for _ in range(6):
+        cost.apart = 0.004
+        cost.after_step(None, stats)        # type: ignore[arg-type]
+    assert cost.predict(StepShape.of(scheduled)) == pytest.approx(0.006, rel=1e-3)
+    assert cost.apart == 0
 
 
 @pytest.mark.parametrize(("noise", "error"), [(0.0, 0.02), (0.1, 0.08)])

@@ -57,7 +57,10 @@ def _texts(llm: BaseLLM, num_prompts: int, output_len: int) -> list[tuple[list[i
 
 def _first_layers(target: torch.nn.Module, num_layers: int) -> torch.nn.Module:
     """A model of the target's class with its embeddings, first layers and last norm, its embeddings not trained."""
-    config = type(target.config).from_dict(target.config.to_dict() | {"num_hidden_layers": num_layers})
+    settings = target.config.to_dict() | {"num_hidden_layers": num_layers}
+    if settings.get("layer_types"):
+        settings["layer_types"] = settings["layer_types"][:num_layers]
+    config = type(target.config).from_dict(settings)
     draft = type(target)(config)
     known = draft.state_dict()
     draft.load_state_dict({name: w for name, w in target.state_dict().items() if name in known})
