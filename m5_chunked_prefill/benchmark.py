@@ -76,11 +76,12 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
 def _frontier(ours: list[EngineContender], peers: list[Contender], rounds: int, quick: bool) -> dict[str, Any]:
     m5 = ours[-1].llm
     assert isinstance(m5, LLM)
-    workload = get_workload("mixed-2:stream_output=12,num_long=1,long_min=64,long_max=64,first=0.05" if quick else "mixed-8")
+    name = "mixed-2:stream_output=12,num_long=1,long_min=64,long_max=64,first=0.05" if quick else "mixed-8"
+    workload = get_workload(name).fit_vocabulary(m5.spec.vocab_size)
     budgets = frontier.budgets(m5)[:2] if quick else frontier.budgets(m5)
     check = CostCheck()
     engine_of(m5).plugins.append(check)
-    found = frontier.measure([ours[0], *budgets, *peers], budgets[0], workload.fit_vocabulary(m5.spec.vocab_size), rounds)
+    found = frontier.measure([ours[0], *budgets, *peers], budgets[0], workload, rounds)
     engine_of(m5).plugins.remove(check)
     frontier.Budget().apply(m5)
     return found | {"compared": frontier.compared(found), "cost": check.summary()}
@@ -91,7 +92,8 @@ def _waits(ours: list[EngineContender], base: dict[str, Any], rounds: int, quick
     in_order = EngineContender("m5 fcfs", LLM(**base | {"policy": "fcfs"}), "chunks in the order of arrival")
     giant, shorts = (100, SHORTS[:1]) if quick else (GIANT, SHORTS)
     return {"short": waits.short_behind_long([ours[0], in_order, ours[1]], giant, shorts, rounds, vocab_size),
-            "giant": waits.giant_among_streams(ours, giant, 2 if quick else 8, rounds, vocab_size, 12 if quick else 160)}
+            "giant": waits.giant_among_streams(ours, giant, 2 if quick else 8, rounds, vocab_size,
+                                               stream_output=12 if quick else 160)}
 
 
 def _drafts(earlier: BaseLLM, base: dict[str, Any], rounds: int, quick: bool) -> dict[str, Any]:

@@ -112,7 +112,7 @@ class _Walk:
 
     def __init__(self) -> None:
         self.num_read = 0
-        self._places: dict[int, tuple[int, int]] = {}       # by the automaton's number: its state, the length that matches
+        self._places: dict[int, tuple[int, int]] = {}       # by the automaton's number: state, length of the match
 
     def match(self, automaton: SuffixAutomaton, sequence: Sequence) -> Match:
         place = self._places.get(automaton.number)

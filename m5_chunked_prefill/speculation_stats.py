@@ -1,7 +1,7 @@
 """How many guesses were checked, and how many were right: in all, and by their place in the draft."""
 from __future__ import annotations
 
-from m2_continuous_batching.plugins.base import SchedulerPlugin, StepStats, Total
+from m2_continuous_batching.plugins.base import CounterValue, SchedulerPlugin, StepStats
 from m2_continuous_batching.scheduler import Scheduler
 
 
@@ -34,13 +34,14 @@ class SpeculationStats(SchedulerPlugin):
             for i in range(num_accepted):
                 self.num_accepted_tokens_per_pos[i] += 1
 
-    def totals(self) -> list[Total]:
+    def counters(self) -> list[CounterValue]:
         """vLLM's counters of speculative decoding."""
-        return [Total("spec_decode_num_drafts", "Steps of a sequence that checked guesses.", self.num_drafts),
-                Total("spec_decode_num_draft_tokens", "Guesses that were checked.", self.num_draft_tokens),
-                Total("spec_decode_num_accepted_tokens", "Guesses that were right.", self.num_accepted_tokens),
-                *(Total("spec_decode_num_accepted_tokens_per_pos", "Right guesses by their place in the draft.", number,
-                        {"position": str(place)}) for place, number in enumerate(list(self.num_accepted_tokens_per_pos)))]
+        return [CounterValue("spec_decode_num_drafts", "Steps of a sequence that checked guesses.", self.num_drafts),
+                CounterValue("spec_decode_num_draft_tokens", "Guesses that were checked.", self.num_draft_tokens),
+                CounterValue("spec_decode_num_accepted_tokens", "Guesses that were right.", self.num_accepted_tokens),
+                *(CounterValue("spec_decode_num_accepted_tokens_per_pos", "Right guesses by their place in the draft.", number,
+                        {"position": str(place)})
+                  for place, number in enumerate(list(self.num_accepted_tokens_per_pos)))]
 
     @staticmethod
     def _agrees(token: list[int], guess: int) -> bool:

@@ -27,7 +27,7 @@ from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import torch
-from IPython.display import HTML, Markdown
+from IPython.display import HTML
 from matplotlib.patches import Patch
 
 import m4_flash_attn as m4

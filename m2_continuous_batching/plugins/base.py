@@ -50,7 +50,7 @@ class StepStats:
 
 
 @dataclass(frozen=True)
-class Total:
+class CounterValue:
     """A number that only grows, as the server's /metrics shows it: under `name`, with "_total" behind it."""
 
     name: str
@@ -71,7 +71,7 @@ class SchedulerPlugin(ABC):
     def on_request_completion(self, request: Request) -> None:  # noqa: B027
         """Once for each request that finishes or is aborted, with its final state."""
 
-    def totals(self) -> Sequence[Total]:
+    def counters(self) -> Sequence[CounterValue]:
         """What it has counted so far, for the server's /metrics. Called from another thread than the engine's."""
         return ()
 

@@ -56,9 +56,9 @@ class PrometheusMetrics(SchedulerPlugin):
         self._success = client.Counter("vllm:request_success", "Requests that have ended, by reason.",
                                        ("model_name", "finished_reason"), registry=self.registry)
 
-    def show_totals_of(self, plugins: Sequence[SchedulerPlugin]) -> None:
-        """Add what an engine's plugins count. Names may come with the first number, so they are asked at each scrape."""
-        self.registry.register(_Totals(plugins, self._model_name))
+    def show_counters_of(self, plugins: Sequence[SchedulerPlugin]) -> None:
+        """Add what an engine's plugins count. A name may come with its first number, so all are asked at each scrape."""
+        self.registry.register(_PluginCounters(plugins, self._model_name))
 
     def render(self) -> tuple[bytes, str]:
         """What /metrics returns, and its content type."""
@@ -117,8 +117,8 @@ class PrometheusMetrics(SchedulerPlugin):
         return histogram.labels(self._model_name)
 
 
-class _Totals:
-    """Reads the plugins' totals at the moment of the scrape."""
+class _PluginCounters:
+    """Reads what plugins count at the moment of the scrape."""
 
     def __init__(self, plugins: Sequence[SchedulerPlugin], model_name: str) -> None:
         self._family = require("prometheus_client.core", "the server's /metrics", extra="serve").CounterMetricFamily
@@ -130,11 +130,11 @@ class _Totals:
     def collect(self) -> Iterator[Any]:
         families: dict[str, Any] = {}
         for plugin in self._plugins:
-            for total in plugin.totals():
-                labels = {"model_name": self._model_name, **total.labels}
-                if total.name not in families:
-                    families[total.name] = self._family(f"vllm:{total.name}", total.text, labels=tuple(labels))
-                families[total.name].add_metric(tuple(labels.values()), total.value)
+            for counter in plugin.counters():
+                labels = {"model_name": self._model_name, **counter.labels}
+                if counter.name not in families:
+                    families[counter.name] = self._family(f"vllm:{counter.name}", counter.text, labels=tuple(labels))
+                families[counter.name].add_metric(tuple(labels.values()), counter.value)
         yield from families.values()
 
 

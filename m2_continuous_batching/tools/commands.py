@@ -16,8 +16,8 @@ from m0_basics.base_llm import BaseLLM
 from m0_basics.config import DEFAULT_MODEL, reject, require
 from m0_basics.tools.cli.options import flags_of, with_flags
 
-from ..llm import LLM
 from ..engine import engine_of
+from ..llm import LLM
 from ..server.config import ServerConfig
 
 API_KEY_VARIABLE = "LLM_LAB_API_KEY"
@@ -61,7 +61,7 @@ def online_commands(llm_class: type[BaseLLM]) -> list[Callable[..., None]]:
         metrics = PrometheusMetrics(name)
         make_llm: Any = llm_class
         llm = make_llm(plugins=[metrics], **engine_options)
-        metrics.show_totals_of(engine_of(llm).plugins)
+        metrics.show_counters_of(engine_of(llm).plugins)
         engine = AsyncLLMEngine(llm, max_queued_requests, config.max_compile_s)
         url = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
         run.serve(build_app(engine, metrics, config), engine, sock, grace,

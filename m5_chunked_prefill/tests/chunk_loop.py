@@ -19,7 +19,8 @@ class ChunkLoop:
         self.manager = SlotPool(slots)
         self.max_model_len = max_model_len
         queues = Queues(make_policy(policy), self.manager, rows, max_model_len, clock=lambda: self.now)
-        self.scheduler = ChunkedPrefillScheduler(queues, StepBudget(StepCost(), 3.0, is_fixed=budget is not None), budget)
+        limit = StepBudget(StepCost(), 3.0, is_fixed=budget is not None)
+        self.scheduler = ChunkedPrefillScheduler(queues, limit, budget)
         self.policy = policy
         self.num_steps = 0
 

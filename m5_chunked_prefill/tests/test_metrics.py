@@ -34,7 +34,7 @@ def make(folder, drafter_of=None, **options):
     metrics = PrometheusMetrics("tiny")
     llm = LLM(str(folder), plugins=[metrics], dtype="float32", max_model_len=256, speculative_method="ngram",
               adaptive_drafts=False, **options)
-    metrics.show_totals_of(llm.engine.plugins)
+    metrics.show_counters_of(llm.engine.plugins)
     if drafter_of is not None:
         llm.engine.scheduler.speculation.drafter = drafter_of
     return llm, metrics

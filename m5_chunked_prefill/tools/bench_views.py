@@ -17,11 +17,12 @@ def print_tables(report: BenchReport) -> None:
     """A table for each part."""
     found, console = report.measurements, Console()
     lines = found["frontier"]
+    rows: list[tuple[str, ...]]
     rows = [(name, _number(p["itl_p99_ms"]), _number(p["itl_max_ms"]), _number(p["output_throughput"]),
              _number(p["long_ttft_ms"]), f"{c['itl_p99_gain']:.2f}", f"{c['throughput_share']:.2f}",
              f"{c['over_decode_only']:.2f}")
             for (name, p), c in zip(lines["points"].items(), lines["compared"].values(), strict=True)]
-    console.print(_table(f"Streams while long prompts arrive (a step that only decodes: {lines['decode_only_ms']:.1f} ms)",
+    console.print(_table(f"Streams while long prompts come; a step of decodes alone: {lines['decode_only_ms']:.1f} ms",
                          ("", "P99 ITL ms", "longest ms", "tokens/s", "long TTFT ms", "P99 gain", "throughput",
                           "P99 / decode"), rows))
     rows = [(name, length, _number(v["alone_ms"]), _number(v["behind_ms"]), f"{v['ratio']:.2f}", _number(v["giant_ms"]))

@@ -36,8 +36,8 @@ def records(rng: random.Random) -> str:
     people = "\n".join(f"{rng.choice(_NAMES)} lives in {rng.choice(_TOWNS)}, is {rng.randint(20, 79)} years old and "
                        f"works at the {rng.choice(_THINGS)}." for _ in range(8))
     first = '[{"name": "Zoe", "city": "Bern", "age": 30, "work_place": "library"},'
-    return (f"Give these people as a JSON list with the keys name, city, age and work_place. It begins with:\n{first}\n\n"
-            f"{people}")
+    return ("Give these people as a JSON list with the keys name, city, age and work_place. It begins with:\n"
+            f"{first}\n\n{people}")
 
 
 def story(rng: random.Random) -> str:

@@ -25,7 +25,8 @@ SIZES = {1: 128, 8: 64, 64: 24}                 # requests at once: output token
 LARGE_TASKS = ("quote", "story")                # at the largest batch: the best and the worst case
 
 
-def measure(contenders: Mapping[str, BaseLLM], tasks: Sequence[str], sizes: Mapping[int, int], rounds: int) -> list[Any]:
+def measure(contenders: Mapping[str, BaseLLM], tasks: Sequence[str], sizes: Mapping[int, int],
+            rounds: int) -> list[Any]:
     """An entry for each task and size: by contender, tokens per second, the ratio to BASELINE, guesses and their share.
 
     Greedy. Raises BenchError where an answer is not BASELINE's, token for token.

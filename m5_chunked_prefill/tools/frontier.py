@@ -22,7 +22,6 @@ from m0_basics.tools.bench import (
     line_plot,
 )
 from m0_basics.tools.bench.contender import Served
-
 from m2_continuous_batching.engine import engine_of
 
 from ..llm import LLM
@@ -121,8 +120,9 @@ def draw(found: dict[str, Any], path: Path) -> Path:
         elif name.startswith("vllm"):
             kind = "vLLM"
         lines.setdefault(kind, []).append((p["output_throughput"], p["itl_p99_ms"]))
-    return line_plot({kind: Series(*map(list, zip(*sorted(points), strict=True))) for kind, points in lines.items()},
-                     path, title="Streams decode while long prompts arrive", log_y=True,
+    series = {kind: Series([x for x, _ in sorted(points)], [y for _, y in sorted(points)])
+              for kind, points in lines.items()}
+    return line_plot(series, path, title="Streams decode while long prompts arrive", log_y=True,
                      xlabel="output tokens per second", ylabel="P99 between two tokens, ms")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ def _texts(llm: BaseLLM, num_prompts: int, output_len: int) -> list[tuple[list[i
     return [(ids + list(o.outputs[0].token_ids), len(ids)) for ids, o in zip(chats, outputs, strict=True)]
 
 
-def _first_layers(target: torch.nn.Module, num_layers: int) -> torch.nn.Module:
+def _first_layers(target: Any, num_layers: int) -> Any:
     """A model of the target's class with its embeddings, first layers and last norm, its embeddings not trained."""
     settings = target.config.to_dict() | {"num_hidden_layers": num_layers}
     if settings.get("layer_types"):
@@ -69,7 +70,7 @@ def _first_layers(target: torch.nn.Module, num_layers: int) -> torch.nn.Module:
     return draft
 
 
-def _fit(draft: torch.nn.Module, texts: Sequence[tuple[list[int], int]], num_passes: int) -> list[float]:
+def _fit(draft: Any, texts: Sequence[tuple[list[int], int]], num_passes: int) -> list[float]:
     """Next-token cross-entropy on the answers. Returns the mean loss of each pass."""
     optimizer = torch.optim.AdamW([p for p in draft.parameters() if p.requires_grad], lr=5e-4, weight_decay=0.01)
     order, rng, losses = list(texts), random.Random(0), []
