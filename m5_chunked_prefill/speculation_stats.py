@@ -36,12 +36,13 @@ class SpeculationStats(SchedulerPlugin):
 
     def counters(self) -> list[CounterValue]:
         """vLLM's counters of speculative decoding."""
+        by_place = [CounterValue("spec_decode_num_accepted_tokens_per_pos", "Right guesses by place in the draft.",
+                                 number, {"position": str(place)})
+                    for place, number in enumerate(list(self.num_accepted_tokens_per_pos))]
         return [CounterValue("spec_decode_num_drafts", "Steps of a sequence that checked guesses.", self.num_drafts),
                 CounterValue("spec_decode_num_draft_tokens", "Guesses that were checked.", self.num_draft_tokens),
                 CounterValue("spec_decode_num_accepted_tokens", "Guesses that were right.", self.num_accepted_tokens),
-                *(CounterValue("spec_decode_num_accepted_tokens_per_pos", "Right guesses by their place in the draft.", number,
-                        {"position": str(place)})
-                  for place, number in enumerate(list(self.num_accepted_tokens_per_pos)))]
+                *by_place]
 
     @staticmethod
     def _agrees(token: list[int], guess: int) -> bool:

@@ -57,7 +57,7 @@ class PrometheusMetrics(SchedulerPlugin):
                                        ("model_name", "finished_reason"), registry=self.registry)
 
     def show_counters_of(self, plugins: Sequence[SchedulerPlugin]) -> None:
-        """Add what an engine's plugins count. A name may come with its first number, so all are asked at each scrape."""
+        """Add what an engine's plugins count. A name may come with its first number: all are asked at each scrape."""
         self.registry.register(_PluginCounters(plugins, self._model_name))
 
     def render(self) -> tuple[bytes, str]:

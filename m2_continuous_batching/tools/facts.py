@@ -127,7 +127,8 @@ def roofline() -> dict[str, Fact]:
         decode_1, decode_32 = (float(facts[f"{short}.decode.{b}.ms"].value) for b in (1, 32))
         slower = float(facts[f"{short}.verify.256x5.ms"].value) / float(facts[f"{short}.decode.256.ms"].value)
         for context in (512, 2048):
-            verify, plain = (float(facts[f"{short}.{case}.{context}.ms"].value) for case in ("verify.192x5", "decode.192"))
+            verify, plain = (float(facts[f"{short}.{case}.{context}.ms"].value)
+                             for case in ("verify.192x5", "decode.192"))
             facts[f"{short}.verify.192x5.{context}.slower"] = Fact(verify / plain, "ratio")
         facts |= {f"{short}.apart.32+256.ms": Fact(apart, "ms"), f"{short}.verify.256x5.slower": Fact(slower, "ratio"),
                   f"{short}.batch_32_slower": Fact(decode_32 / decode_1 - 1, "ratio"),
