@@ -27,6 +27,7 @@ from m0_basics.sampling_params import SamplingParams
 
 from ..engine import engine_of
 from ..policies import SchedulingParams
+from ..structured_output import StructuredSampler
 from .admission import check_room, check_size, is_chat, num_chars
 from .output_stream import OutputStream
 from .unavailable import EngineDeadError, EngineStoppedError, EngineUnavailableError
@@ -119,15 +120,19 @@ class AsyncLLMEngine:
 
     async def generate(self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None,
                        scheduling_params: SchedulingParams | None = None, *, add_special_tokens: bool = True,
-                       request_id: str | None = None) -> AsyncIterator[RequestOutput]:
+                       request_id: str | None = None,
+                       template_options: Mapping[str, Any] | None = None) -> AsyncIterator[RequestOutput]:
         """Yield the request's state as it grows; the last one is finished. A list of messages is a chat.
+
+        `template_options`: what `Tokenizer.apply_chat_template` takes beside them, such as `continue_final_message`.
 
         Raises ConfigError for a request that cannot be run, EngineUnavailableError where the engine takes or runs
         none. Closing the iterator, or cancelling the task that iterates, aborts the request.
         """
         params = sampling_params or self.llm.default_sampling_params
         [stream] = await self.add_requests([prompt], params, scheduling_params, stream=params.best_of == params.n,
-                                           add_special_tokens=add_special_tokens, request_id=request_id)
+                                           add_special_tokens=add_special_tokens, request_id=request_id,
+                                           template_options=template_options)
         try:
             while not stream.finished:
                 yield await stream.next()
@@ -152,8 +157,9 @@ class AsyncLLMEngine:
                     for prompt in prompts]
 
         requests = await self.workers.run(process, sum(map(num_chars, prompts)))
-        if params.structured_outputs is not None or params.bad_words:
-            # What takes long is done here, once, and kept: neither the engine nor other prompts wait for it.
+        # What takes long is done here, once, and kept: neither the engine nor other prompts wait for it.
+        takes_long = params.structured_outputs is not None or bool(params.bad_words)
+        if takes_long and not await self.workers.check(lambda: self._check_compiled(params)):
             await self.workers.compile(lambda: self._engine.sampler.check(params), self.max_compile_s)
         if request_id is not None:
             requests[0].request_id = request_id
@@ -180,6 +186,15 @@ class AsyncLLMEngine:
             prompt = self.llm.get_tokenizer().apply_chat_template(prompt, **template_options)
             add_special_tokens = False
         return self.llm.input_processor.process(prompt, params, stream, add_special_tokens)
+
+    def _check_compiled(self, params: SamplingParams) -> bool:
+        """Check what needs no compiler. False: `params` have a constraint that is still to be compiled."""
+        sampler = self._engine.sampler
+        if params.structured_outputs is not None and not (isinstance(sampler, StructuredSampler)
+                                                          and sampler.is_compiled(params)):
+            return False
+        sampler.check(params)
+        return True
 
     def _check_accepting(self) -> None:
         if self._ended is not None:

@@ -79,6 +79,22 @@ def test_outputs_equal_the_offline_engine(make):
     assert_empty(engine)
 
 
+def test_a_chat_goes_on_as_in_the_offline_engine(make):
+    engine, _ = make()
+    messages = [*MESSAGES, {"role": "assistant", "content": "the"}]
+    template = {"add_generation_prompt": False, "continue_final_message": True}
+    [expected] = engine.llm.chat(messages, greedy(), use_tqdm=False, **template)
+
+    async def run():
+        async with running(engine):
+            return await last(engine.generate(messages, greedy(), template_options=template))
+
+    output = asyncio.run(run())
+    assert output.prompt_token_ids == expected.prompt_token_ids
+    assert output.outputs[0].token_ids == expected.outputs[0].token_ids
+    assert_empty(engine)
+
+
 def test_outputs_are_cumulative_and_reach_the_end(make):
     engine, _ = make()
 
