@@ -108,7 +108,7 @@ def test_a_template_that_would_never_end_or_fill_the_memory(name, tiny_model, tm
     begin = time.monotonic()
     with pytest.raises(ConfigError, match=r"the chat template refuses these messages: .+") as caught:
         tokenizer.apply_chat_template(CHATS[1])
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 60        # stands for: not for ever
     assert len(str(caught.value)) < 500
 
 
