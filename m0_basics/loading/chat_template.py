@@ -234,7 +234,8 @@ def _num_chars(value: Any) -> int:
     """
     if isinstance(value, (str, int, float)) or value is None:       # nearly always
         return len(value) if isinstance(value, str) else 1
-    num_items, num_chars, waiting = 0, 0, [value]
+    num_items, num_chars = 0, 0
+    waiting: list[Any] = [value]
     while waiting:
         item = waiting.pop()
         if isinstance(item, (str, bytes)):
@@ -245,11 +246,13 @@ def _num_chars(value: Any) -> int:
         if isinstance(item, dict):
             waiting += item
             item = item.values()
-        if isinstance(item, (list, tuple, set, frozenset, *_VIEWS)):
-            num_items += len(item)
-            if num_items > _MAX_ITEMS:
-                break
-            waiting += item
+        if not isinstance(item, (list, tuple, set, frozenset, *_VIEWS)):
+            continue
+        items: Any = item
+        num_items += len(items)
+        if num_items > _MAX_ITEMS:
+            break
+        waiting += items
     if num_items > _MAX_ITEMS or num_chars > _MAX_CHARS:
         raise jinja2.TemplateError(f"a list in it, with the lists in that, exceeds {_MAX_ITEMS} items or {_MAX_CHARS} "
                                    "characters")
