@@ -98,8 +98,10 @@ def test_an_output_ends_at_the_tokenizers_end_too(tiny_model, tmp_path):
     for file in ("config.json", "generation_config.json"):
         write(folder, file, json.loads((folder / file).read_text()) | {"eos_token_id": 0})
     assert load_spec(folder).eos_token_ids == (0, 267)
-    output = LLM(str(folder), dtype="float32").generate(BOS, greedy(40), use_tqdm=False)[0].outputs[0]
-    assert (output.finish_reason, output.token_ids[-1]) == ("length" if greedy(1).ignore_eos else "stop", 267)
+    params = greedy(40, ignore_eos=False)
+    output = LLM(str(folder), dtype="float32").generate(BOS, params, use_tqdm=False)[0].outputs[0]
+    assert (output.finish_reason, output.token_ids[-1]) == ("stop", 267)
+    assert 1 < len(output.token_ids) < 40
 
 
 @pytest.mark.parametrize("where", ["decoder", "added_tokens.json", "tokenizer.json", "vocabulary", "Unigram",

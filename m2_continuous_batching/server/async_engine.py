@@ -119,7 +119,7 @@ class AsyncLLMEngine:
         return self.workers.is_busy or (self._thread is not None and self._thread.is_alive())
 
     async def generate(self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None,
-                       scheduling_params: SchedulingParams | None = None, *, add_special_tokens: bool = True,
+                       scheduling_params: SchedulingParams | None = None, *, add_special_tokens: bool | None = None,
                        request_id: str | None = None,
                        template_options: Mapping[str, Any] | None = None) -> AsyncIterator[RequestOutput]:
         """Yield the request's state as it grows; the last one is finished. A list of messages is a chat.
@@ -141,11 +141,12 @@ class AsyncLLMEngine:
 
     async def add_requests(self, prompts: Sequence[Prompt | Sequence[Message]], params: SamplingParams,
                            scheduling_params: SchedulingParams | None = None, *, stream: bool,
-                           add_special_tokens: bool = True, request_id: str | None = None,
+                           add_special_tokens: bool | None = None, request_id: str | None = None,
                            template_options: Mapping[str, Any] | None = None) -> list[OutputStream]:
         """Queue all of the prompts or, where one of them is refused, none; close every stream that is returned.
 
         `stream`: whether a request reports after each step, or at its end only. `request_id` is for a single prompt.
+        `add_special_tokens`: None adds them to a text, and not to a chat, whose template writes its own.
         `template_options`: what `Tokenizer.apply_chat_template` takes beside the messages of a chat.
         """
         assert request_id is None or len(prompts) == 1
@@ -180,12 +181,12 @@ class AsyncLLMEngine:
             except EngineUnavailableError:
                 return                      # it has just ended, and nothing runs any more
 
-    def _process(self, prompt: Any, params: SamplingParams, stream: bool, add_special_tokens: bool,
+    def _process(self, prompt: Any, params: SamplingParams, stream: bool, add_special_tokens: bool | None,
                  template_options: Mapping[str, Any]) -> Request:
+        special = not is_chat(prompt) if add_special_tokens is None else add_special_tokens
         if is_chat(prompt):
             prompt = self.llm.get_tokenizer().apply_chat_template(prompt, **template_options)
-            add_special_tokens = False
-        return self.llm.input_processor.process(prompt, params, stream, add_special_tokens)
+        return self.llm.input_processor.process(prompt, params, stream, special)
 
     def _check_compiled(self, params: SamplingParams) -> bool:
         """Check what needs no compiler. False: `params` have a constraint that is still to be compiled."""

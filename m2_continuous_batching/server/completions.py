@@ -30,7 +30,7 @@ async def create_completion(engine: AsyncLLMEngine, model: str, body: Completion
     if not prompts:
         raise ConfigError("prompt=[] is not valid; allowed: at least one prompt")
     streams = await engine.add_requests(prompts, params, scheduling_params(body), stream=bool(body.stream),
-                                        add_special_tokens=body.add_special_tokens is not False)
+                                        add_special_tokens=body.add_special_tokens)
     remember_streams(request, streams)
     envelope = Envelope.new("cmpl", "text_completion", model, answer_id(request, body.request_id))
     if body.stream:
