@@ -274,11 +274,7 @@ def test_an_echo_is_made_once_for_a_prompt(server, monkeypatch, stream, logprobs
 
 @pytest.mark.slow
 def test_another_request_is_answered_meanwhile(tmp_path):
-    """A token for another client, right and before long, from a server of its own.
-
-    The bound is far above what `stall` allows on a quiet machine: it finds a thread that is held for good, not a slow
-    machine.
-    """
+    """By a server of its own. The bound is ten times what `stall` allows: no machine is that slow."""
     options = {"dtype": "float32", "max_num_seqs": 160, "model": str(save_stall_model(tmp_path))}
     with ServerProcess("m2_continuous_batching", options, "tiny") as server:
         def send(path, body):
