@@ -15,6 +15,7 @@ from m0_basics.config import ConfigError, reject, short
 from m0_basics.sampling_params import is_utf8
 
 from .access_log import AccessLogMiddleware
+from .admission import num_chars, num_chars_within
 from .answers import to_json
 from .async_engine import AsyncLLMEngine
 from .bodies import bounded_route
@@ -27,6 +28,7 @@ from .metrics import PrometheusMetrics
 from .parameters import as_messages, template_options
 from .protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from .streaming import ClientDisconnectedError
+from .workers import LONG
 
 
 def build_app(engine: AsyncLLMEngine, metrics: PrometheusMetrics, config: ServerConfig | None = None) -> FastAPI:
@@ -92,7 +94,7 @@ def _add_tokens(app: APIRouter, engine: AsyncLLMEngine, name: str) -> None:
     async def tokenize(body: TokenizeBody) -> Response:
         _check_model(body.model, name)
         messages = None if body.messages is None else as_messages(body.messages)
-        size = len(body.prompt or "") + sum(len(m["content"]) for m in messages or ())
+        size = num_chars(messages or body.prompt) + num_chars_within(body.chat_template_kwargs, LONG)
 
         def work() -> bytes:
             text, special = body.prompt, body.add_special_tokens

@@ -28,14 +28,15 @@ from m0_basics.sampling_params import SamplingParams
 from ..engine import engine_of
 from ..policies import SchedulingParams
 from ..structured_output import StructuredSampler
-from .admission import check_room, check_size, is_chat, num_chars
+from .admission import check_room, check_size, is_chat, num_chars, num_chars_within
 from .output_stream import OutputStream
 from .unavailable import EngineDeadError, EngineStoppedError, EngineUnavailableError
-from .workers import Workers
+from .workers import LONG, Workers
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 SHUTDOWN = "shutdown"               # the stop_reason of a request that the end of the engine cut off
+_STOP_COST = 8                      # a character of a stop string takes as long as so many of a prompt
 _JOIN_S = 5.0                       # longest that the end waits for a step that is under way
 
 
@@ -154,10 +155,13 @@ class AsyncLLMEngine:
         check_size(len(prompts), params, self.max_prompts)
 
         def process() -> list[Request]:
+            self._engine.output_processor.prepare(params)
             return [self._process(prompt, params, stream, add_special_tokens, template_options or {})
                     for prompt in prompts]
 
-        requests = await self.workers.run(process, sum(map(num_chars, prompts)))
+        size = sum(map(num_chars, prompts)) + num_chars_within(template_options or {}, LONG)
+        size += _STOP_COST * sum(map(len, params.stop or ()))
+        requests = await self.workers.run(process, size)
         # What takes long is done here, once, and kept: neither the engine nor other prompts wait for it.
         takes_long = params.structured_outputs is not None or bool(params.bad_words)
         if takes_long and not await self.workers.check(lambda: self._check_compiled(params)):
