@@ -23,6 +23,7 @@ class Hostile:
     path: str = _COMPLETIONS
     param: str | None = None
     is_refused_early: bool = False          # before anything is tokenised or compiled
+    takes_all_places: bool = False          # who comes next waits for a place, as in every queue: no thread is held
 
 
 def _early(make: Callable[[], dict[str, Any] | bytes], param: str | None = None, path: str = _COMPLETIONS) -> Hostile:
@@ -86,7 +87,8 @@ HOSTILE: dict[str, Hostile] = {
     "800,000 prompts": _early(lambda: _packed(_prompt(prompt=["x"] * 800_000)), "prompt"),
     "400,000 id lists": _early(lambda: _prompt(prompt=[[1]] * 400_000)),
     "1,000 prompts with n = 128": _early(lambda: _prompt(prompt=["x"] * 1000, n=128, temperature=1), "n"),
-    "8 prompts with n = 128": Hostile(lambda: _prompt(prompt=["x"] * 8, n=128, temperature=1), 200),
+    "8 prompts with n = 128": Hostile(lambda: _prompt(prompt=["x"] * 8, n=128, temperature=1), 200,
+                                      takes_all_places=True),
     "500,000 wrong types": _early(lambda: _prompt(prompt=[None] * 500_000)),
     "100,000 stop strings": _early(lambda: _prompt(stop=[f"s{i}" for i in range(100_000)]), "stop"),
     "1,024 stop strings": Hostile(lambda: _prompt(stop=_random_texts(1024, 63)), 200),

@@ -47,9 +47,9 @@ def run_stall(package: str, engine_options: Mapping[str, Any], names: list[str],
                             f"longest gap {results[name]['token_gap_s']:.2f} s, "
                             f"one token {results[name]['one_token_s']:.2f} s, "
                             f"/health {results[name]['health_s']:.2f} s",
-                            fg="red" if _worst(results[name]) > BAR_S else None)
+                            fg="red" if _worst(name, results[name]) > BAR_S else None)
     del options["model"]
-    worst = max(map(_worst, results.values()))
+    worst = max(_worst(name, result) for name, result in results.items())
     measured = {"bar_s": BAR_S, "worst_s": worst, "requests": results}
     report = BenchReport.create(package, options, (), {"stall": measured})
     report.save(output_dir / "stall.json")
@@ -57,8 +57,10 @@ def run_stall(package: str, engine_options: Mapping[str, Any], names: list[str],
     return worst <= BAR_S
 
 
-def _worst(result: Mapping[str, float]) -> float:
-    return max(result["token_gap_s"], result["one_token_s"], result["health_s"])
+def _worst(name: str, result: Mapping[str, float]) -> float:
+    """The longest wait that is the request's doing, not the queue's."""
+    waits = [result["token_gap_s"], result["health_s"]]
+    return max(waits if HOSTILE[name].takes_all_places else [*waits, result["one_token_s"]])
 
 
 def save_stall_model(folder: Path) -> Path:
