@@ -67,18 +67,21 @@ class BaseLLM(ABC):
         return self._run(self._requests(prompts, sampling_params, False, options), use_tqdm)
 
     def stream(self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None,
-               chat_template_kwargs: Mapping[str, Any] | None = None, **options: Any) -> Iterator[RequestOutput]:
+               chat_template_kwargs: Mapping[str, Any] | None = None, add_generation_prompt: bool = True,
+               continue_final_message: bool = False, **options: Any) -> Iterator[RequestOutput]:
         """Yield what each step adds: `outputs[i].text` and `.token_ids` hold only the new part.
 
-        A list of messages is a chat. With best_of above n everything comes at the end: which outputs are returned
-        is not known before. Closing the iterator early, or dropping it, aborts the request.
+        A list of messages is a chat, and its template is told the same as by `chat`. With best_of above n everything
+        comes at the end: which outputs are returned is not known before. Closing the iterator early, or dropping it,
+        aborts the request.
         """
         params = sampling_params or self.default_sampling_params
         is_chat = isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], dict)
         messages: Any = prompt
         checked: Any = prompt
         if is_chat:
-            checked = self.get_tokenizer().apply_chat_template(messages, chat_template_kwargs=chat_template_kwargs)
+            checked = self.get_tokenizer().apply_chat_template(messages, add_generation_prompt, continue_final_message,
+                                                               chat_template_kwargs)
         [request_options] = self._one_each(options, 1)
         request = self.input_processor.process(checked, params, stream=params.best_of == params.n,
                                                add_special_tokens=not is_chat)

@@ -223,8 +223,9 @@ class BeamSearchParams:
         check_int("beam_width", self.beam_width, 1)
         check_int("max_tokens", self.max_tokens, 1)
         penalty = self.length_penalty
-        if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not math.isfinite(penalty):
-            raise reject("length_penalty", penalty, "a finite number (1 ranks by the mean log-probability)")
+        # Beyond that, a long output's length to this power is no float any more, or is 0.
+        if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not -10 <= penalty <= 10:
+            raise reject("length_penalty", penalty, "a number from -10 to 10 (1 ranks by the mean log-probability)")
 
 
 def is_utf8(text: str) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 from m0_basics.loading.tokenizer import Tokenizer
 
@@ -77,8 +76,8 @@ class StopChecker:
     It reads each character once, whatever the number of strings: they are one automaton.
     """
 
-    def __init__(self, stop: list[str], include_stop_str_in_output: bool) -> None:
-        self._automaton = stop_automaton(tuple(stop))
+    def __init__(self, stop: StopAutomaton, include_stop_str_in_output: bool) -> None:
+        self._automaton = stop
         self._include = include_stop_str_in_output
         self._state = self._automaton[0]
         self._searched = 0              # characters that were read; a match has to end after them
@@ -151,9 +150,3 @@ class StopAutomaton(list[StopState]):
                 return state
             state = state.shorter
         return following
-
-
-@lru_cache(maxsize=8)
-def stop_automaton(stop: tuple[str, ...]) -> StopAutomaton:
-    """One for all outputs of a request, and for requests that stop at the same."""
-    return StopAutomaton(stop)

@@ -7,19 +7,20 @@ from m0_basics.engine import append_token, check_stop
 from m0_basics.loading.tokenizer import Tokenizer
 from m0_basics.outputs import RequestOutput
 from m0_basics.request import Logprob, Request, Sequence, SequenceStatus
+from m0_basics.sampling_params import SamplingParams
 
-from .detokenizer import IncrementalDetokenizer, StopChecker
+from .detokenizer import IncrementalDetokenizer, StopAutomaton, StopChecker
+from .logits_processing import KeptFor
 
 
 class _TextState:
     """Detokenizer and stop strings of one sequence; `text` is all its characters, safe to show or not."""
 
-    def __init__(self, sequence: Sequence, tokenizer: Tokenizer) -> None:
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer, stop: StopAutomaton) -> None:
         params = sequence.sampling_params
-        assert isinstance(params.stop, list)
         self.detokenizer = IncrementalDetokenizer(tokenizer, params.skip_special_tokens,
                                                   sequence.data.prompt_token_ids)
-        self.stop = StopChecker(params.stop, params.include_stop_str_in_output)
+        self.stop = StopChecker(stop, params.include_stop_str_in_output)
         self.text = ""
         self.num_read = 0               # output tokens that are in the text
 
@@ -31,6 +32,14 @@ class OutputProcessor:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self._states: dict[int, _TextState] = {}
+        self._automata = KeptFor[SamplingParams, StopAutomaton](lambda params: StopAutomaton(params.stop or []))
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Build what finds the stop strings of requests with these parameters, and keep it as long as they live.
+
+        For long lists that takes a while. What is not built ahead is built with the first token.
+        """
+        self._automata(params)
 
     def process(self, sequence: Sequence, token_id: int, logprobs: dict[int, Logprob] | None) -> None:
         """Append a sampled token. Sets the sequence's text, and its status where the token ends it."""
@@ -82,7 +91,7 @@ class OutputProcessor:
             return
         state = self._states.get(sequence.seq_id)
         if state is None:
-            state = self._states[sequence.seq_id] = _TextState(sequence, self.tokenizer)
+            state = self._states[sequence.seq_id] = _TextState(sequence, self.tokenizer, self._automata(params))
         for token_id in sequence.output_token_ids[state.num_read:]:
             state.num_read += 1
             ends_as = sequence.ends_as if state.num_read == len(sequence.output_token_ids) else None

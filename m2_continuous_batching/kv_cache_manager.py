@@ -45,7 +45,7 @@ class KVCacheManager(ABC):
                      victims: list[Sequence]) -> bool:
         """Whether `allocate_slots` would find room for a sequence that is not running, once `victims` are preempted.
 
-        The scheduler asks before it acts: nobody is thrown out for a newcomer who does not fit even so.
+        The scheduler asks before it acts: nobody is preempted for a newcomer who does not fit even so.
         """
 
     @abstractmethod

@@ -16,7 +16,6 @@ import json
 import random
 import re
 import threading
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -71,6 +70,11 @@ class StructuredSampler(Sampler):
             self.inner.check(params)
         else:
             self._compiled(params)
+
+    def is_compiled(self, params: SamplingParams) -> bool:
+        """Whether `check` finds what it would have to compile. Raises ConfigError for a schema that is not JSON."""
+        constraint = params.structured_outputs
+        return constraint is None or self.grammars is None or self.grammars.has(constraint)
 
     def _compile(self, params: SamplingParams) -> LLMatcher:
         """A matcher that stands at the beginning, to be copied for each sequence."""
@@ -169,18 +173,39 @@ class Grammars:
         self.eos_token_ids = list(spec.eos_token_ids)
         # The model's matrix may have more rows than there are tokens: those are in no grammar.
         self.vocab_size = max(len(tokenizer), spec.vocab_size)
-        self._compiled = lru_cache(_NUM_GRAMMARS)(self._compile)
+        self._compiled: dict[tuple[str, str], LLMatcher] = {}       # the one used last stands last
+        self._using = threading.Lock()                              # of this table, for moments
         self._compiling = threading.Lock()
         self._ll_tokenizer: LLTokenizer | None = None       # made for the first constraint: it takes a moment
 
     def new_matcher(self, constraint: StructuredOutputsParams) -> LLMatcher:
         """A matcher that stands at the beginning. Raises ConfigError that names what is wrong."""
-        kind, text = grammar_source(constraint)
-        return self._compiled(kind, text).deep_copy()
+        source = grammar_source(constraint)
+        matcher = self._find(source)
+        if matcher is None:
+            with self._compiling:
+                matcher = self._find(source)            # another thread may have compiled it meanwhile
+                if matcher is None:
+                    matcher = self._compile_alone(*source)
+                    self._keep(source, matcher)
+        return matcher.deep_copy()
 
-    def _compile(self, kind: str, text: str) -> LLMatcher:
-        with self._compiling:
-            return self._compile_alone(kind, text)
+    def has(self, constraint: StructuredOutputsParams) -> bool:
+        """Whether `new_matcher` would find it compiled."""
+        return self._find(grammar_source(constraint)) is not None
+
+    def _find(self, source: tuple[str, str]) -> LLMatcher | None:
+        with self._using:
+            matcher = self._compiled.pop(source, None)
+            if matcher is not None:
+                self._compiled[source] = matcher
+            return matcher
+
+    def _keep(self, source: tuple[str, str], matcher: LLMatcher) -> None:
+        with self._using:
+            self._compiled[source] = matcher
+            if len(self._compiled) > _NUM_GRAMMARS:
+                del self._compiled[next(iter(self._compiled))]
 
     def _compile_alone(self, kind: str, text: str) -> LLMatcher:
         llguidance = require("llguidance", "structured output", extra="structured")

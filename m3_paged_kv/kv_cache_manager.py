@@ -21,7 +21,7 @@ class PagedKVCacheManager(KVCacheManager, HasBlocks):
 
     def __init__(self, tables: BlockTables, host_pool: Pool, watermark: float = 0.01) -> None:
         """A `host_pool` without blocks means that preempted sequences are recomputed. `watermark` is the share of the
-        blocks that a newcomer has to leave free, so that it is not the next one to be thrown out."""
+        blocks that a newcomer has to leave free, so that it is not the next one to be preempted."""
         self.tables = tables
         self.pool = tables.pool
         self.swapped = SwapSpace(tables, host_pool)

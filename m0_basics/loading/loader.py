@@ -23,7 +23,7 @@ from ..model_spec import ModelSpec
 from .files import LoadError, read_json
 from .model_cache import convert_gguf
 from .special_tokens import eos_token_id
-from .tokenizer import Tokenizer
+from .tokenizer import TOKENIZER_FILES, Tokenizer
 from .weights import SafetensorsFolder, check_layers, hf_parts, load_weights, part_rows
 
 
@@ -180,7 +180,7 @@ def export_hf_folder(model: CausalLM, source: Path, target: Path,
             tensors[part] = tensor.detach().cpu().clone().contiguous()
     progress(f"writing {target}")
     save_file(tensors, str(target / "model.safetensors"), metadata={"format": "pt"})
-    for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for file in ("generation_config.json", *TOKENIZER_FILES):
         if (source / file).is_file():
             (target / file).write_bytes((source / file).read_bytes())
     config = read_json(source / "config.json") | {"dtype": str(model.dtype).removeprefix("torch."),

@@ -1,7 +1,7 @@
 """Where converted models lie: a GGUF file becomes a Hugging Face folder once, and is loaded like any other.
 
 The folder is keyed by the file's SHA-256, so a changed file is converted anew and a moved one is not. It is built
-beside its place and renamed into it: a reader never sees half a folder, whoever comes first.
+beside its place, flushed to the disk and renamed into it: a reader never sees half a folder, whoever comes first.
 """
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ _FORMAT = 2                           # raise it when the layout of the converte
 _SHARD_BYTES = 2 << 30                # tensors held in memory at once while converting
 _PREFIX = "converting-"               # a folder that is being built
 _INDEX = "model.safetensors.index.json"
+_RECORD = "converted.json"            # each file of a converted folder, and its size in bytes
 
 
 def cache_dir() -> Path:
@@ -60,6 +61,7 @@ def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
             _write_json(scratch / "generation_config.json", {"eos_token_id": eos_token_ids(file.metadata)})
             _write_shards(scratch, GGUFWeights(file, config, path), dtype)
             _write_json(scratch / "config.json", config | {"dtype": name})
+            _write_record(scratch)
             _move(scratch, folder)
     except LoadError:
         raise
@@ -98,13 +100,32 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether all files of a converted folder are there: some clean caches by age, file by file."""
+    """Whether all files of a converted folder are there, and whole: some clean caches by age, file by file.
+
+    A folder without a record, of an earlier version, is made anew in its place.
+    """
     try:
-        files = read_json(folder / _INDEX)["weight_map"].values()
-        return all((folder / file).is_file() for file in ("config.json", "generation_config.json", "tokenizer.json",
-                                                          "tokenizer_config.json", *files))
-    except (LoadError, KeyError, AttributeError, TypeError):
+        sizes = read_json(folder / _RECORD)["bytes"]
+        return bool(sizes) and all((folder / file).stat().st_size == size for file, size in sizes.items())
+    except (OSError, LoadError, KeyError, AttributeError, TypeError, ValueError):
         return False
+
+
+def _write_record(folder: Path) -> None:
+    """Write down what the finished folder holds, and flush all of it: a rename may outlive a crash that data does not.
+    """
+    _write_json(folder / _RECORD, {"bytes": {file.name: file.stat().st_size for file in sorted(folder.iterdir())}})
+    for file in folder.iterdir():
+        _flush(file)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _move(scratch: Path, folder: Path) -> None:

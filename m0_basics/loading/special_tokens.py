@@ -5,7 +5,7 @@ Four files may hold them, older ones for newer ones: `tokenizer_config.json`, an
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..config import ConfigError
 from .files import read_json
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_MAX_MODEL_BYTES = 256 << 20            # the largest tokenizer.model in use is some 5 MB
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
@@ -93,7 +94,9 @@ def eos_token_id(folder: Path) -> int | None:
     for token_id, token in added_tokens(settings).items():
         if token["content"] == text:
             return token_id
-    tokenizer = read_json(folder / "tokenizer.json", required=False)
+    if not (folder / "tokenizer.json").is_file():
+        return _sentencepiece_id(folder / "tokenizer.model", text)
+    tokenizer = read_json(folder / "tokenizer.json")
     for token in tokenizer.get("added_tokens") or []:
         if isinstance(token, dict) and token.get("content") == text and isinstance(token.get("id"), int):
             return int(token["id"])
@@ -103,3 +106,48 @@ def eos_token_id(folder: Path) -> int | None:
         return vocab[text] if isinstance(vocab.get(text), int) else None
     pieces = [entry[0] for entry in vocab or [] if isinstance(entry, list) and entry]       # Unigram's list of scores
     return pieces.index(text) if text in pieces else None
+
+
+def _sentencepiece_id(file: Path, text: str) -> int | None:
+    """The number of a piece in a SentencePiece model; None where there is none, or no such model.
+
+    The model is a protocol buffer: its fields 1 are the pieces by number, and field 1 of each is the piece's text.
+    """
+    try:
+        if file.stat().st_size > _MAX_MODEL_BYTES:
+            return None
+        pieces = (content for field, content in _protobuf_fields(file.read_bytes()) if field == 1)
+        for token_id, piece in enumerate(pieces):
+            if (1, text.encode()) in _protobuf_fields(piece):
+                return token_id
+    except (OSError, ValueError, IndexError):       # whoever builds the tokenizer says what is wrong with the file
+        pass
+    return None
+
+
+def _protobuf_fields(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(number, content) of the fields that have a length: texts and messages. Raises ValueError or IndexError."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        kind = tag & 7
+        if kind == 0:
+            _, at = _varint(data, at)
+        elif kind == 2:
+            size, at = _varint(data, at)
+            yield tag >> 3, data[at:at + size]
+            at += size
+        elif kind in (1, 5):
+            at += 8 if kind == 1 else 4
+        else:
+            raise ValueError(f"a field of kind {kind}")
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number of up to ten bytes, seven bits in each, and where it ends."""
+    value = 0
+    for i in range(10):
+        value |= (data[at + i] & 127) << 7 * i
+        if data[at + i] < 128:
+            return value, at + i + 1
+    raise ValueError("a number that does not end")

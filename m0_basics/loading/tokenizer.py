@@ -17,6 +17,8 @@ from .files import read_text
 from .special_tokens import ROLES, add_tokens, read_settings, token_text
 
 Message = Mapping[str, Any]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "chat_template.jinja")
 _LONG = 1000                # tokens
 _MARK = "<the last message goes on here>"
 _ARGUMENTS = {"messages", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}

@@ -23,6 +23,7 @@ from m0_basics.loading.loader import (
     resolve_dtype,
     resolve_model,
 )
+from m0_basics.loading.tokenizer import Tokenizer
 from m0_basics.tools.testing.conformance import greedy
 from m0_basics.tools.testing.parity import assert_same_tokens, reference_greedy, reference_logits
 from m0_basics.tools.testing.tiny_models import EOS, VOCAB_SIZE, save_tiny_model
@@ -351,6 +352,19 @@ def test_an_exported_model_is_the_same_for_transformers(variant, tiny_model, tmp
     assert json.loads((target / "config.json").read_text())["dtype"] == "float32"
     out = LLM(str(target), dtype="float32").generate("the 中", greedy(4), use_tqdm=False)[0]
     assert_same_tokens([out.outputs[0].token_ids], reference_greedy(source, [out.prompt_token_ids], 4))
+
+
+def test_an_exported_model_has_the_tokens_of_older_files(folder, tmp_path):
+    """Tokens that stand beside tokenizer.json, and whatever else a tokenizer is read from."""
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": EOS, "pad_token": "<pad>"}))
+    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 268}))
+    (folder / "tokenizer.model").write_bytes(b"of another library")
+    target = export_hf_folder(load(folder), folder, tmp_path / "exported")
+    assert (target / "tokenizer.model").read_bytes() == b"of another library"
+    source, exported = Tokenizer.from_folder(folder), Tokenizer.from_folder(target)
+    assert (source.eos_token_id, source.pad_token_id) == (267, 268)
+    assert (exported.eos_token_id, exported.pad_token_id) == (267, 268)
 
 
 def test_a_huge_max_model_len_is_refused_before_anything_is_allocated(tiny_model):

@@ -97,7 +97,7 @@ def test_what_a_killed_conversion_left_is_removed(file, cache):
 
 
 @pytest.mark.parametrize("gone", ["config.json", "tokenizer.json", "model-00001.safetensors",
-                                  "model.safetensors.index.json", "all"])
+                                  "model.safetensors.index.json", "converted.json", "all"])
 def test_a_converted_folder_that_lost_a_file_is_made_anew(gone, file, cache):
     folder = convert_gguf(file, torch.float32)
     for part in [*folder.iterdir()] if gone == "all" else [folder / gone]:
@@ -106,6 +106,33 @@ def test_a_converted_folder_that_lost_a_file_is_made_anew(gone, file, cache):
     assert load_spec(folder).num_hidden_layers == 3
     assert len(SafetensorsFolder(folder).names()) == 30
     assert list(cache.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(("cut", "left"), [("model-00001.safetensors", 1000), ("model-00001.safetensors", 0),
+                                           ("tokenizer.json", 100), ("converted.json", 10)])
+def test_a_converted_file_that_was_cut_short_is_made_anew(cut, left, file, cache):
+    folder = convert_gguf(file, torch.float32)
+    whole = (folder / cut).read_bytes()
+    os.truncate(folder / cut, left)
+    out = LLM(str(file), dtype="float32").generate(PROMPTS[0], greedy(4), use_tqdm=False)[0].outputs[0]
+    assert len(out.token_ids) == 4
+    assert (folder / cut).read_bytes() == whole
+    assert list(cache.iterdir()) == [folder]
+
+
+def test_everything_is_flushed_before_the_rename(file, cache, monkeypatch):
+    flushed, seen = set(), []
+    fsync, move = os.fsync, model_cache._move
+    monkeypatch.setattr(os, "fsync", lambda handle: (flushed.add(os.fstat(handle).st_ino), fsync(handle))[1])
+
+    def watched(scratch, folder):
+        seen.extend((path.name, path.stat().st_ino in flushed) for path in (scratch, *scratch.iterdir()))
+        move(scratch, folder)
+
+    monkeypatch.setattr(model_cache, "_move", watched)
+    convert_gguf(file, torch.float32)
+    assert len(seen) == 8
+    assert [name for name, is_flushed in seen if not is_flushed] == []
 
 
 def test_conversions_at_the_same_time(file, cache):

@@ -157,7 +157,8 @@ def test_structured_outputs_of_a_wrong_type(value, message):
 @pytest.mark.parametrize(("settings", "message"), [
     ({"beam_width": 0}, "beam_width=0 is not valid; allowed: an integer >= 1"),
     ({"max_tokens": 0}, "max_tokens=0 is not valid; allowed: an integer >= 1"),
-    ({"length_penalty": float("nan")}, "length_penalty=nan is not valid; allowed: a finite number")])
+    *[({"length_penalty": value}, r"length_penalty=.* is not valid; allowed: a number from -10 to 10")
+      for value in (float("nan"), float("inf"), 1e308, -1e308, 10 ** 400, 10.5, True, "1")]])
 def test_beam_search_parameters(settings, message):
     with pytest.raises(ConfigError, match=message):
         BeamSearchParams(**{"beam_width": 2, "max_tokens": 3, **settings})

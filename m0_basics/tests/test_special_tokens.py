@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -97,8 +98,10 @@ def test_an_output_ends_at_the_tokenizers_end_too(tiny_model, tmp_path):
     for file in ("config.json", "generation_config.json"):
         write(folder, file, json.loads((folder / file).read_text()) | {"eos_token_id": 0})
     assert load_spec(folder).eos_token_ids == (0, 267)
-    output = LLM(str(folder), dtype="float32").generate(BOS, greedy(40), use_tqdm=False)[0].outputs[0]
-    assert (output.finish_reason, output.token_ids[-1]) == ("length" if greedy(1).ignore_eos else "stop", 267)
+    params = greedy(40, ignore_eos=False)
+    output = LLM(str(folder), dtype="float32").generate(BOS, params, use_tqdm=False)[0].outputs[0]
+    assert (output.finish_reason, output.token_ids[-1]) == ("stop", 267)
+    assert 1 < len(output.token_ids) < 40
 
 
 @pytest.mark.parametrize("where", ["decoder", "added_tokens.json", "tokenizer.json", "vocabulary", "Unigram",
@@ -115,6 +118,34 @@ def test_where_the_id_of_the_end_is_found(where, folder):
     write(folder, "tokenizer_config.json", settings)
     assert eos_token_id(folder) == Tokenizer.from_folder(folder).eos_token_id
     assert (eos_token_id(folder) is None) == (where == "nowhere")
+
+
+def sentencepiece_model(pieces: list[str]) -> bytes:
+    """The file of that library: a field 1 for each piece (text, score, kind), then settings that are of no use here."""
+    def message(field: int, content: bytes) -> bytes:
+        assert len(content) < 128
+        return bytes([field << 3 | 2, len(content)]) + content
+
+    scores = struct.pack("<f", -1.5)
+    return b"".join(message(1, message(1, piece.encode()) + b"\x15" + scores + b"\x18\x03") for piece in pieces) + \
+        message(2, b"\x08\x80\x81\x02" + message(3, b"</s>") + b"\x11" + bytes(8))
+
+
+@pytest.mark.parametrize(("eos", "expected"), [("</s>", 2), ("▁the", 3), ({"content": "▁中"}, 4), ("<none>", None),
+                                               (None, None)])
+def test_the_end_of_a_sentencepiece_model(eos, expected, tmp_path):
+    """Without tokenizer.json, and without the library: where the settings name it, the model has its number."""
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(["<unk>", "<s>", "</s>", "▁the", "▁中"]))
+    write(tmp_path, "tokenizer_config.json", {"eos_token": eos})
+    assert eos_token_id(tmp_path) == expected
+
+
+@pytest.mark.parametrize("content", [b"", b"no SentencePiece model", b"\x0a", b"\xff" * 50, b"IQ== 0\nIg== 1\n", None])
+def test_the_end_of_a_model_that_is_none(content, tmp_path):
+    if content is not None:
+        (tmp_path / "tokenizer.model").write_bytes(content)
+    write(tmp_path, "tokenizer_config.json", {"eos_token": "</s>"})
+    assert eos_token_id(tmp_path) is None
 
 
 @pytest.mark.parametrize(("settings", "message"), [

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,16 @@ def test_max_model_len(tiny_model: TinyModels) -> None:
     assert engine.rows.num_free == 8
 
 
+@pytest.mark.parametrize("length_penalty", [-10, -10.0, 10, 10.0])
+def test_the_score_at_the_bounds_of_the_penalty(length_penalty: float) -> None:
+    """F1.4: longer than any model's output, and as unlikely, it is a number still."""
+    BeamSearchParams(2, 4, length_penalty=length_penalty)
+    for length in (1, 10 ** 3, 10 ** 9):
+        value = score(-100.0 * length, length, length_penalty)
+        assert math.isfinite(value)
+        assert value < 0
+
+
 def test_a_beam_wider_than_the_cache(tiny_model: TinyModels) -> None:
     """F1.4: refused; rows that a stream holds are not free either. Bad parameters name themselves."""
     llm, engine = make(tiny_model("qwen3"), max_num_seqs=4)
@@ -178,7 +189,7 @@ def test_a_beam_wider_than_the_cache(tiny_model: TinyModels) -> None:
     with pytest.raises(ConfigError, match=r"prompts\[1\]: .*288 is not valid"):
         llm.beam_search([[1], [288]], BeamSearchParams(2, 4))
     for bad, message in (((0, 4), "beam_width=0 is not valid"), ((2, 0), "max_tokens=0 is not valid"),
-                         ((2, 4, False, float("nan")), "length_penalty=nan is not valid; allowed: a finite")):
+                         ((2, 4, False, float("nan")), "length_penalty=nan is not valid; allowed: a number from")):
         with pytest.raises(ConfigError, match=message):
             BeamSearchParams(*bad)
     assert engine.rows.num_free == 4

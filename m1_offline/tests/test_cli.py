@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from m0_basics.sampling_params import SamplingParams
+from m0_basics.tests.test_chat_template import THINKING, with_template
 from m0_basics.tools.testing.command_line import Command, Result, options, text_of
 from m0_basics.tools.testing.conformance import greedy
 from m0_basics.tools.testing.fixtures import PARROT_TEXT, TinyModels
 from m0_basics.tools.testing.tiny_models import BOS
+from m1_offline import LLM
 
 
 @pytest.fixture
@@ -69,6 +71,25 @@ class TestChat:
         messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello 中"}]
         result = command("chat", "hello 中", "--system", "be brief", *options(folder), "--max-tokens", 20)
         assert (result.status, result.out) == (0, text_of(folder, messages, greedy(20, ignore_eos=False)) + "\n")
+
+    def test_variables_of_the_template(self, command: Command, folder: Path, tmp_path: Path) -> None:
+        """`LLM.chat` and the command line pass them on: the prompt is another one, and so is the answer."""
+        with_template(folder, tmp_path, THINKING)
+        llm = LLM(str(tmp_path / "model"), dtype="float32", max_model_len=96)
+        messages, off = [{"role": "user", "content": "hello"}], {"enable_thinking": False}
+        prompts, texts = [], []
+        for variables in (None, off):
+            text = llm.get_tokenizer().apply_chat_template(messages, chat_template_kwargs=variables)
+            [output] = llm.chat(messages, greedy(12), use_tqdm=False, chat_template_kwargs=variables)
+            assert output.prompt_token_ids == llm.get_tokenizer().encode(text, False)
+            prompts.append(output.prompt_token_ids)
+            texts.append(output.outputs[0].text)
+        assert prompts[0] != prompts[1]
+        assert texts[0] != texts[1]
+        flags = (*options(tmp_path / "model"), "--max-tokens", 12, "--ignore-eos", "--no-stats")
+        assert command("chat", "hello", *flags).out == texts[0] + "\n"
+        result = command("chat", "hello", "--chat-template-kwargs", json.dumps(off), *flags)
+        assert (result.status, result.out) == (0, texts[1] + "\n")
 
     def test_a_conversation(self, command: Command, folder: Path) -> None:
         """Each turn sees those before it; /reset forgets them; an error leaves them; the end of input ends it."""

@@ -13,7 +13,7 @@ from m0_basics.config import DEFAULT_MODEL, ModelConfig
 from m0_basics.loading.loader import load_tokenizer
 from m0_basics.loading.tokenizer import Tokenizer
 from m0_basics.tools.testing.tiny_models import byte_level_tokenizer, sentencepiece_tokenizer
-from m1_offline.detokenizer import IncrementalDetokenizer, StopChecker
+from m1_offline.detokenizer import IncrementalDetokenizer, StopAutomaton, StopChecker
 
 REPLACEMENT = "\ufffd"
 FAMILY, FLAG = "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466", "\U0001f1e8\U0001f1f3"
@@ -225,7 +225,7 @@ class TestStopChecker:
     @EXAMPLES
     @given(text=STOP_TEXTS, stops=STOPS, include=st.booleans(), data=st.data())
     def test_any_pieces(self, text: str, stops: list[str], include: bool, data: st.DataObject) -> None:
-        checker, grown, shown = StopChecker(stops, include), "", ""
+        checker, grown, shown = StopChecker(StopAutomaton(stops), include), "", ""
         expected = first_match(text, stops, 0)
         for piece in split_at_random(data, text):
             grown += piece
@@ -247,14 +247,14 @@ class TestStopChecker:
     def test_skipped_text_stops_nothing(self, text: str, stops: list[str], skipped: int) -> None:
         """What `min_tokens` lets pass, also where one stop string is longer than another that lies in it."""
         skipped = min(skipped, len(text))
-        checker = StopChecker(stops, False)
+        checker = StopChecker(StopAutomaton(stops), False)
         checker.skip(text[:skipped])
         expected = first_match(text, stops, skipped)
         assert checker.find(text) == (expected and (expected[2], expected[1]))
 
     def test_only_the_beginning_of_a_stop_string_is_held_back(self) -> None:
         for text, safe in (("", 0), ("a", 1), ("as", 1), ("asto", 1), ("astoo", 5), ("a top", 2), ("at!", 3)):
-            checker = StopChecker(["stop", "top!"], False)
+            checker = StopChecker(StopAutomaton(["stop", "top!"]), False)
             assert checker.find(text) is None
             assert checker.safe_length(text) == safe
 
@@ -264,7 +264,7 @@ class TestStopChecker:
     def test_against_a_search_of_every_string(self, text: str, stops: list[str], num_skipped: int,
                                               cuts: set[int]) -> None:
         """However the text grows: the match that ends first after what was skipped, and of those the longest."""
-        checker, found = StopChecker(stops, True), None
+        checker, found = StopChecker(StopAutomaton(stops), True), None
         checker.skip(text[:num_skipped])
         for end in (*sorted(cuts), len(text)):
             if found is None and end >= num_skipped:
@@ -277,7 +277,7 @@ class TestStopChecker:
         """Each character is looked at once; held back is what may become one of them."""
         steps = []
         for num in (1, 1000):
-            checker = StopChecker([f"{i:04d}." for i in range(num)], False)
+            checker = StopChecker(StopAutomaton(f"{i:04d}." for i in range(num)), False)
             automaton, seen = checker._automaton, []
             checker._automaton = SimpleNamespace(step=lambda state, c, a=automaton, s=seen: (s.append(c),
                                                                                             a.step(state, c))[1])
@@ -291,4 +291,4 @@ class TestStopChecker:
     def test_examples(self) -> None:
         for text, stops, found in (("xabcdz", ["abcd", "bc"], ("bc", 2)), ("xabc", ["c", "abc", "bc"], ("abc", 1)),
                                    ("aab", ["ab"], ("ab", 1)), ("aaaa", ["aa"], ("aa", 0)), ("abc", ["d"], None)):
-            assert StopChecker(stops, False).find(text) == found
+            assert StopChecker(StopAutomaton(stops), False).find(text) == found

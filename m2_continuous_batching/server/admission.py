@@ -16,11 +16,25 @@ def is_chat(prompt: Any) -> bool:
 
 
 def num_chars(prompt: Any) -> int:
-    """Characters that are to be tokenised."""
+    """Characters that are to be tokenised, or token ids to be checked; of a chat what its template may print."""
     if is_chat(prompt):
-        return sum(len(m["content"]) for m in prompt if isinstance(m.get("content"), str))
-    text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
-    return len(text) if isinstance(text, str) else 0
+        return sum(len(text) for message in prompt for text in message.values() if isinstance(text, str))
+    if isinstance(prompt, Mapping):
+        prompt = prompt.get("prompt_token_ids") or prompt.get("prompt")
+    return len(prompt) if isinstance(prompt, (str, list, tuple)) else 0
+
+
+def num_chars_within(value: Any, most: int) -> int:
+    """Characters of all texts in a JSON value, and one for everything else; no longer counted once above `most`."""
+    total, rest = 0, [value]
+    while rest and total <= most:
+        part = rest.pop()
+        total += len(part) if isinstance(part, str) else 1
+        if isinstance(part, Mapping):
+            rest += [*part, *part.values()]
+        elif isinstance(part, (list, tuple)):
+            rest += part
+    return total
 
 
 def check_size(num_prompts: int, params: SamplingParams, most: int | None) -> None:

@@ -15,18 +15,20 @@ from m0_basics.config import ConfigError, reject, short
 from m0_basics.sampling_params import is_utf8
 
 from .access_log import AccessLogMiddleware
+from .admission import num_chars, num_chars_within
 from .answers import to_json
 from .async_engine import AsyncLLMEngine
 from .bodies import bounded_route
 from .chat import create_chat_completion
 from .completions import create_completion
 from .config import ServerConfig
-from .errors import ApiError, install_error_handlers
+from .errors import ApiError, InternalErrorMiddleware, install_error_handlers
 from .limits import LimitsMiddleware
 from .metrics import PrometheusMetrics
 from .parameters import as_messages, template_options
 from .protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from .streaming import ClientDisconnectedError
+from .workers import LONG
 
 
 def build_app(engine: AsyncLLMEngine, metrics: PrometheusMetrics, config: ServerConfig | None = None) -> FastAPI:
@@ -35,6 +37,7 @@ def build_app(engine: AsyncLLMEngine, metrics: PrometheusMetrics, config: Server
     app = FastAPI(title="llm-inference-lab", version=version("llm-inference-lab"))
     # The last one is the first that a request meets.
     app.add_middleware(LimitsMiddleware, config=config)
+    app.add_middleware(InternalErrorMiddleware)
     app.add_middleware(CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=config.allowed_methods,
                        allow_headers=config.allowed_headers, allow_credentials=config.allow_credentials,
                        expose_headers=["x-request-id"])
@@ -91,16 +94,16 @@ def _add_tokens(app: APIRouter, engine: AsyncLLMEngine, name: str) -> None:
     async def tokenize(body: TokenizeBody) -> Response:
         _check_model(body.model, name)
         messages = None if body.messages is None else as_messages(body.messages)
-        size = len(body.prompt or "") + sum(len(m["content"]) for m in messages or ())
+        size = num_chars(messages or body.prompt) + num_chars_within(body.chat_template_kwargs, LONG)
 
         def work() -> bytes:
-            text, add_special_tokens = body.prompt, body.add_special_tokens
+            text, special = body.prompt, body.add_special_tokens
             if messages is not None:
-                text, add_special_tokens = tokenizer.apply_chat_template(messages, **template_options(body)), False
+                text = tokenizer.apply_chat_template(messages, **template_options(body))
             assert text is not None
             if not is_utf8(text):
                 raise ConfigError("the text holds half a character (a lone surrogate); allowed: what UTF-8 can write")
-            ids = tokenizer.encode(text, add_special_tokens)
+            ids = tokenizer.encode(text, messages is None if special is None else special)
             names = {i: tokenizer.decode([i], False) for i in set(ids)} if body.return_token_strs else None
             strings = "null" if names is None else _json_list([names[i] for i in ids])
             length = engine.llm.config.model_config.max_model_len

@@ -27,14 +27,16 @@ from m0_basics.sampling_params import SamplingParams
 
 from ..engine import engine_of
 from ..policies import SchedulingParams
-from .admission import check_room, check_size, is_chat, num_chars
+from ..structured_output import StructuredSampler
+from .admission import check_room, check_size, is_chat, num_chars, num_chars_within
 from .output_stream import OutputStream
 from .unavailable import EngineDeadError, EngineStoppedError, EngineUnavailableError
-from .workers import Workers
+from .workers import LONG, Workers
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 SHUTDOWN = "shutdown"               # the stop_reason of a request that the end of the engine cut off
+_STOP_COST = 8                      # a character of a stop string takes as long as so many of a prompt
 _JOIN_S = 5.0                       # longest that the end waits for a step that is under way
 
 
@@ -118,16 +120,20 @@ class AsyncLLMEngine:
         return self.workers.is_busy or (self._thread is not None and self._thread.is_alive())
 
     async def generate(self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None,
-                       scheduling_params: SchedulingParams | None = None, *, add_special_tokens: bool = True,
-                       request_id: str | None = None) -> AsyncIterator[RequestOutput]:
+                       scheduling_params: SchedulingParams | None = None, *, add_special_tokens: bool | None = None,
+                       request_id: str | None = None,
+                       template_options: Mapping[str, Any] | None = None) -> AsyncIterator[RequestOutput]:
         """Yield the request's state as it grows; the last one is finished. A list of messages is a chat.
+
+        `template_options`: what `Tokenizer.apply_chat_template` takes beside them, such as `continue_final_message`.
 
         Raises ConfigError for a request that cannot be run, EngineUnavailableError where the engine takes or runs
         none. Closing the iterator, or cancelling the task that iterates, aborts the request.
         """
         params = sampling_params or self.llm.default_sampling_params
         [stream] = await self.add_requests([prompt], params, scheduling_params, stream=params.best_of == params.n,
-                                           add_special_tokens=add_special_tokens, request_id=request_id)
+                                           add_special_tokens=add_special_tokens, request_id=request_id,
+                                           template_options=template_options)
         try:
             while not stream.finished:
                 yield await stream.next()
@@ -136,11 +142,12 @@ class AsyncLLMEngine:
 
     async def add_requests(self, prompts: Sequence[Prompt | Sequence[Message]], params: SamplingParams,
                            scheduling_params: SchedulingParams | None = None, *, stream: bool,
-                           add_special_tokens: bool = True, request_id: str | None = None,
+                           add_special_tokens: bool | None = None, request_id: str | None = None,
                            template_options: Mapping[str, Any] | None = None) -> list[OutputStream]:
         """Queue all of the prompts or, where one of them is refused, none; close every stream that is returned.
 
         `stream`: whether a request reports after each step, or at its end only. `request_id` is for a single prompt.
+        `add_special_tokens`: None adds them to a text, and not to a chat, whose template writes its own.
         `template_options`: what `Tokenizer.apply_chat_template` takes beside the messages of a chat.
         """
         assert request_id is None or len(prompts) == 1
@@ -148,12 +155,16 @@ class AsyncLLMEngine:
         check_size(len(prompts), params, self.max_prompts)
 
         def process() -> list[Request]:
+            self._engine.output_processor.prepare(params)
             return [self._process(prompt, params, stream, add_special_tokens, template_options or {})
                     for prompt in prompts]
 
-        requests = await self.workers.run(process, sum(map(num_chars, prompts)))
-        if params.structured_outputs is not None or params.bad_words:
-            # What takes long is done here, once, and kept: neither the engine nor other prompts wait for it.
+        size = sum(map(num_chars, prompts)) + num_chars_within(template_options or {}, LONG)
+        size += _STOP_COST * sum(map(len, params.stop or ()))
+        requests = await self.workers.run(process, size)
+        # What takes long is done here, once, and kept: neither the engine nor other prompts wait for it.
+        takes_long = params.structured_outputs is not None or bool(params.bad_words)
+        if takes_long and not await self.workers.check(lambda: self._check_compiled(params)):
             await self.workers.compile(lambda: self._engine.sampler.check(params), self.max_compile_s)
         if request_id is not None:
             requests[0].request_id = request_id
@@ -174,12 +185,21 @@ class AsyncLLMEngine:
             except EngineUnavailableError:
                 return                      # it has just ended, and nothing runs any more
 
-    def _process(self, prompt: Any, params: SamplingParams, stream: bool, add_special_tokens: bool,
+    def _process(self, prompt: Any, params: SamplingParams, stream: bool, add_special_tokens: bool | None,
                  template_options: Mapping[str, Any]) -> Request:
+        special = not is_chat(prompt) if add_special_tokens is None else add_special_tokens
         if is_chat(prompt):
             prompt = self.llm.get_tokenizer().apply_chat_template(prompt, **template_options)
-            add_special_tokens = False
-        return self.llm.input_processor.process(prompt, params, stream, add_special_tokens)
+        return self.llm.input_processor.process(prompt, params, stream, special)
+
+    def _check_compiled(self, params: SamplingParams) -> bool:
+        """Check what needs no compiler. False: `params` have a constraint that is still to be compiled."""
+        sampler = self._engine.sampler
+        if params.structured_outputs is not None and not (isinstance(sampler, StructuredSampler)
+                                                          and sampler.is_compiled(params)):
+            return False
+        sampler.check(params)
+        return True
 
     def _check_accepting(self) -> None:
         if self._ended is not None:

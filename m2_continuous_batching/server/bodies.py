@@ -8,7 +8,6 @@ they may hold a million empty lists, which Python needs a second for, or half a 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -20,8 +19,9 @@ from .config import ServerConfig
 from .errors import ApiError
 
 _MAX_NODES = 50_000         # lists, objects and members of objects in one body
-_STRING = re.compile(rb'"(?:[^"\\]*+(?:\\.)?+)*+(?:"|\\?\Z)', re.DOTALL)     # never goes back: linear
+_MAX_TEXTS = 250_000        # texts of a body whose brackets have to be told from those in texts
 _TEXTS = ("stop", "bad_words")
+_CHARS = "characters (an entry of a list counts as one more)"
 _LISTS = (*_TEXTS, "stop_token_ids", "allowed_token_ids", "logit_bias")
 
 
@@ -61,8 +61,8 @@ def check_content_type(value: str | None) -> None:
 
 def parse_json(body: bytes) -> Any:
     """Raises ApiError for what is no JSON, or has more structure than a request needs."""
-    if count_nodes(body) > _MAX_NODES and count_nodes(_STRING.sub(b"", body)) > _MAX_NODES:
-        raise ApiError(400, f"the body holds more lists, objects and fields than the {_MAX_NODES} that are allowed")
+    if count_nodes(body) > _MAX_NODES:
+        _check_nodes(body)
     try:
         return json.loads(body)
     except json.JSONDecodeError as error:
@@ -71,6 +71,16 @@ def parse_json(body: bytes) -> Any:
         raise ApiError(400, "the body is not JSON: it is not valid UTF-8") from error
     except (RecursionError, ValueError) as error:
         raise ApiError(400, f"the body is not JSON that can be read: {error}") from error
+
+
+def _check_nodes(body: bytes) -> None:
+    """Count what is outside of texts. A split at the quotes takes half the time of a regular expression."""
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")        # the quotes that are left begin or end a text
+    if plain.count(b'"') > 2 * _MAX_TEXTS:
+        raise ApiError(400, f"the body holds more texts than the {_MAX_TEXTS} that are allowed in one with many "
+                            "brackets or colons")
+    if count_nodes(b"".join(plain.split(b'"')[::2])) > _MAX_NODES:
+        raise ApiError(400, f"the body holds more lists, objects and fields than the {_MAX_NODES} that are allowed")
 
 
 def count_nodes(body: bytes) -> int:
@@ -92,7 +102,7 @@ def check_counts(body: Any, config: ServerConfig, max_prompts: int | None) -> No
         if isinstance(value, list | dict):
             check(name, len(value), config.max_list_items)
         if name in _TEXTS:
-            check(name, _num_chars(value), config.max_list_chars, "characters")
+            check(name, _num_chars(value, config.max_list_chars), config.max_list_chars, _CHARS)
     prompt, messages = body.get("prompt"), body.get("messages")
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) and max_prompts is not None:
         check("prompt", len(prompt), max_prompts, "prompts")
@@ -101,7 +111,7 @@ def check_counts(body: Any, config: ServerConfig, max_prompts: int | None) -> No
         contents = [m.get("content") for m in messages if isinstance(m, dict)]
         check("messages", sum(len(c) for c in contents if isinstance(c, list)), config.max_messages, "parts")
     for name, value in _constraints(body):
-        check(name, _num_chars(value), config.max_grammar_chars, "characters")
+        check(name, _num_chars(value, config.max_grammar_chars), config.max_grammar_chars, _CHARS)
 
 
 def _constraints(body: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -113,12 +123,15 @@ def _constraints(body: dict[str, Any]) -> list[tuple[str, Any]]:
     return found
 
 
-def _num_chars(value: Any) -> int:
-    """Characters of a text, of a list of them, or of an object written as JSON."""
+def _num_chars(value: Any, most: int) -> int:
+    """Characters of a text, of a list of them, or of an object written as JSON; above `most` perhaps too few.
+
+    An entry of a list counts as one more: a million empty ones are much to work on.
+    """
     if isinstance(value, str):
         return len(value)
     if isinstance(value, list):
-        return sum(len(entry) for entry in value if isinstance(entry, str))
+        return len(value) + sum(len(entry) for entry in value[:most + 1] if isinstance(entry, str))
     try:
         return len(json.dumps(value)) if isinstance(value, dict) else 0
     except RecursionError:

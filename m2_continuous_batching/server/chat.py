@@ -22,7 +22,8 @@ from .streaming import EventStreamResponse, run_while_connected
 async def create_chat_completion(engine: AsyncLLMEngine, model: str, body: ChatBody, request: Request) -> Response:
     """Raises ConfigError or ApiError before anything is sent."""
     streams = await engine.add_requests([as_messages(body.messages)], chat_params(body), scheduling_params(body),
-                                        stream=bool(body.stream), template_options=template_options(body))
+                                        stream=bool(body.stream), add_special_tokens=body.add_special_tokens,
+                                        template_options=template_options(body))
     remember_streams(request, streams)
     request_id = answer_id(request, body.request_id)
     if body.stream:

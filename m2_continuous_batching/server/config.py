@@ -17,8 +17,9 @@ class ServerConfig:
     max_body_bytes: int = option(4 * 2 ** 20, "Largest body of a request.")
     max_messages: int = option(2048, "Most messages of a chat, and most parts of their contents.")       # OpenAI's
     max_list_items: int = option(1024, "Most entries of stop, bad_words, logit_bias and the lists of token ids.")
-    max_list_chars: int = option(65_536, "Most characters of all entries of stop, or of bad_words.")
-    max_grammar_chars: int = option(120_000, "Most characters of a schema, a regex or a list of choices.")  # OpenAI's
+    max_list_chars: int = option(65_536, "Most characters of stop, or of bad_words; an entry counts as one more.")
+    max_grammar_chars: int = option(120_000, "Most characters of a schema, a regex or choices, of which each "
+                                    "counts as one more.")                                      # OpenAI's
     max_step_s: float = option(60.0, "A step that takes longer makes /health fail.")                # vLLM's
     max_compile_s: float = option(10.0, "Longest that a request waits for its constraint to be compiled.")
     # vLLM's, which its flags take as JSON; here they become tuples.

@@ -1,7 +1,8 @@
 """How many connections there are, and how long one may take to say what it wants.
 
 A connection costs a file, of which a process has a limited number: those that say nothing must not use up the ones for
-`/health`. So the one that has been idle for the longest makes room for a new one.
+`/health`. So the one that has kept the server waiting for the longest, for a request or for the body that it has
+announced, makes room for a new one.
 """
 from __future__ import annotations
 
@@ -30,19 +31,25 @@ def bounded_protocol(max_connections: int, header_s: float = _HEADER_S) -> type[
 
     class BoundedProtocol(H11Protocol):
         _timer: asyncio.TimerHandle | None = None
-        _idle_since = 0.0
+        _waits_for: object = None               # the request whose body is to come; None: any request
+        _waits_since = 0.0
 
         @property
         def is_idle(self) -> bool:
             """Whether no request is being answered, or is complete as far as its headers."""
             return self.cycle is None or self.cycle.response_complete
 
+        @property
+        def is_awaited(self) -> bool:
+            """Whether it is the client's turn: to send a request, or the rest of one."""
+            return self.is_idle or self.cycle.more_body
+
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._watch()
-            others = [c for c in self.connections if isinstance(c, BoundedProtocol) and c is not self and c.is_idle]
+            others = [c for c in self.connections if c is not self and isinstance(c, BoundedProtocol) and c.is_awaited]
             if len(self.connections) > max_connections:
-                min(others, key=lambda c: c._idle_since, default=self).give_up()
+                min(others, key=lambda c: c._waits_since, default=self).give_up()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()
@@ -65,8 +72,10 @@ def bounded_protocol(max_connections: int, header_s: float = _HEADER_S) -> type[
             """While it is idle a timer runs: a byte now and then does not start it anew."""
             if not self.is_idle:
                 self._stop_timer()
+                if self._waits_for is not self.cycle:
+                    self._waits_for, self._waits_since = self.cycle, self.loop.time()
             elif self._timer is None and not self.transport.is_closing():
-                self._idle_since = self.loop.time()
+                self._waits_for, self._waits_since = None, self.loop.time()
                 self._timer = self.loop.call_later(header_s, self.give_up)
 
         def _stop_timer(self) -> None:

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from m0_basics.config import ConfigError, short
 from m0_basics.outputs import RequestOutput
@@ -87,7 +88,7 @@ def error_response(error: ApiError) -> JSONResponse:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Let every error of `app` leave in OpenAI's form."""
+    """Let every error that is expected leave `app` in OpenAI's form."""
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
@@ -97,8 +98,33 @@ def install_error_handlers(app: FastAPI) -> None:
         return error_response(as_api_error(error))
 
     app.add_exception_handler(RequestValidationError, invalid)
-    for kind in (HTTPException, ConfigError, EngineUnavailableError, Exception):
+    for kind in (HTTPException, ConfigError, EngineUnavailableError):
         app.add_exception_handler(kind, other)
+
+
+class InternalErrorMiddleware:
+    """Answers an error that nobody expected, inside of what logs the answer and writes its headers.
+
+    A handler of the framework for `Exception` would be called outside of that.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = begun or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except Exception as error:
+            if begun or scope["type"] != "http":
+                raise                   # uvicorn logs it and cuts the connection: half an answer must not look whole
+            await error_response(as_api_error(error))(scope, receive, send)
 
 
 def _validation_error(errors: Sequence[Any]) -> ApiError:

@@ -132,7 +132,7 @@ class GenerationBody(Body):
     allowed_token_ids: Integers | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    add_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None      # such as BOS; null: to a text, and not to what a template wrote
     structured_outputs: StructuredOutputs | None = None
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
@@ -229,7 +229,7 @@ class TokenizeBody(TemplateOptions):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(fail_fast=True)] | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None      # null: to a text, and not to a chat
     return_token_strs: bool | None = False
 
     @model_validator(mode="after")

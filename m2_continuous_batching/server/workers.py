@@ -2,7 +2,8 @@
 
     short      one after the other, each some milliseconds
     long       texts and answers that take seconds: they wait for each other, and nobody else waits for them
-    compile    constraints: several, because one that is compiled already is there at once
+    check      bad words, and constraints that are compiled already: nobody who compiles holds them up
+    compile    constraints, one after the other: several at a time would wait for each other (`Grammars`)
 
 What runs in them leaves the interpreter to others: the libraries release it, and Python is made to hand it over often
 (see `run.serve`).
@@ -27,7 +28,8 @@ class Workers:
     def __init__(self) -> None:
         self._short = ThreadPoolExecutor(1, "inputs")
         self._long = ThreadPoolExecutor(1, "long-inputs")
-        self._compile = ThreadPoolExecutor(8, "compile")
+        self._check = ThreadPoolExecutor(1, "check")
+        self._compile = ThreadPoolExecutor(1, "compile")
         self._num_compiling = 0
         self._awaited: dict[asyncio.Future[Any], Future[Any]] = {}
 
@@ -38,16 +40,20 @@ class Workers:
 
     @property
     def _pools(self) -> tuple[ThreadPoolExecutor, ...]:
-        return self._short, self._long, self._compile
+        return self._short, self._long, self._check, self._compile
 
     async def run(self, work: Callable[[], T], size: int = 0) -> T:
         """Run `work`. `size`: the characters that it is about, by which a thread is chosen."""
         return await self._run(self._long if size > LONG else self._short, work)
 
+    async def check(self, work: Callable[[], T]) -> T:
+        """Run `work`, which checks parameters and compiles no constraint."""
+        return await self._run(self._check, work)
+
     async def compile(self, work: Callable[[], T], seconds: float) -> T:
         """Run `work`, which compiles a constraint. Raises QueueFullError where that takes longer than `seconds`.
 
-        It is not stopped then: the library counts its work, and will come to an end.
+        What has begun is not stopped then: the library counts its work, and will come to an end.
         """
         if self._num_compiling >= _MAX_COMPILING:
             raise QueueFullError(f"{self._num_compiling} constraints are being compiled; try again later")

@@ -61,18 +61,23 @@ def assert_empty(engine):
 
 
 def test_outputs_equal_the_offline_engine(make):
-    """Twice as many requests as places; a chat, and text, among token ids."""
+    """Twice as many requests as places; chats, one of which goes on, and text, among token ids."""
     engine, recorder = make()
     prompts = [*PROMPTS, "the one"]
-    expected = engine.llm.generate(prompts, greedy(), use_tqdm=False) + engine.llm.chat(MESSAGES, greedy(),
-                                                                                       use_tqdm=False)
+    begun, on = [*MESSAGES, {"role": "assistant", "content": "a"}], {"add_generation_prompt": False,
+                                                                     "continue_final_message": True}
+    expected = [*engine.llm.generate(prompts, greedy(), use_tqdm=False),
+                *engine.llm.chat(MESSAGES, greedy(), use_tqdm=False),
+                *engine.llm.chat(begun, greedy(), use_tqdm=False, **on)]
     recorder.threads.clear()
 
     async def run():
         async with running(engine):
-            return await asyncio.gather(*(last(engine.generate(p, greedy())) for p in [*prompts, MESSAGES]))
+            return await asyncio.gather(*(last(engine.generate(p, greedy())) for p in [*prompts, MESSAGES]),
+                                        last(engine.generate(begun, greedy(), template_options=on)))
 
     outputs = asyncio.run(run())
+    assert [o.prompt_token_ids for o in outputs] == [o.prompt_token_ids for o in expected]
     assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in expected]
     assert [o.outputs[0].text for o in outputs] == [o.outputs[0].text for o in expected]
     assert [t.name for t in recorder.threads] == ["engine"], "only one thread steps, and it is not this one"

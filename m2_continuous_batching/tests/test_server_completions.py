@@ -11,7 +11,8 @@ import torch
 from m0_basics import SamplingParams
 from m0_basics.tools.testing.parity import mixed_length_prompts, reference_logits
 from m2_continuous_batching import LLM
-from m2_continuous_batching.server.completions import _Choice
+from m2_continuous_batching.server import completions
+from m2_continuous_batching.server.completions import _logprobs
 from m2_continuous_batching.tools.testing.fixtures import server_and_offline
 from m2_continuous_batching.tools.testing.server import MODEL, RunningServer
 
@@ -226,14 +227,13 @@ def test_echo_of_a_prompt_that_never_ran(server, offline):
 def test_the_event_loop_does_not_build_the_echo(server, monkeypatch, stream):
     """F2.12: the log-probabilities of a prompt, token by token, are put together in the thread for inputs."""
     threads = []
-    prepare = _Choice.prepare_echo
 
-    def watched(self):
-        if self._echoed is None:
+    def watched(body, tokenizer, token_ids, entries, offsets):
+        if None in entries:                                 # nothing predicts the first token of a prompt
             threads.append(threading.current_thread().name)
-        return prepare(self)
+        return _logprobs(body, tokenizer, token_ids, entries, offsets)
 
-    monkeypatch.setattr(_Choice, "prepare_echo", watched)
+    monkeypatch.setattr(completions, "_logprobs", watched)
     answer = complete(server, prompt=PROMPTS[:2], echo=True, logprobs=1, stream=stream)
     assert len(list(answer) if stream else answer.choices) >= 2
     assert len(threads) == 2

@@ -4,7 +4,9 @@ from __future__ import annotations
 import json
 import logging
 import re
+import resource
 import socket
+import threading
 import urllib.error
 import urllib.request
 
@@ -13,7 +15,10 @@ import pydantic
 import pytest
 
 from m0_basics.config import ConfigError
+from m0_basics.tests.test_chat_template import THINKING, with_template
+from m0_basics.tools.testing.tiny_models import BOS
 from m2_continuous_batching import LLM
+from m2_continuous_batching.server import connections
 from m2_continuous_batching.server.config import ServerConfig
 from m2_continuous_batching.tools.testing.server import MODEL, RunningServer, wait_until
 
@@ -138,8 +143,102 @@ def test_template_options(server):
     assert answer[1]["choices"][0]["message"]["content"] == expected[1]["choices"][0]["text"]
     status, answer = server.send(CHAT, chat(messages=messages, continue_final_message=True))
     assert (status, answer["error"]["param"]) == (400, "continue_final_message")
-    assert server.send(CHAT, chat(chat_template_kwargs={"enable_thinking": False}))[0] == 200
     assert server.send(CHAT, chat(chat_template_kwargs={"messages": []}))[0] == 400
+
+
+@pytest.fixture(scope="module")
+def thinking(tiny_model, tmp_path_factory):
+    """Its template reads a variable, and its tokenizer begins a text with a token."""
+    folder = tmp_path_factory.mktemp("thinking")
+    with_template(tiny_model("qwen3"), folder, THINKING)
+    file = folder / "model" / "tokenizer.json"
+    data = json.loads(file.read_text())
+    [bos] = [token["id"] for token in data["added_tokens"] if token["content"] == BOS]
+    first, text = {"SpecialToken": {"id": BOS, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    data["post_processor"] = {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text],
+                              "special_tokens": {BOS: {"id": BOS, "ids": [bos], "tokens": [BOS]}}}
+    file.write_text(json.dumps(data))
+    with RunningServer(lambda plugins: LLM(str(folder / "model"), plugins=plugins, **OPTIONS)) as running:
+        assert running.llm.get_tokenizer().encode("") == [bos]
+        yield running
+
+
+def test_variables_of_the_template(thinking):
+    """They reach it: from a chat as from /tokenize."""
+    tokenizer = thinking.llm.get_tokenizer()
+    lengths = []
+    for variables in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
+        text = tokenizer.apply_chat_template([USER], chat_template_kwargs=variables)
+        ids = tokenizer.encode(text, False)
+        assert thinking.send("/tokenize", {"messages": [USER], "chat_template_kwargs": variables})[1]["tokens"] == ids
+        answer = thinking.send(CHAT, chat(chat_template_kwargs=variables))[1]
+        expected = thinking.send(COMPLETIONS, {"prompt": ids, "temperature": 0, "max_tokens": 3})[1]
+        assert answer["usage"]["prompt_tokens"] == len(ids)
+        assert answer["choices"][0]["message"]["content"] == expected["choices"][0]["text"]
+        lengths.append(len(ids))
+    assert lengths[0] == lengths[2] < lengths[1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_special_tokens_of_a_chat(thinking, stream):
+    """vLLM adds none by default, because templates write their own, and does where it is asked to."""
+    tokenizer = thinking.llm.get_tokenizer()
+    text = tokenizer.apply_chat_template([USER])
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    for given, added in (({}, False), ({"add_special_tokens": None}, False), ({"add_special_tokens": False}, False),
+                         ({"add_special_tokens": True}, True)):
+        ids = tokenizer.encode(text, added)
+        assert thinking.send("/tokenize", {"messages": [USER]} | given)[1]["tokens"] == ids
+        answer = thinking.send(CHAT, chat(**given, **options))[1]
+        usage = json.loads(answer.split("data: ")[-2])["usage"] if stream else answer["usage"]
+        assert usage["prompt_tokens"] == len(ids)
+    for given, added in (({}, True), ({"add_special_tokens": None}, True), ({"add_special_tokens": False}, False)):
+        ids = tokenizer.encode("on", added)
+        assert thinking.send("/tokenize", {"prompt": "on"} | given)[1]["tokens"] == ids
+        body = {"prompt": "on", "max_tokens": 1} | given
+        assert thinking.send(COMPLETIONS, body)[1]["usage"]["prompt_tokens"] == len(ids)
+
+
+def test_an_error_that_nobody_expected(server, caplog, monkeypatch):
+    """A 500 like any other answer, with its headers and its line, and one traceback in the log."""
+    def broken(body):
+        raise ZeroDivisionError("a secret")
+
+    monkeypatch.setattr("m2_continuous_batching.server.chat.chat_params", broken)
+    monkeypatch.setattr("m2_continuous_batching.server.metrics.PrometheusMetrics.render", lambda self: 1 / 0)
+    for method, path, body in (("POST", CHAT, chat()), ("GET", "/metrics", None)):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            status, headers, text = send(server, method, path, body, content_type="application/json", origin=ORIGIN,
+                                         x_request_id="mine")
+            wait_until(lambda path=path: any(f"{path} 500 0+0 tokens" in r.getMessage() for r in caplog.records))
+        assert (status, headers["X-Request-Id"], headers["access-control-allow-origin"]) == (500, "mine", "*")
+        assert json.loads(text)["error"] == {"message": "internal error", "type": "server_error", "param": None,
+                                             "code": None}
+        assert [r.exc_info[0] for r in caplog.records if r.exc_info] == [ZeroDivisionError]
+
+
+def test_a_request_that_the_end_cuts_before_its_first_byte(tiny_model, caplog):
+    """The grace period is over while an answer is still made: its client is told in the form of any error."""
+    server = RunningServer(lambda plugins: LLM(str(tiny_model("qwen3")), plugins=plugins, **OPTIONS))
+    server._uvicorn.config.timeout_graceful_shutdown = 0.1
+    result = []
+
+    with server, caplog.at_level(logging.INFO, "m2_continuous_batching"):
+        release = threading.Event()
+        original = server.llm.engine.runner.prepare_inputs
+        server.llm.engine.runner.prepare_inputs = lambda *args: (release.wait(60), original(*args))[1]
+        client = threading.Thread(target=lambda: result.append(send(
+            server, "POST", COMPLETIONS, {"prompt": "x"}, content_type="application/json", x_request_id="mine")))
+        client.start()
+        wait_until(lambda: server.engine.num_open_requests == 1)
+        server._uvicorn.should_exit = True
+        client.join()
+        release.set()
+    [(status, headers, text)] = result
+    assert (status, headers["X-Request-Id"], headers["Retry-After"]) == (503, "mine", "1")
+    assert json.loads(text)["error"]["message"] == "the server is shutting down"
+    assert any(r.getMessage().startswith("POST /v1/completions 503 ") for r in caplog.records)
 
 
 def test_slash_and_scheme(locked):
@@ -252,3 +351,52 @@ def test_silent_connections_make_room(tiny_model, monkeypatch):
         for connection in connections:
             connection.close()
         assert server.send(COMPLETIONS, {"prompt": "x", "max_tokens": 200, "ignore_eos": True})[0] == 200
+
+
+def test_bodies_that_do_not_come_make_room(tiny_model, monkeypatch):
+    """The longest awaited gives way; what is complete, or came last, does not."""
+    monkeypatch.setattr("m2_continuous_batching.tools.testing.server.PROTOCOL_LIMITS", (10, 20.0))
+    with RunningServer(lambda plugins: LLM(str(tiny_model("qwen3")), plugins=plugins, **OPTIONS)) as server:
+        address = ("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+        head = (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 100\r\n\r\n")
+        waiting = []
+        for i in range(12):
+            waiting.append(socket.create_connection(address))
+            waiting[i].sendall(head)
+            port = waiting[i].getsockname()[1]
+            wait_until(lambda port=port: any(c.client[1] == port and not c.is_idle for c in server.connections), 20)
+        for _ in range(3):
+            assert server.send("/health") == (200, "")
+        for connection in waiting:
+            connection.settimeout(0.5)
+        body = b'{"prompt": "x", "max_tokens": 1}'.ljust(100)
+        waiting[-1].settimeout(60)
+        waiting[-1].sendall(body)
+        assert waiting[-1].recv(100).startswith(b"HTTP/1.1 200")
+        with pytest.raises(ConnectionError):
+            waiting[0].sendall(body)
+            waiting[0].recv(100)
+            raise ConnectionResetError          # closed in order is closed as well
+        for connection in waiting:
+            connection.close()
+
+
+@pytest.mark.parametrize("many", [300, 1 << 20])
+def test_the_limit_of_open_files(many, monkeypatch):
+    """As many as are wanted, or as the process may have, is what it has then; and never fewer than before."""
+    before = soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(connections, "_MANY_FILES", many)
+    wanted = many if hard == resource.RLIM_INFINITY else min(many, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        assert connections.raise_file_limit(10 ** 9) == wanted - 64
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (wanted, hard)
+        assert connections.raise_file_limit(7) == 7
+        monkeypatch.setattr(connections, "_MANY_FILES", 10)
+        assert connections.raise_file_limit(10 ** 9) == wanted - 64
+        resource.setrlimit(resource.RLIMIT_NOFILE, (60, hard))
+        assert connections.raise_file_limit(7) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)

@@ -9,11 +9,14 @@ import asyncio
 import json
 import threading
 import time
+import urllib.error
+import urllib.request
 
 import pytest
 
 from m0_basics import ConfigError, SamplingParams
 from m0_basics.loading.tokenizer import Tokenizer
+from m1_offline.detokenizer import StopAutomaton
 from m2_continuous_batching import LLM
 from m2_continuous_batching.server.app import running
 from m2_continuous_batching.server.async_engine import AsyncLLMEngine
@@ -22,6 +25,8 @@ from m2_continuous_batching.server.errors import ApiError
 from m2_continuous_batching.server.unavailable import EngineStoppedError, QueueFullError
 from m2_continuous_batching.server.workers import Workers
 from m2_continuous_batching.tools.hostile import HOSTILE, body_of
+from m2_continuous_batching.tools.soak_server import ServerProcess
+from m2_continuous_batching.tools.stall import save_stall_model
 from m2_continuous_batching.tools.testing.server import RunningServer, wait_until
 
 OPTIONS = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 64}
@@ -71,7 +76,7 @@ def test_a_hostile_request(server, worked, name):
         assert case.param in (None, answer["error"]["param"]), answer
     if case.is_refused_early:
         assert worked == []
-    assert {thread for _, thread in worked} <= {"inputs", "long-inputs", "compile"}
+    assert {thread for _, thread in worked} <= {"inputs", "long-inputs", "check", "compile"}
     assert server.send("/health") == (200, "")
     wait_until(server.is_empty, 60)
 
@@ -80,6 +85,10 @@ def test_a_hostile_request(server, worked, name):
     (COMPLETIONS, {"prompt": "x", "stop": ["y"] * 1025}, "stop"),
     (COMPLETIONS, {"prompt": "x", "stop": "y" * 65_537}, "stop"),
     (COMPLETIONS, {"prompt": "x", "bad_words": ["y" * 40_000] * 2}, "bad_words"),
+    (COMPLETIONS, {"prompt": "x", "stop": ["y" * 64] * 1009}, "stop"),      # 64,576 characters and an entry for each
+    (COMPLETIONS, {"prompt": "x", "bad_words": ["y" * 64] * 1009}, "bad_words"),
+    (COMPLETIONS, {"prompt": "x", "guided_choice": [""] * 120_001}, "guided_choice"),
+    (COMPLETIONS, {"prompt": "x", "structured_outputs": {"choice": ["y"] * 60_001}}, "structured_outputs"),
     (COMPLETIONS, {"prompt": "x", "logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
     (COMPLETIONS, {"prompt": "x", "stop_token_ids": [1] * 1025}, "stop_token_ids"),
     (COMPLETIONS, {"prompt": "x", "allowed_token_ids": [1] * 1025}, "allowed_token_ids"),
@@ -115,7 +124,9 @@ def test_as_much_as_the_limit(server, path, body):
 
 @pytest.mark.parametrize(("body", "message"), [
     (b"[" * 60_000, "more lists"), (b'{"prompt": ' + b"[{}]," * 60_000, "more lists"),
-    (b"{" + b'"a":1,' * 60_000, "more lists"), (b"[" * 20_000, "not JSON"), (b"9" * 100_000, "not JSON"),
+    (b"{" + b'"a":1,' * 60_000, "more lists"), (b'"' + b":" * 50_001 + b'","\\\\"' * 250_000, "more texts"),
+    (b'"' + b":" * 50_001 + b'\\\\"' + b"[" * 50_001 + b'"', "more lists"),
+    (b"[" * 20_000, "not JSON"), (b"9" * 100_000, "not JSON"),
     (b'"' + b"\\" * 10 ** 6, "not JSON"), (b'{"a": "\xff"}', "UTF-8"), (b"{} x", "not JSON")])
 def test_structure_is_counted_before_it_is_parsed(body, message):
     with pytest.raises(ApiError, match=message):
@@ -191,6 +202,111 @@ def test_a_text_that_cannot_fit_is_not_tokenised(server, worked):
     assert "encode_batch" in dict(worked)
 
 
+def watch_threads(monkeypatch, owner, name, wanted=lambda *args: True):
+    """The threads in which `owner.name` is called with arguments that are `wanted`."""
+    inner, threads = getattr(owner, name), []
+
+    def watched(*args, **kwargs):
+        if wanted(*args):
+            threads.append(threading.current_thread().name.partition("_")[0])
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, watched)
+    return threads
+
+
+@pytest.mark.parametrize("fields", [
+    {"chat_template_kwargs": {"tools": ["x" * 1000] * 40}}, {"chat_template_kwargs": {"x": {"y" * 40_000: [1]}}},
+    {"chat_template_kwargs": {"tools": [0] * 40_000}}, {"messages": [{"role": "x" * 40_000, "content": ""}]},
+    {"messages": [{"role": "user", "content": "", "name": "x" * 40_000}]}])
+def test_all_that_a_template_prints_counts(server, monkeypatch, fields):
+    """Its text is made, and tokenised, where long ones are."""
+    threads = watch_threads(monkeypatch, Tokenizer, "apply_chat_template")
+    body = {"messages": [{"role": "user", "content": "x"}]} | fields
+    assert server.send("/tokenize", body)[0] == 200
+    assert server.send(CHAT, body | {"max_tokens": 1})[0] in (200, 400)
+    assert threads == ["long-inputs"] * 2
+    short = {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"tools": ["x"]}}
+    assert server.send("/tokenize", short)[0] == 200
+    assert threads[2:] == ["inputs"]
+
+
+def test_token_ids_count(server, monkeypatch):
+    """To look at each of two million takes half a second."""
+    threads = watch_threads(monkeypatch, server.llm.input_processor, "process")
+    for prompt in ([1] * 40_000, [1] * 40):
+        server.send(COMPLETIONS, {"prompt": prompt, "max_tokens": 1})
+    assert threads == ["long-inputs", "inputs"]
+
+
+def test_the_engine_builds_no_stop_automaton(server, monkeypatch):
+    """It is there before the request is, once for all of its outputs; a long one waits for long ones only."""
+    threads = watch_threads(monkeypatch, StopAutomaton, "__init__")
+    for stop, thread in ((["\n", "one"], "inputs"), (HOSTILE["1,024 stop strings"].make()["stop"], "long-inputs")):
+        threads.clear()
+        body = {"prompt": ["x", "y"], "n": 4, "temperature": 1, "max_tokens": 3, "stop": stop}
+        assert server.send(COMPLETIONS, body)[0] == 200
+        assert threads == [thread]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("logprobs", [None, 0])
+def test_an_echo_is_made_once_for_a_prompt(server, monkeypatch, stream, logprobs):
+    """And not in the event loop, whatever the number of outputs."""
+    threads = watch_threads(monkeypatch, Tokenizer, "decode", lambda self, token_ids, *_: len(token_ids) == 200)
+    prompts = [[66] * 200, [67] * 200]
+    body = {"prompt": prompts, "n": 8, "temperature": 1, "max_tokens": 1, "echo": True, "logprobs": logprobs,
+            "stream": stream}
+    status, answer = server.send(COMPLETIONS, body)
+    assert status == 200
+    assert len(threads) == 2
+    assert set(threads) <= {"inputs", "long-inputs"}
+    texts = [server.llm.get_tokenizer().decode(prompt, False) for prompt in prompts]
+    pieces = [answer]
+    if stream:
+        pieces = [json.loads(line[6:]) for line in answer.splitlines() if line.startswith("data: {")]
+    echoed = {}
+    for choice in (choice for piece in pieces for choice in piece["choices"]):
+        echoed.setdefault(choice["index"], choice["text"])
+    assert len(echoed) == 16
+    assert all(text.startswith(texts[index // 8]) for index, text in echoed.items())
+
+
+@pytest.mark.slow
+def test_another_request_is_answered_meanwhile(tmp_path):
+    """By a server of its own. The bound is ten times what `stall` allows: no machine is that slow."""
+    options = {"dtype": "float32", "max_num_seqs": 160, "model": str(save_stall_model(tmp_path))}
+    with ServerProcess("m2_continuous_batching", options, "tiny") as server:
+        def send(path, body):
+            request = urllib.request.Request(server.url + path, body, {"content-type": "application/json"})
+            try:
+                with urllib.request.urlopen(request, timeout=300) as answer:
+                    return answer.status, answer.read()
+            except urllib.error.HTTPError as error:
+                return error.code, error.read()
+
+        def one_token():
+            begin = time.perf_counter()
+            status, answer = send(COMPLETIONS, b'{"prompt": "the", "max_tokens": 1, "temperature": 0}')
+            assert status == 200
+            waited.append(time.perf_counter() - begin)
+            return json.loads(answer)["choices"][0]["text"]
+
+        waited, statuses = [], []
+        expected = one_token()
+        for name in ("a million empty choices", "a million empty guided choices", "tools of 2 MB to /tokenize",
+                     "1,024 stop strings", "a streamed echo"):
+            hostile = threading.Thread(target=lambda path, body: statuses.append(send(path, body)[0]),
+                                       args=(HOSTILE[name].path, body_of(name)))
+            hostile.start()
+            assert one_token() == expected
+            while hostile.is_alive():
+                assert one_token() == expected
+            hostile.join()
+            assert statuses.pop() == HOSTILE[name].status, name
+        assert max(waited) < 5, "seconds"
+
+
 def test_a_constraint_that_takes_too_long(tiny_model, monkeypatch):
     """Its request is told to come again; another one is not held up; the number of those that wait is limited."""
     engine, go_on = make_engine(tiny_model, max_compile_s=0.2), threading.Event()
@@ -215,6 +331,43 @@ def test_a_constraint_that_takes_too_long(tiny_model, monkeypatch):
             assert (await stream.next()).outputs[0].text in ("yes", "no")
 
     asyncio.run(run())
+
+
+def test_what_is_compiled_waits_for_no_compiler(tiny_model, monkeypatch):
+    """Nor do bad words: a dozen new constraints wait meanwhile, and each is compiled once, however many ask."""
+    engine, begun, go_on, compiled = make_engine(tiny_model), threading.Event(), threading.Event(), []
+    grammars = engine.llm.engine.sampler.grammars
+    compile_alone = grammars._compile_alone
+
+    def slow(kind, text):
+        compiled.append(text)
+        begun.set()
+        assert go_on.wait(60)
+        return compile_alone(kind, text)
+
+    def choice(*texts):
+        return SamplingParams(structured_outputs={"choice": list(texts)}, max_tokens=20)
+
+    async def last(params):
+        return [output async for output in engine.generate([1], params)][-1].outputs[0]
+
+    async def run():
+        async with running(engine):
+            await last(choice("yes", "no"))
+            monkeypatch.setattr(grammars, "_compile_alone", slow)
+            new = [asyncio.create_task(last(choice(f"a{i % 6}"))) for i in range(12)]
+            while not begun.is_set():
+                await asyncio.sleep(0.005)
+            async with asyncio.timeout(50):
+                assert (await last(choice("yes", "no"))).text in ("yes", "no")
+                assert len((await last(SamplingParams(bad_words=["the"], max_tokens=2))).token_ids) == 2
+            assert not any(task.done() for task in new)
+            go_on.set()
+            assert [output.text for output in await asyncio.gather(*new)] == [f"a{i % 6}" for i in range(12)]
+
+    engine.max_compile_s = 60
+    asyncio.run(run())
+    assert len(compiled) == 6
 
 
 def test_health_fails_when_a_step_does_not_end(tiny_model):
@@ -242,7 +395,8 @@ def test_the_end_does_not_wait_for_a_step_that_hangs(tiny_model, monkeypatch):
     engine, go_on = make_engine(tiny_model), threading.Event()
     runner = engine.llm.engine.runner
     execute = runner.execute
-    runner.execute = lambda inputs: (go_on.wait(60), execute(inputs))[1]
+    ended = []
+    runner.execute = lambda inputs: (ended.append(go_on.wait(60)), execute(inputs))[1]
 
     async def run():
         engine.start()
@@ -250,9 +404,8 @@ def test_the_end_does_not_wait_for_a_step_that_hangs(tiny_model, monkeypatch):
         hanging = asyncio.create_task(engine.workers.run(lambda: go_on.wait(60)))
         queued = asyncio.create_task(engine.workers.run(lambda: 1))
         await asyncio.sleep(0.05)
-        begin = time.perf_counter()
         await engine.shutdown()
-        assert time.perf_counter() - begin < 20
+        assert ended == []
         for waiting in (stream.next(), hanging, queued):
             with pytest.raises(EngineStoppedError):
                 await waiting

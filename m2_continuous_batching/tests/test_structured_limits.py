@@ -84,9 +84,9 @@ def nested(depth: int) -> dict[str, Any]:
 ], ids=["deep", "deeper", "deep text", "surrogate", "surrogate text", "surrogate key", "surrogate regex",
         "surrogate choice", "repeats", "more repeats", "groups", "stars", "properties"])
 def test_a_constraint_that_is_too_much_is_refused(llm: LLM, constraint: dict[str, Any]) -> None:
-    """On arrival, in a few lines, and soon: the library counts its work, so a time limit here is a generous one."""
+    """On arrival, in a few lines, in bounded time: the library counts its work."""
     begin = time.perf_counter()
     with pytest.raises(ConfigError, match=r"structured_outputs\.(json|regex|choice)") as error:
         llm.engine.sampler.check(constrained(**constraint))
-    assert time.perf_counter() - begin < 30
+    assert time.perf_counter() - begin < 120       # stands for: not for ever
     assert len(str(error.value)) < 1000

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import pytest
 
 from m0_basics.base_llm import BaseLLM
+from m0_basics.config import ConfigError
 from m0_basics.outputs import RequestOutput
 from m0_basics.sampling_params import SamplingParams
 
@@ -313,6 +314,18 @@ class StreamingConformance(Conformance):
         parts = list(llm.stream(messages, greedy()))
         assert parts[0].prompt_token_ids == whole.prompt_token_ids
         assert "".join(part.outputs[0].text for part in parts) == whole.outputs[0].text
+
+    def test_stream_of_a_chat_that_goes_on(self) -> None:
+        llm = self.make()
+        messages = [{"role": "user", "content": "on the 中"}, {"role": "assistant", "content": "the"}]
+        template: dict[str, Any] = {"add_generation_prompt": False, "continue_final_message": True}
+        whole = llm.chat(messages, greedy(), use_tqdm=False, **template)[0]
+        parts = list(llm.stream(messages, greedy(), **template))
+        assert parts[0].prompt_token_ids == whole.prompt_token_ids != llm.chat(
+            messages, greedy(1), use_tqdm=False)[0].prompt_token_ids
+        assert "".join(part.outputs[0].text for part in parts) == whole.outputs[0].text
+        with pytest.raises(ConfigError, match="add_generation_prompt=True"):
+            llm.stream(messages, greedy(), continue_final_message=True)
 
 
 class AbortConformance(Conformance):
