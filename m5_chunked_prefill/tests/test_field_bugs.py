@@ -138,8 +138,8 @@ class TestChunks:
 class TestDrafts:
     @pytest.mark.parametrize("settings", [
         {"repetition_penalty": 1.4}, {"presence_penalty": 1.5, "frequency_penalty": 0.7},
-        {"min_p": 0.2, "temperature": 1.0}, {"temperature": 0.9, "top_k": 5, "top_p": 0.8}, {"logit_bias": {30: 4.0}}, {"bad_words": None, "logprobs": 3},
-        {"min_tokens": 20, "ignore_eos": False}], ids=lambda s: "-".join(s))
+        {"min_p": 0.2, "temperature": 1.0}, {"temperature": 0.9, "top_k": 5, "top_p": 0.8}, {"logit_bias": {30: 4.0}},
+        {"bad_words": None, "logprobs": 3}, {"min_tokens": 20, "ignore_eos": False}], ids=lambda s: "-".join(s))
     @pytest.mark.parametrize("wrong", [10 ** 9, 4])
     def test_what_is_asked_holds_for_guesses(self, lab: Lab, settings: dict[str, Any], wrong: int) -> None:
         """vLLM #18902, #33251, #42802, #9834, TensorRT-LLM #17701: penalties, min_p or biases were left out for
