@@ -4,7 +4,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import resource
 import socket
 import threading
 import urllib.error
@@ -18,7 +17,6 @@ from m0_basics.config import ConfigError
 from m0_basics.tests.test_chat_template import THINKING, with_template
 from m0_basics.tools.testing.tiny_models import BOS
 from m2_continuous_batching import LLM
-from m2_continuous_batching.server import connections
 from m2_continuous_batching.server.config import ServerConfig
 from m2_continuous_batching.tools.testing.server import MODEL, RunningServer, wait_until
 
@@ -380,23 +378,3 @@ def test_bodies_that_do_not_come_make_room(tiny_model, monkeypatch):
             raise ConnectionResetError          # closed in order is closed as well
         for connection in waiting:
             connection.close()
-
-
-@pytest.mark.parametrize("many", [300, 1 << 20])
-def test_the_limit_of_open_files(many, monkeypatch):
-    """As many as are wanted, or as the process may have, is what it has then; and never fewer than before."""
-    before = soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    monkeypatch.setattr(connections, "_MANY_FILES", many)
-    wanted = many if hard == resource.RLIM_INFINITY else min(many, hard)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-        assert connections.raise_file_limit(10 ** 9) == wanted - 64
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (wanted, hard)
-        assert connections.raise_file_limit(7) == 7
-        monkeypatch.setattr(connections, "_MANY_FILES", 10)
-        assert connections.raise_file_limit(10 ** 9) == wanted - 64
-        resource.setrlimit(resource.RLIMIT_NOFILE, (60, hard))
-        assert connections.raise_file_limit(7) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)

@@ -5,7 +5,6 @@ import ctypes
 import hashlib
 import logging
 import os
-import platform
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -399,10 +398,3 @@ def test_the_env_command_says_that_there_is_no_compiler(tiny_model: TinyModels, 
     assert result.status == 0
     assert f"C++ kernels: {NO_COMPILER}" in result.out
     assert result.out.count("chosen") == 1
-
-
-@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="instructions of x86")
-@pytest.mark.parametrize("processor", ["x86-64-v4", "cooperlake"])
-def test_kernels_of_wider_processors_compile(processor: str) -> None:
-    """AVX-512, without and with products of bfloat16 pairs: here they are compiled; they run where tests meet one."""
-    assert library((f"-march={processor}",)).linear_panel is not None
