@@ -363,7 +363,8 @@ def test_bodies_that_do_not_come_make_room(tiny_model, monkeypatch):
             waiting.append(socket.create_connection(address))
             waiting[i].sendall(head)
             port = waiting[i].getsockname()[1]
-            wait_until(lambda port=port: any(c.client[1] == port and not c.is_idle for c in server.connections), 20)
+            wait_until(lambda port=port: any(c.client and c.client[1] == port and not c.is_idle
+                                             for c in list(server.connections)), 20)
         for _ in range(3):
             assert server.send("/health") == (200, "")
         for connection in waiting:
