@@ -297,8 +297,13 @@ def test_request_ids_and_the_log(server, caplog):
         assert re.fullmatch("[0-9a-f]{32}", own), "what is no id is not repeated"
         assert f'"id":"chatcmpl-{own}"' in text
         assert len(send(server, "GET", "/nothing%0Aat%20all", x_request_id="y" * 129)[1]["X-Request-Id"]) == 32
-        wait_until(lambda: sum("tokens" in r.getMessage() for r in caplog.records) == 3)
-    first, second, third = (r.getMessage() for r in caplog.records if "tokens" in r.getMessage())
+        mine = ("mine-1", own, "/nothing")              # a line of an earlier test may come late
+
+        def lines():
+            return [line for part in mine for line in map(logging.LogRecord.getMessage, caplog.records) if part in line]
+
+        wait_until(lambda: len(lines()) == 3)
+    first, second, third = lines()
     assert re.fullmatch(r"POST /v1/completions 200 3\+4 tokens \d+\.\d{3} s mine-1", first)
     assert re.fullmatch(rf"POST /v1/chat/completions 200 \d+\+3 tokens \d+\.\d{{3}} s {own}", second)
     assert third.startswith(r"GET /nothing\nat all 404 0+0 tokens")

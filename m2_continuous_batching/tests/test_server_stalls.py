@@ -25,6 +25,7 @@ from m2_continuous_batching.tools.testing.server import RunningServer, wait_unti
 
 OPTIONS = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 64}
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+SECONDS = {"4 MB of text to /tokenize", "a large answer", "a penalty and n = 128", "9,000 optional properties"}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,9 @@ def worked(server, monkeypatch):
     return done
 
 
-@pytest.mark.parametrize("name", [name for name in HOSTILE if name != "4 MB of digits to /tokenize"])      # minutes
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] if name in SECONDS else [])
+    for name in HOSTILE if name != "4 MB of digits to /tokenize"])      # minutes
 def test_a_hostile_request(server, worked, name):
     """It gets a short answer or a short complaint, and leaves nothing behind. What takes long runs in no thread of
     the server's own, and what is refused for its size has run nowhere.
