@@ -77,9 +77,10 @@ def _scratch_folder(parent: Path) -> Iterator[Path]:
     """A folder for what is being built, locked while this process lives; what killed ones left behind is removed."""
     parent.mkdir(parents=True, exist_ok=True)
     for left in parent.glob(_PREFIX + "*"):
-        with contextlib.suppress(OSError), _locked(left):
-            if time.time() - left.stat().st_mtime > 60:         # a younger one may not have its lock yet
-                shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 60:         # a younger one's owner is about to lock it
+                with _locked(left):
+                    shutil.rmtree(left, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     try:
         with _locked(scratch):

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from m0_basics.tools.analysis.code_size import HERE, code_lines, engine_files, entries, functions, report
 
 SOURCE = '''"""A module.
@@ -59,5 +61,6 @@ def test_report(tmp_path: Path) -> None:
     assert "  tools/: 2\n  kernels/: 1\n" in report(new.parent)
 
 
+@pytest.mark.slow
 def test_this_tree_can_be_counted() -> None:
     assert report(HERE).count("decode path") == len(list(HERE.glob("m[0-7]_*/__init__.py")))

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from m0_basics.attention import AttentionMetadata, FullAttention
@@ -12,6 +13,7 @@ from m0_basics.model_spec import ModelSpec
 from m0_basics.tools.testing.idea import run_idea
 
 
+@pytest.mark.slow
 def test_it_runs_by_itself() -> None:
     assert "30 had run before" in run_idea("m0_basics")
 

@@ -1,6 +1,7 @@
 """The milestone's idea in 80 lines gives what its engine gives, and runs by itself."""
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ def make_model() -> dict[str, Tensor]:
     return {name: torch.randn(shape) / shape[-2] ** 0.5 for name, shape in shapes.items()}
 
 
+@pytest.mark.slow
 def test_it_runs_by_itself() -> None:
     assert "the same tokens" in run_idea("m1_offline")
 

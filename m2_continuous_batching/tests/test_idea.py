@@ -34,6 +34,7 @@ def make_requests() -> list[Request]:
     return [Request(name, list(range(5, 5 + prompt)), prompt + output) for name, prompt, output in WORK]
 
 
+@pytest.mark.slow
 def test_it_runs_by_itself() -> None:
     assert "same tokens" in run_idea("m2_continuous_batching")
 

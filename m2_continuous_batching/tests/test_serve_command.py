@@ -132,6 +132,7 @@ def test_a_bad_option_of_the_server(command, flags, part):
     assert len(result.err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_the_log_of_a_process(tiny_model):
     """A line for each request on stderr, and nothing else."""
     process, name, url = start(tiny_model("qwen3"), "--served-model-name", "tiny")
@@ -146,6 +147,7 @@ def test_the_log_of_a_process(tiny_model):
     assert re.fullmatch(r"\S+ \S+ INFO POST /v1/completions 200 1\+[123] tokens \d\S* s mine\n", err), err
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_end_does_not_keep_the_process(tmp_path):
     """SIGTERM while a thread computes for ever: Python would wait for it, and the process ends all the same."""
     script = tmp_path / "hang.py"
@@ -200,6 +202,7 @@ def test_ctrl_c_leaves_no_traceback(when, tmp_path):
     assert "Traceback" not in "".join(lines) + rest
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line():
     """`/dev/full` is a disk without room."""
     with Path("/dev/full").open("w") as full:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import resource
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ from m0_basics import SamplingParams
 from m0_basics.tools.testing.parity import mixed_length_prompts
 from m2_continuous_batching import LLM
 from m2_continuous_batching.plugins import SchedulerPlugin
+from m2_continuous_batching.server import connections
 from m2_continuous_batching.tools.testing.server import MODEL, RunningServer, wait_until
 
 OPTIONS = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 4}
@@ -354,3 +356,23 @@ def test_metrics_equal_independent_counts(tiny_model):
         sum(t.token_times[0] - t.arrival_time for t in times))
     assert metrics["time_to_first_token_seconds_sum", ()] == pytest.approx(
         metrics["request_queue_time_seconds_sum", ()] + metrics["request_prefill_time_seconds_sum", ()])
+
+
+@pytest.mark.parametrize("many", [300, 1 << 20])
+def test_the_limit_of_open_files(many, monkeypatch):
+    """As many as are wanted, or as the process may have, is what it has then; and never fewer than before."""
+    before = soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(connections, "_MANY_FILES", many)
+    wanted = many if hard == resource.RLIM_INFINITY else min(many, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        assert connections.raise_file_limit(10 ** 9) == wanted - 64
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (wanted, hard)
+        assert connections.raise_file_limit(7) == 7
+        monkeypatch.setattr(connections, "_MANY_FILES", 10)
+        assert connections.raise_file_limit(10 ** 9) == wanted - 64
+        resource.setrlimit(resource.RLIMIT_NOFILE, (60, hard))
+        assert connections.raise_file_limit(7) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)

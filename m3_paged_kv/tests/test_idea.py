@@ -22,6 +22,7 @@ NUM_BLOCKS, HEADS, HEAD_DIM = 60, 2, 8
 SHAPE = (2, HEADS, HEAD_DIM)            # what is kept for a token: a key and a value of each head
 
 
+@pytest.mark.slow
 def test_it_runs_by_itself() -> None:
     assert "32 tokens in 7 blocks, 28 slots" in run_idea("m3_paged_kv")
 

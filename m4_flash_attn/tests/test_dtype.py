@@ -1,12 +1,15 @@
 """What dtype="auto" is: the format that was measured to be the faster one on the kernels' tier, where they run."""
 from __future__ import annotations
 
+import platform
+
 import pytest
 
 from m0_basics.tools.testing.command_line import Command
 from m0_basics.tools.testing.fixtures import TinyModels
 from m4_flash_attn import LLM
 from m4_flash_attn.config import EngineConfig
+from m4_flash_attn.kernels.cpu import build
 from m4_flash_attn.kernels.cpu import dtype as module
 from m4_flash_attn.kernels.cpu.build import BuildError
 from m4_flash_attn.kernels.cpu.dtype import tier, with_auto_dtype
@@ -45,3 +48,11 @@ def test_the_engine_and_env_agree(tiny_model: TinyModels, command: Command) -> N
     if tier() in module.FASTER:
         assert chosen == module.FASTER[tier()]
         assert f"measured to be the faster one with {tier()}" in result.out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="instructions of x86")
+@pytest.mark.parametrize("processor", ["x86-64-v4", "cooperlake"])
+def test_kernels_of_wider_processors_compile(processor: str) -> None:
+    """AVX-512, without and with products of bfloat16 pairs: here they are compiled; they run where tests meet one."""
+    assert build.library((f"-march={processor}",)).linear_panel is not None

@@ -13,6 +13,7 @@ from m4_flash_attn.kernels.cpu.bindings import PagedKernels, make_step
 from m4_flash_attn.reference import random_paged_batch
 
 
+@pytest.mark.slow
 def test_it_runs_by_itself() -> None:
     printed = run_idea("m4_flash_attn")
     assert "m 5  l 1.5713" in printed

@@ -108,7 +108,7 @@ def test_on_other_processors(tiny_model: TinyModels, name: str, variant: str) ->
 @pytest.mark.parametrize("threads", [2, 3, 5])
 @pytest.mark.parametrize("name", FAMILIES_UNDER_TEST)
 def test_threads_wait_for_each_other(tiny_model: TinyModels, name: str, threads: int) -> None:
-    """Between the parts of a layer there are barriers, which one thread does not need: tests run on one."""
+    """Between the parts of a layer threads wait for all pieces, which one thread need not: tests run on one."""
     expected = expected_states(m0_model(tiny_model, name), PROMPTS)
     llm = make(tiny_model, name)
     torch.set_num_threads(threads)
@@ -130,6 +130,18 @@ def test_bfloat16_is_as_exact_as_m0s(tiny_model: TinyModels, name: str, threads:
     for cuts in ((), (1, 20, 21, 22)):
         ours = torch.cat(hidden_states(llm, PROMPTS, cuts)).float()
         assert 0 < (ours - exact).abs().mean() <= 1.05 * (theirs - exact).abs().mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3", "qwen2"])
+def test_bfloat16_on_other_processors(tiny_model: TinyModels, name: str, variant: str) -> None:
+    """Weights of 16 bits, widened by AVX2 and by plain code, in all layers of a model."""
+    exact = torch.cat(expected_states(m0_model(tiny_model, name, "bfloat16").float(), PROMPTS))
+    theirs = torch.cat(expected_states(m0_model(tiny_model, name, "bfloat16"), PROMPTS)).float()
+    llm = make(tiny_model, name, dtype="bfloat16")
+    assert any(isinstance(layer, CpuDecoder) for layer in llm.engine.runner.model.layers)
+    ours = torch.cat(hidden_states(llm, PROMPTS, (1, 20, 21))).float()
+    assert 0 < (ours - exact).abs().mean() <= 1.05 * (theirs - exact).abs().mean()
 
 
 def test_what_runs_on_a_cpu(tiny_model: TinyModels) -> None:

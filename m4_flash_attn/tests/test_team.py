@@ -36,13 +36,13 @@ extern "C" int run_phases(int threads, int phases, int pieces, int grain, int in
     return mistakes;
 }
 
-// Threads that are worth it after `phases` phases of two pieces for each, where thread 0 sleeps in each of its own.
+// Threads that are worth it after `phases` phases of two pieces for each, in the first of which somebody sleeps.
 extern "C" int worth(int threads, int phases, int in_order, int sleep_us) {
     auto* counters = new std::atomic<int>[Team::num_counters(phases, threads)];
     Team team(counters, phases, threads);
     team.run([&](Member& member) {
         for (int phase = 0; phase < phases; phase++) {
-            auto piece = [&](int first, int last) { if (member.thread == 0) usleep(sleep_us); };
+            auto piece = [&](int first, int last) { if (first == 0) usleep(sleep_us); };
             if (in_order) member.share_in_order(2 * threads, piece);
             else member.share(2 * threads, 1, piece);
         }
