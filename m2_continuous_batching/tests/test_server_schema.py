@@ -29,11 +29,15 @@ def server(tiny_model):
 def narrow(body, num_options, model):
     """The body with its first `num_options` options (None: all of them), and a model that exists (or its own).
 
-    Of many options one is nearly always out of range, and so is any name of a model: of bodies as they are drawn
-    hardly one would get past the checks.
+    Of many options one is nearly always out of range, and so is any name of a model; most messages are drawn
+    without a content, which the assistant's alone may lack. Of bodies as they are drawn hardly one would get past
+    the checks.
     """
     options = [name for name in body if name not in (*SUBJECTS, "model")][:num_options]
     kept = {name: value for name, value in body.items() if name in (*SUBJECTS, *options)}
+    if num_options is not None:
+        for message in kept.get("messages") or ():
+            message.setdefault("content", "hi")
     if model == "its own":
         return kept | {name: body[name] for name in ("model",) if name in body}
     return kept | ({"model": model} if model else {})

@@ -79,7 +79,8 @@ class Launch:
             name, value, special = parameter.name, self.arguments[parameter.name], not parameter.do_not_specialize
             if isinstance(value, torch.Tensor):
                 signature[name] = POINTERS[value.dtype]
-                attributes[i,] = [["tt.divisibility", 16]]
+                if not parameter.do_not_specialize_on_alignment:
+                    attributes[i,] = [["tt.divisibility", 16]]
             elif parameter.is_constexpr or (special and value == 1):
                 signature[name], constants[name] = "constexpr", value
             else:

@@ -24,7 +24,10 @@ from .launch import MAX_GROUP, NUM_STAGES, capability, check_rows, compute_dtype
 from .tiles import attend_tiles, normalise, visible_tiles
 
 
-@triton.jit(do_not_specialize=["table_stride"])     # it grows with the context: no compilation for every width
+# The stride grows with the context: no compilation for every width. Nor for every place at which these sequences begin
+# behind the decodes of a mixed step.
+@triton.jit(do_not_specialize=["table_stride"],
+            do_not_specialize_on_alignment=["query_starts_ptr", "seq_lens_ptr", "table_ptr"])
 def paged_prefill_kernel(q_ptr, k_ptr, v_ptr, out_ptr, query_starts_ptr, seq_lens_ptr, table_ptr,
                          q_token_stride, q_head_stride, slot_stride, kv_head_stride, out_token_stride, out_head_stride,
                          table_stride, scale_log2, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
