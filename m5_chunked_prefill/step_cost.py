@@ -140,7 +140,7 @@ def nonnegative_least_squares(a: Vector, b: Vector, num_rounds: int = 200) -> Ve
 class StepBudget:
     """How many tokens of a prompt a step may still take."""
 
-    SMALLEST = 16               # tokens of a chunk: less is not worth a step's fixed cost
+    SMALLEST = 4                # tokens of a chunk: products take their rows in tiles of about so many
     FIRST = 128                 # while nothing is known, and no less where nothing decodes
     FIXED_SHARE = 0.05          # of a step's time, where nothing decodes: larger chunks would gain no more than that
 

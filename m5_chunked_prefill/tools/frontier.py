@@ -27,8 +27,8 @@ from m2_continuous_batching.engine import engine_of
 from ..llm import LLM
 from ..scheduler import ChunkedPrefillScheduler
 
-SLOWDOWNS = (1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
-FIXED = (64, 256, 1024)                 # tokens of a step, whatever they cost
+SLOWDOWNS = (1.25, 1.5, 2.0, 3.0, 6.0)
+FIXED = (32, 128, 512)                 # tokens of a step, whatever they cost
 STREAM_PROMPT = 32                      # tokens: longer prompts are those that arrive
 
 
@@ -70,10 +70,14 @@ def budgets(llm: LLM) -> list[BudgetContender]:
 
 
 def measure(contenders: Sequence[Contender], decoding: Contender, workload: Workload, rounds: int) -> dict[str, Any]:
-    """Points by name, and the time of a step that only decodes: the streams alone, run by `decoding` in each round."""
+    """Points by name, and the time of a step that only decodes: the streams alone, run by `decoding` in each round.
+
+    The long prompts arrive in the first part of the time that the streams take alone, whatever the machine.
+    """
     streams = replace(workload, requests=tuple(r for r in workload.requests if _is_stream(len(r.prompt_token_ids))))
     for contender in contenders:
         contender.warm_up(workload)
+    workload = within(workload, decoding.run(streams).metrics.duration_s)
     runs: dict[str, list[RunResult]] = {c.name: [] for c in contenders}
     alone = []
     for _ in range(rounds):
@@ -83,6 +87,14 @@ def measure(contenders: Sequence[Contender], decoding: Contender, workload: Work
     return {"decode_only_ms": median(alone), "num_streams": len(streams.requests), "rounds": rounds,
             "workload": workload.summary(),
             "points": {c.name: point(runs[c.name]) | {"note": c.note} for c in contenders}}
+
+
+def within(workload: Workload, seconds: float) -> Workload:
+    """The workload, its long prompts arriving evenly from 10 to 60 % of `seconds`."""
+    long = [r for r in workload.requests if not _is_stream(len(r.prompt_token_ids))]
+    arrivals = {id(r): seconds * (0.1 + 0.5 * i / max(1, len(long) - 1)) for i, r in enumerate(long)}
+    return replace(workload, requests=tuple(replace(r, arrival_time=arrivals.get(id(r), r.arrival_time))
+                                            for r in workload.requests))
 
 
 def point(runs: Sequence[RunResult]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from m0_basics.tools.bench import BenchRequest, EngineContender, RunResult, Series, Workload, line_plot
 
 _AT = 0.5               # seconds: the short prompt comes while the giant one runs
-_GIANT_AT = 2.0         # the giant one comes while the streams decode
+_GIANT_AT = 0.5         # the giant one comes while the streams decode
 
 
 def short_behind_long(contenders: Sequence[EngineContender], giant: int, shorts: Sequence[int], rounds: int,
