@@ -68,10 +68,12 @@ class ChunkedPrefillScheduler(Scheduler):
         Who guesses comes behind who does not: kernels take what stands in front with one token as plain decodes.
         """
         assert self.speculation is not None
-        left = self.token_budget - len(output.scheduled)
+        left, num_prompt_tokens = self.token_budget - len(output.scheduled), 0
         if self.waiting or any(map(_is_prefilling, self.running)):
             left //= 2                                  # prompts get on as well
-        drafts = self.speculation.propose([s.sequence for s in output.scheduled], left)
+            decodes = StepShape.of(output.scheduled)
+            num_prompt_tokens = self.budget.chunk(decodes, decodes, 0, left)
+        drafts = self.speculation.propose([s.sequence for s in output.scheduled], left, num_prompt_tokens)
         for i, s in enumerate(output.scheduled):
             guesses = drafts.get(s.sequence.seq_id, ())
             if guesses and self.kv_cache_manager.allocate_slots(s.sequence, s.start, 1 + len(guesses)):

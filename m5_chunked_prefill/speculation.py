@@ -80,17 +80,21 @@ class Speculation:
         self._all = Record(_PRIOR_WEIGHT, _PRIOR_WEIGHT * _FIRST_GUESS)
         self._records: WeakKeyDictionary[Sequence, Record] = WeakKeyDictionary()
 
-    def propose(self, sequences: list[Sequence], max_num_tokens: int) -> dict[int, tuple[int, ...]]:
-        """Guesses by seq_id, for sequences that decode in this step; at most `max_num_tokens` in all."""
+    def propose(self, sequences: list[Sequence], max_num_tokens: int,
+                num_prompt_tokens: int = 0) -> dict[int, tuple[int, ...]]:
+        """Guesses by seq_id, for sequences that decode in this step; at most `max_num_tokens` in all.
+
+        The step may take `num_prompt_tokens` of prompts as well: a right guess counts as much as one of those.
+        """
         start = time.perf_counter()
         limits = [self._limit(sequence) for sequence in sequences]
         if not any(limits) or max_num_tokens <= 0:
             return {}
         if self.drafter.seconds_per_token:                  # a guess has a price: first decide, then ask
-            limits = self._plan(sequences, limits, max_num_tokens)
+            limits = self._plan(sequences, limits, max_num_tokens, num_prompt_tokens)
         drafts = self.drafter.propose(sequences, limits)
         if not self.drafter.seconds_per_token:
-            limits = self._plan(sequences, [len(draft) for draft in drafts], max_num_tokens)
+            limits = self._plan(sequences, [len(draft) for draft in drafts], max_num_tokens, num_prompt_tokens)
         self.cost.apart = time.perf_counter() - start
         cut = {s.seq_id: tuple(d[:n]) for s, d, n in zip(sequences, drafts, limits, strict=True)}
         return {seq_id: draft for seq_id, draft in cut.items() if draft}
@@ -120,7 +124,8 @@ class Speculation:
         record, average = self._record_of(sequence), self._all.right / self._all.checked
         return (record.right + _PRIOR_WEIGHT * average) / (record.checked + _PRIOR_WEIGHT)
 
-    def _plan(self, sequences: list[Sequence], limits: list[int], max_num_tokens: int) -> list[int]:
+    def _plan(self, sequences: list[Sequence], limits: list[int], max_num_tokens: int,
+              num_prompt_tokens: int) -> list[int]:
         """How many tokens to guess for each sequence."""
         if not self.adaptive:
             return _within(limits, max_num_tokens)
@@ -129,13 +134,15 @@ class Speculation:
         shape = StepShape()
         for sequence in sequences:
             shape.add(sequence.num_tokens - 1, 1, 1)
+        shape.add(0, num_prompt_tokens, 0)
 
         def seconds(num_guesses: int, depth: int) -> float:
             predicted = self.cost.predict(shape.with_guesses(len(sequences), num_guesses))
             assert predicted is not None
             return predicted + depth * self.drafter.seconds_per_token
 
-        lengths = plan([self._probability(s) for s in sequences], limits, max_num_tokens, seconds)
+        lengths = plan([self._probability(s) for s in sequences], limits, max_num_tokens, seconds,
+                       num_prompt_tokens)
         for i, sequence in enumerate(sequences):
             record = self._record_of(sequence)
             if not lengths[i] and limits[i] and sequence.num_tokens - record.num_tokens_at_draft >= _PROBE_EVERY:
@@ -146,18 +153,18 @@ class Speculation:
 
 
 def plan(probabilities: list[float], limits: list[int], max_num_tokens: int,
-         seconds: Callable[[int, int], float]) -> list[int]:
+         seconds: Callable[[int, int], float], num_others: int = 0) -> list[int]:
     """Lengths of the drafts that give the most tokens per second; 0 where none pays.
 
     The j-th guess of a sequence adds p^j tokens, if each is right with probability p once those before it were.
     Guesses are taken in the order of what they add, and the best number of them is kept. `seconds(n, depth)` is how
-    long a step with n guesses takes, the longest draft being `depth`.
+    long a step with n guesses takes, the longest draft being `depth`; it runs `num_others` tokens in any case.
     """
     lengths, heap = [0] * len(limits), list[tuple[float, int]]()
     for i, p in enumerate(probabilities):
         if limits[i]:
             heappush(heap, (-p, i))
-    tokens, taken, depth = float(len(limits)), 0, 0
+    tokens, taken, depth = float(len(limits) + num_others), 0, 0
     best_rate, best = tokens / seconds(0, 0), lengths.copy()
     while heap and taken < max_num_tokens:
         gain, i = heappop(heap)

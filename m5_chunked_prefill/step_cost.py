@@ -102,7 +102,20 @@ class StepCost(SchedulerPlugin):
 
     def predict(self, shape: StepShape) -> float | None:
         """Seconds that a step will take; None while too little is known."""
-        return None if self.coefficients is None else float(self.coefficients @ shape.features())
+        return None if self.coefficients is None else self.time(shape)
+
+    def time(self, shape: StepShape) -> float:
+        """Seconds that a step will take. Asked only once something is known."""
+        assert self.coefficients is not None
+        return float(self.coefficients @ shape.features())
+
+    @property
+    def fixed(self) -> float | None:
+        """Seconds that a large step takes beyond what its tokens cost; None while too little is known."""
+        if self.coefficients is None:
+            return None
+        constant, first, second, slope = self.coefficients[:4]
+        return float(constant + KNEES[0] * max(0.0, first - slope) + (KNEES[1] - KNEES[0]) * max(0.0, second - slope))
 
     def _fit(self) -> Vector:
         """Least squares of the relative errors. Steps that were held up do not count in a second pass."""
@@ -141,8 +154,9 @@ class StepBudget:
     """How many tokens of a prompt a step may still take."""
 
     SMALLEST = 4                # tokens of a chunk: products take their rows in tiles of about so many
-    FIRST = 128                 # while nothing is known, and no less where nothing decodes
-    FIXED_SHARE = 0.05          # of a step's time, where nothing decodes: larger chunks would gain no more than that
+    EFFICIENT = 32              # where nothing decodes, no fewer
+    FIRST = 128                 # while nothing is known
+    FIXED_SHARE = 0.1           # of a step's time, where nothing decodes: larger chunks would gain no more than that
 
     def __init__(self, cost: StepCost, max_step_slowdown: float, is_fixed: bool) -> None:
         """`is_fixed`: the number of tokens is the limit, whatever they cost."""
@@ -151,38 +165,29 @@ class StepBudget:
     def chunk(self, decodes: StepShape, step: StepShape, start: int, num_tokens: int) -> int:
         """Of a sequence's `num_tokens` tokens from `start` on, how many fit into the step beside what is in it.
 
-        `decodes`: the step without chunks. The first chunk has at least `SMALLEST` tokens.
+        `decodes`: the step without chunks. The first chunk has at least `SMALLEST` tokens. A prompt that ends in this
+        step does not wait for a piece of another.
         """
         if self.is_fixed:
             return num_tokens
         most = self._most(decodes, step, start, num_tokens)
         if most >= num_tokens:
             return num_tokens
+        if not decodes.num_tokens and step.num_rows:
+            return 0
         if step.num_tokens == decodes.num_tokens:               # the first one
-            most = max(most, self.SMALLEST)
+            most = max(most, self.SMALLEST if decodes.num_tokens else self.EFFICIENT)
         return min(num_tokens, most - most % self.SMALLEST)
 
     def _most(self, decodes: StepShape, step: StepShape, start: int, num_tokens: int) -> int:
-        if not decodes.num_tokens:
-            return self._efficient() - step.num_tokens
-        alone = self.cost.predict(decodes)
-        if alone is None:
+        """The most tokens with which the step is within its limit."""
+        fixed = self.cost.fixed
+        if fixed is None:
             return self.FIRST - (step.num_tokens - decodes.num_tokens)
-        limit = self.max_step_slowdown * alone
+        limit = self.cost.time(decodes) * self.max_step_slowdown if decodes.num_tokens else fixed / self.FIXED_SHARE
         low, high = 0, num_tokens
-        while low < high:                                       # the most whose time is within the limit
+        while low < high:
             middle = (low + high + 1) // 2
-            seconds = self.cost.predict(step.plus(start, middle, 0))
-            assert seconds is not None
+            seconds = self.cost.time(step.plus(start, middle, 0))
             low, high = (middle, high) if seconds <= limit else (low, middle - 1)
         return low
-
-    def _efficient(self) -> int:
-        """Tokens with which a step's fixed cost is a small share of its time."""
-        coefficients = self.cost.coefficients
-        if coefficients is None:
-            return self.FIRST
-        fixed, per_token = coefficients[0] + KNEES[0] * coefficients[1], coefficients[3]
-        if not per_token:
-            return self.FIRST
-        return max(self.FIRST, int(min(fixed / per_token / self.FIXED_SHARE, 65_536)))

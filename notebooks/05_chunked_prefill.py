@@ -37,7 +37,7 @@ from m2_continuous_batching.scheduler import Scheduler
 from m5_chunked_prefill import LLM, SamplingParams
 from m5_chunked_prefill.rejection import kept_by_rejection, kept_by_same_draw
 from m5_chunked_prefill.speculation import plan
-from m5_chunked_prefill.tools.copy_tasks import prompts
+from m5_chunked_prefill.tools.copy_tasks import tasks
 from m5_chunked_prefill.tools.cost_check import CostCheck
 from m5_chunked_prefill.tools.facts import expected_tokens
 
@@ -205,14 +205,14 @@ def show(watch: GuessWatch) -> HTML:
     return HTML(f'<div style="line-height:1.7;max-width:900px;color:{INK}">{"".join(parts)}</div>')
 
 
-def answer(task: str, length: int = 110) -> tuple[GuessWatch, float]:
+def answer(kind: str, length: int = 110) -> tuple[GuessWatch, float]:
     """The model's answer with drafts; returns what was guessed, and tokens per second."""
     watch = GuessWatch()
     llm.engine.plugins.append(watch)
-    [text] = prompts(task, 1, seed=7)
+    [task] = tasks(kind, 1, seed=7)
     params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
     start = time.perf_counter()
-    llm.chat([{"role": "user", "content": text}], params, use_tqdm=False)
+    llm.generate([{"prompt_token_ids": task.token_ids(llm.get_tokenizer())}], params, use_tqdm=False)
     llm.engine.plugins.remove(watch)
     return watch, length / (time.perf_counter() - start)
 

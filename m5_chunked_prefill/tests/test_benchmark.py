@@ -10,7 +10,7 @@ from m0_basics.tools.documents.factbook import read_json_file, read_result
 from m0_basics.tools.testing.fixtures import TinyModels
 from m0_basics.tools.testing.tiny_models import save_tiny_model
 from m5_chunked_prefill import LLM, benchmark
-from m5_chunked_prefill.tools.copy_tasks import TASKS, prompts
+from m5_chunked_prefill.tools.copy_tasks import TASKS, tasks
 from m5_chunked_prefill.tools.facts import bench_results
 from m5_chunked_prefill.tools.frontier import Budget
 from m5_chunked_prefill.tools.train_draft import train_draft
@@ -55,9 +55,9 @@ def test_a_budget_is_set_and_taken_back(tiny_model: TinyModels) -> None:
 
 
 def test_tasks_are_the_same_for_the_same_seed_and_never_twice() -> None:
-    for task in TASKS:
-        assert prompts(task, 3, seed=1) == prompts(task, 3, seed=1)
-        assert len({*prompts(task, 8, seed=1), *prompts(task, 8, seed=2)}) == 16
+    for kind in TASKS:
+        assert tasks(kind, 3, seed=1) == tasks(kind, 3, seed=1)
+        assert len({*tasks(kind, 8, seed=1), *tasks(kind, 8, seed=2)}) == 16
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ class TestBudget:
 
     def test_progress_in_any_case(self) -> None:
         assert self.chunk(4000, slowdown=1.0) == StepBudget.SMALLEST
-        assert self.chunk(5, slowdown=1.0) == 5
+        assert self.chunk(3, slowdown=1.0) == 3
 
     def test_a_second_chunk_only_where_there_is_room(self) -> None:
         budget, decodes = StepBudget(fitted(), 1.0, is_fixed=False), shape_of(*self.DECODES)
@@ -161,7 +161,20 @@ class TestBudget:
         assert StepBudget(StepCost(), 3.0, False).chunk(StepShape(), StepShape(), 0, 4000) == StepBudget.FIRST
 
     def test_where_nothing_decodes_the_fixed_cost_is_made_small(self) -> None:
-        """8 ms and 2e-4 s a token: 8e-3 / 2e-4 / 5 % is some 800 tokens."""
-        chunk = StepBudget(fitted(), 3.0, False).chunk(StepShape(), StepShape(), 0, 4000)
-        assert chunk % StepBudget.SMALLEST == 0
-        assert 700 < chunk < 900
+        """The fixed cost is a tenth of the step's time."""
+        cost = fitted()
+        for start in (0, 2000):
+            chunk = StepBudget(cost, 3.0, False).chunk(StepShape(), StepShape(), start, 4000)
+            assert chunk % StepBudget.SMALLEST == 0
+            assert cost.time(shape_of((start, chunk, 0))) == pytest.approx(10 * cost.fixed, rel=0.05)
+
+    def test_where_nothing_decodes_no_crumbs(self) -> None:
+        cost = fitted()
+        cost.coefficients = cost.coefficients * [0, *[1] * 6]        # nothing is fixed
+        cost.coefficients[1:4] = cost.coefficients[3]
+        assert StepBudget(cost, 3.0, False).chunk(StepShape(), StepShape(), 0, 4000) == StepBudget.EFFICIENT
+
+    def test_a_prompt_that_ends_does_not_wait_for_a_piece_of_another(self) -> None:
+        budget, ending = StepBudget(fitted(), 3.0, False), shape_of((0, 8, 1))
+        assert budget.chunk(StepShape(), ending, 0, 4000) == 0
+        assert budget.chunk(StepShape(), ending, 0, 8) == 8             # this one ends as well

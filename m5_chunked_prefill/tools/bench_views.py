@@ -33,10 +33,10 @@ def print_tables(report: BenchReport) -> None:
             for name, v in found["giant"]["contenders"].items()]
     console.print(_table("A giant prompt among streams", ("", "longest gap ms", "its TTFT ms", "tokens/s"), rows))
     rows = [(e["task"], str(e["num_requests"]), name, _number(c["tokens_per_s"]), f"{c['ratio']:.2f}",
-             f"{min(c['ratios']):.2f}-{max(c['ratios']):.2f}",
+             f"{min(c['ratios']):.2f}-{max(c['ratios']):.2f}", f"{c['decode_ratio']:.2f}",
              "-" if c["acceptance"] is None else f"{c['acceptance']:.0%}")
             for e in found["drafts"] for name, c in e["contenders"].items()]
-    console.print(_table("Drafts", ("task", "requests", "drafter", "tokens/s", "ratio", "rounds", "right"), rows))
+    console.print(_table("Drafts", ("task", "requests", "drafter", "tokens/s", "ratio", "rounds", "decode", "right"), rows))
     rows = [(name, *(_number(v) for v in values.values())) for name, values in found["thoughts"].items()]
     console.print(_table("Long thoughts", ("", *next(iter(found["thoughts"].values()))), rows))
 

@@ -1,14 +1,19 @@
-"""Prompts whose answers repeat much of them, and one whose answer does not. Every seed gives other contents.
+"""Tasks whose answers repeat much of the prompt, and one whose answer does not. Every seed gives other contents.
 
   quote    notes, to be repeated word for word
   code     a class, to be written out again with one name changed
   json     records in prose, to be given as JSON with the same keys again and again
   story    nothing to copy: what speculation must not slow down
+
+A small model does not always do as it is told, so the answers of `code` and `json` are begun for it.
 """
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import NamedTuple
+
+from m0_basics.loading.tokenizer import Tokenizer
 
 _NAMES = ("Ada", "Bela", "Chen", "Dina", "Emil", "Fatou", "Goran", "Hana", "Ivo", "Jun", "Kofi", "Lena", "Mara", "Nils")
 _TOWNS = ("Lisbon", "Oslo", "Kyoto", "Cusco", "Riga", "Dakar", "Turin", "Ghent", "Split", "Pune", "Quito", "Tartu")
@@ -16,38 +21,60 @@ _THINGS = ("turbine", "ledger", "harbour", "orchard", "signal", "archive", "mark
 _VERBS = ("inspected", "repaired", "sold", "opened", "measured", "painted", "closed", "moved")
 
 
-def quote(rng: random.Random) -> str:
+class Task(NamedTuple):
+    """What the user asks for, and how the answer begins."""
+
+    prompt: str
+    begun: str = ""
+
+    def token_ids(self, tokenizer: Tokenizer) -> list[int]:
+        """The chat, up to where the model goes on."""
+        text = tokenizer.apply_chat_template([{"role": "user", "content": self.prompt}])
+        return tokenizer.encode(text + self.begun, add_special_tokens=False)
+
+
+def quote(rng: random.Random) -> Task:
     notes = " ".join(f"On day {rng.randint(1, 28)} {rng.choice(_NAMES)} {rng.choice(_VERBS)} the {rng.choice(_THINGS)} "
                      f"near {rng.choice(_TOWNS)} for {rng.randint(100, 999)} crowns." for _ in range(8))
-    return f"Repeat the following notes word for word, and add nothing.\n\n{notes}"
+    return Task(f"Repeat the following notes word for word, and add nothing.\n\n{notes}")
 
 
-def code(rng: random.Random) -> str:
+def code(rng: random.Random) -> Task:
     fields = rng.sample(_THINGS, 6)
     new = rng.choice([n for n in _THINGS if n not in fields])
-    body = "\n".join(f"    def get_{f}(self):\n        return self.{f} * {rng.randint(2, 9)}\n" for f in fields)
-    init = "\n".join(f"        self.{f} = {f}" for f in fields)
-    source = f"class Store:\n    def __init__(self, {', '.join(fields)}):\n{init}\n\n{body}"
-    return (f"Write this Python class again with `{fields[0]}` renamed to `{new}`. Answer with the whole code only."
-            f"\n\n```python\n{source}```")
+    factors = [rng.randint(2, 9) for _ in fields]
+
+    def method(name: str, factor: int) -> str:
+        return f"    def get_{name}(self):\n        return self.{name} * {factor}\n"
+
+    def top(names: list[str]) -> str:
+        init = "\n".join(f"        self.{name} = {name}" for name in names)
+        return f"```python\nclass Store:\n    def __init__(self, {', '.join(names)}):\n{init}\n\n"
+
+    source = top(fields) + "\n".join(map(method, fields, factors)) + "```"
+    renamed = [new, *fields[1:]]
+    return Task(f"Write this Python class again with `{fields[0]}` renamed to `{new}`. Answer with the whole code only."
+                f"\n\n{source}", top(renamed) + "\n".join(map(method, renamed[:2], factors)) + "\n    def get_")
 
 
-def records(rng: random.Random) -> str:
-    people = "\n".join(f"{rng.choice(_NAMES)} lives in {rng.choice(_TOWNS)}, is {rng.randint(20, 79)} years old and "
-                       f"works at the {rng.choice(_THINGS)}." for _ in range(8))
-    first = '[{"name": "Zoe", "city": "Bern", "age": 30, "work_place": "library"},'
-    return ("Give these people as a JSON list with the keys name, city, age and work_place. It begins with:\n"
-            f"{first}\n\n{people}")
+def records(rng: random.Random) -> Task:
+    people = [(rng.choice(_NAMES), rng.choice(_TOWNS), rng.randint(20, 79), rng.choice(_THINGS)) for _ in range(8)]
+    prose = "\n".join(f"{name} lives in {town}, is {age} years old and works at the {place}."
+                      for name, town, age, place in people)
+    begun = "".join(f'  {{"name": "{name}", "city": "{town}", "age": {age}, "work_place": "{place}"}},\n'
+                    for name, town, age, place in people[:2])
+    return Task(f"Give these people as a JSON list with the keys name, city, age and work_place.\n\n{prose}",
+                f"[\n{begun}  {{\"name\": \"")
 
 
-def story(rng: random.Random) -> str:
-    return (f"Tell a story about {rng.choice(_NAMES)}, who found a {rng.choice(_THINGS)} in {rng.choice(_TOWNS)} and "
-            f"{rng.choice(_VERBS)} it at night.")
+def story(rng: random.Random) -> Task:
+    return Task(f"Tell a story about {rng.choice(_NAMES)}, who found a {rng.choice(_THINGS)} in {rng.choice(_TOWNS)} "
+                f"and {rng.choice(_VERBS)} it at night.")
 
 
-TASKS: dict[str, Callable[[random.Random], str]] = {"quote": quote, "code": code, "json": records, "story": story}
+TASKS: dict[str, Callable[[random.Random], Task]] = {"quote": quote, "code": code, "json": records, "story": story}
 
 
-def prompts(task: str, number: int, seed: int) -> list[str]:
-    """So many prompts of a task, all of them different."""
-    return [TASKS[task](random.Random(f"{task} {seed} {i}")) for i in range(number)]
+def tasks(kind: str, number: int, seed: int) -> list[Task]:
+    """So many tasks of a kind, all of them different."""
+    return [TASKS[kind](random.Random(f"{kind} {seed} {i}")) for i in range(number)]

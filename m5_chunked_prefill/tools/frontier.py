@@ -28,7 +28,7 @@ from ..llm import LLM
 from ..scheduler import ChunkedPrefillScheduler
 
 SLOWDOWNS = (1.25, 1.5, 2.0, 3.0, 6.0)
-FIXED = (32, 128, 512)                 # tokens of a step, whatever they cost
+FIXED = (32, 256)                       # tokens of a step, whatever they cost
 STREAM_PROMPT = 32                      # tokens: longer prompts are those that arrive
 
 

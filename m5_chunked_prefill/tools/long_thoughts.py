@@ -4,7 +4,6 @@ What a long output changes: most steps only decode, the cache grows until it is 
 """
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from statistics import median
 from typing import Any
@@ -15,7 +14,7 @@ from m2_continuous_batching.engine import engine_of
 from m2_continuous_batching.plugins.base import SchedulerPlugin, StepStats
 from m2_continuous_batching.scheduler import Scheduler
 
-from .draft_table import stats_of
+from .draft_table import serve, stats_of
 
 QUESTIONS = ("How many squares are there on a chessboard? Think step by step, at length.",
              "A train leaves at 8:00 and another at 9:30. When do they meet? Discuss every case.",
@@ -52,12 +51,7 @@ def _run(llm: BaseLLM, output_len: int, seed: int, num_questions: int) -> dict[s
         requests.append(process({"prompt_token_ids": ids}, params))
     counter = _PreemptionCount()
     engine.plugins.append(counter)
-    start = time.perf_counter()
-    for request in requests:
-        engine.add_request(request)
-    while engine.has_unfinished_requests():
-        engine.step()
-    seconds = time.perf_counter() - start
+    seconds = serve(llm, requests)
     engine.plugins.remove(counter)
     times = [r.metrics.token_times for r in requests]
     tenth = max(2, output_len // 10)

@@ -19,7 +19,7 @@ from m0_basics.loading.loader import resolve_model
 from m0_basics.sampling_params import SamplingParams
 
 from ..llm import LLM
-from .copy_tasks import TASKS, prompts
+from .copy_tasks import TASKS, tasks
 
 _TRAINING_SEED = 1_000_000          # prompts that the benchmark does not use
 
@@ -48,9 +48,7 @@ def train_draft(folder: Path, model: str = DEFAULT_MODEL, num_layers: int = 2, n
 def _texts(llm: BaseLLM, num_prompts: int, output_len: int) -> list[tuple[list[int], int]]:
     """What the target answers, with its prompt, and where the answer begins."""
     tokenizer = llm.get_tokenizer()
-    chats = [tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": text}]),
-                              add_special_tokens=False)
-             for task in TASKS for text in prompts(task, num_prompts, _TRAINING_SEED)]
+    chats = [task.token_ids(tokenizer) for kind in TASKS for task in tasks(kind, num_prompts, _TRAINING_SEED)]
     params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in chats], params)
     return [(ids + list(o.outputs[0].token_ids), len(ids)) for ids, o in zip(chats, outputs, strict=True)]

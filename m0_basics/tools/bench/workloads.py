@@ -120,7 +120,7 @@ def poisson(num_requests: int = 64, rate: float = 4.0, seed: int = 0, vocab_size
 
 
 def mixed(num_streams: int = 8, seed: int = 0, vocab_size: int = 49_000, stream_prompt: int = 32,
-          stream_output: int = 320, num_long: int = 4, long_min: int = 512, long_max: int = 6000, long_output: int = 16,
+          stream_output: int = 320, num_long: int = 4, long_min: int = 512, long_max: int = 6000, long_output: int = 1,
           first: float = 1.0, every: float = 1.5) -> Workload:
     """Streams that decode from the start on, and long prompts that arrive meanwhile, one `every` so many seconds.
 

@@ -14,8 +14,8 @@
 // Every row's keys are cut into parts of 256, always at the same places; each has its O, m and l, and they are merged
 // from the first to the last. A prompt's item does so as it goes along; of a sequence that decodes each part is an item,
 // and of one that runs a few tokens behind many, for all threads to have work (split-KV). So a row's result is the same
-// bits in a prompt, a chunk and a decode, whatever
-// runs beside it. Scores are scaled by log2(e), so that 2^x takes the place of e^x.
+// bits in a prompt, a chunk and a decode, whatever runs beside it. Scores are scaled by log2(e), so that 2^x takes the
+// place of e^x.
 //
 // H_q / H_kv query / key-value heads, G = H_q / H_kv, D head size (a multiple of 16).
 #pragma once
