@@ -4,7 +4,7 @@
   waits         a short prompt behind a giant one; a giant one among streams
   no_help       everything at once, and one long prompt alone: nothing to win
   cost          how far the cost model is off
-  drafts        drafter x task x number of requests
+  drafts        drafter x task x number of requests; the draft model is trained for it, on other prompts
   thoughts      long chains of thought: m4, m5, with a small memory that swaps, with drafts
 """
 from __future__ import annotations
@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import m4_flash_attn as m4
 from m0_basics.base_llm import BaseLLM
+from m0_basics.config import DEFAULT_MODEL
 from m0_basics.tools.bench import BenchReport, Contender, EngineContender, compare, get_workload, make_peers
 from m2_continuous_batching.engine import engine_of
 
@@ -25,6 +27,7 @@ from .tools import draft_table, frontier, long_thoughts, waits
 from .tools.bench_views import draw, print_tables
 from .tools.copy_tasks import TASKS
 from .tools.cost_check import CostCheck
+from .tools.train_draft import train_draft
 
 DEFAULT_PEERS = ("transformers-static",)
 MAX_NUM_SEQS = 64
@@ -45,7 +48,7 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
                                    EngineContender("m5", llm, "decodes first, then chunks")]
     with ExitStack() as stack:
         start = partial(make_peers, llm=llm, max_model_len=base["max_model_len"], dtype=str(base.get("dtype", "auto")))
-        named = get_workload(workload or ("ragged-64:num_requests=6,output_max=20" if quick else "ragged-64"))
+        named = get_workload(workload or ("ragged-64:num_requests=6,output_max=20" if quick else "ragged-16"))
         others = [stack.enter_context(p) for p in start(list(peers) or list(DEFAULT_PEERS), [])]
         if workload is not None:
             others += [stack.enter_context(p) for p in start([], peer_python)]
@@ -62,7 +65,7 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
                 tuned.append(stack.enter_context(peer))
         measurements = {"frontier": _frontier(ours, tuned, rounds, quick)}
     measurements |= _waits(ours, base, rounds, quick)
-    measurements |= _drafts(earlier, base, rounds, quick)
+    measurements |= _drafts(earlier, llm, base, rounds, quick)
     alone = get_workload("equal-1:prompt_len=40,output_len=4" if quick else "equal-1:prompt_len=3000,output_len=4")
     comparisons.append(compare(ours, alone.fit_vocabulary(llm.spec.vocab_size), rounds, baseline="m4"))
     report = BenchReport.create("m5_chunked_prefill", base, tuple(comparisons), measurements)
@@ -96,12 +99,18 @@ def _waits(ours: list[EngineContender], base: dict[str, Any], rounds: int, quick
                                                stream_output=12 if quick else 160)}
 
 
-def _drafts(earlier: BaseLLM, base: dict[str, Any], rounds: int, quick: bool) -> dict[str, Any]:
+def _drafts(earlier: BaseLLM, plain: BaseLLM, base: dict[str, Any], rounds: int, quick: bool) -> dict[str, Any]:
     drafting: dict[str, BaseLLM] = {method: LLM(**base | {"speculative_method": method})
                                     for method in ("ngram", "suffix")}
-    contenders = {draft_table.BASELINE: earlier, **drafting}
+    with TemporaryDirectory() as folder:                # of a draft model: read whole when its engine is made
+        model = str(base.get("model", DEFAULT_MODEL))
+        kinds = list(TASKS)[-1:] if quick else list(TASKS)
+        train_draft(Path(folder), model, num_prompts=1 if quick else 24, output_len=8 if quick else 96, kinds=kinds,
+                    max_model_len=512 if quick else 1024)
+        drafting["draft_model"] = LLM(**base | {"speculative_method": "draft_model", "speculative_model": folder})
+    contenders = {draft_table.BASELINE: plain, **drafting}
     sizes = {1: 8, 2: 4} if quick else draft_table.SIZES
-    table = draft_table.measure(contenders, list(TASKS)[-1:] if quick else list(TASKS), sizes, rounds)
+    table = draft_table.measure(contenders, kinds, sizes, rounds)
     output_len = 12 if quick else 1500
     small = {"max_model_len": 512 if quick else 2048}
     # Half of what four answers need in the end: who has no place waits in the host's memory.

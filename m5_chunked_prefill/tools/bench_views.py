@@ -36,7 +36,8 @@ def print_tables(report: BenchReport) -> None:
              f"{min(c['ratios']):.2f}-{max(c['ratios']):.2f}", f"{c['decode_ratio']:.2f}",
              "-" if c["acceptance"] is None else f"{c['acceptance']:.0%}")
             for e in found["drafts"] for name, c in e["contenders"].items()]
-    console.print(_table("Drafts", ("task", "requests", "drafter", "tokens/s", "ratio", "rounds", "decode", "right"), rows))
+    columns = ("task", "requests", "drafter", "tokens/s", "ratio", "rounds", "decode", "right")
+    console.print(_table("Drafts", columns, rows))
     rows = [(name, *(_number(v) for v in values.values())) for name, values in found["thoughts"].items()]
     console.print(_table("Long thoughts", ("", *next(iter(found["thoughts"].values()))), rows))
 

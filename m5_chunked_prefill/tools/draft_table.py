@@ -34,17 +34,18 @@ def measure(contenders: Mapping[str, BaseLLM], kinds: Sequence[str], sizes: Mapp
     can help. Greedy, up to the answers' ends. Raises BenchError where an answer is not BASELINE's, token for token.
     """
     entries = []
+    for llm in contenders.values():
+        _run(llm, tasks(kinds[0], 1, seed=0), 8)
     for size, output_len in sizes.items():
         for kind in kinds if size < max(SIZES) else [k for k in kinds if k in LARGE_TASKS]:
             runs: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
-            for number in range(-1, rounds):                    # round -1 warms up
+            for number in range(rounds):
                 asked = tasks(kind, size, seed=100 * size + number)
                 seen: dict[str, list[list[int]]] = {}
                 for name, llm in contenders.items():
-                    outputs, numbers = _run(llm, asked, output_len if number >= 0 else 8)
+                    outputs, numbers = _run(llm, asked, output_len)
                     seen[name] = outputs
-                    if number >= 0:
-                        runs[name].append(numbers)
+                    runs[name].append(numbers)
                 if any(outputs != seen[BASELINE] for outputs in seen.values()):
                     raise BenchError(f"{kind}, {size} at once: answers differ from those without drafts")
             entries.append({"task": kind, "num_requests": size, "output_len": output_len,
@@ -97,6 +98,7 @@ def stats_of(llm: BaseLLM) -> SpeculationStats | None:
 def draw(entries: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """One request: tokens per second once the first is there, over those without drafts, by task and drafter."""
     single = [e for e in entries if e["num_requests"] == 1]
-    groups = {e["task"]: {name: c["decode_ratio"] for name, c in e["contenders"].items() if name != BASELINE} for e in single}
+    groups = {e["task"]: {name: c["decode_ratio"] for name, c in e["contenders"].items() if name != BASELINE}
+              for e in single}
     return grouped_bars(groups, path, title="One request: times the tokens per second without drafts", ylabel="times",
                         line=1.0)

@@ -88,7 +88,8 @@ def bench_results(found: dict[str, Any]) -> dict[str, Result]:
              for key, unit in (("output_throughput", "tokens/s"), ("ratio", "ratio"))}
     m = found["measurements"]
     lines = m["frontier"]
-    facts["bench.decode_only_ms"] = _bench("measurements.frontier.decode_only_ms", "ms")
+    for key in ("decode_only_ms", "decode_only_p99_ms"):
+        facts[f"bench.{key}"] = _bench(f"measurements.frontier.{key}", "ms")
     for name in lines["points"]:
         slug = name.replace(" ", "_").removesuffix("%")
         for key, unit in (("itl_p99_ms", "ms"), ("itl_max_ms", "ms"), ("output_throughput", "tokens/s"),
@@ -110,7 +111,8 @@ def bench_results(found: dict[str, Any]) -> dict[str, Result]:
             facts[f"bench.giant.{name}.{key}"] = _bench(f"measurements.giant.contenders.{name}.{key}", unit)
     for i, entry in enumerate(m["drafts"]):
         for name in entry["contenders"]:
-            for key, unit in (("tokens_per_s", "tokens/s"), ("ratio", "ratio"), ("acceptance", "ratio")):
+            for key, unit in (("tokens_per_s", "tokens/s"), ("ratio", "ratio"), ("decode_ratio", "ratio"),
+                              ("acceptance", "ratio")):
                 if entry["contenders"][name][key] is not None:
                     facts[f"bench.drafts.{entry['task']}.{entry['num_requests']}.{name}.{key}"] = _bench(
                         f"measurements.drafts.{i}.contenders.{name}.{key}", unit)

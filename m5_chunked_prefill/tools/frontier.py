@@ -28,7 +28,7 @@ from ..llm import LLM
 from ..scheduler import ChunkedPrefillScheduler
 
 SLOWDOWNS = (1.25, 1.5, 2.0, 3.0, 6.0)
-FIXED = (32, 256)                       # tokens of a step, whatever they cost
+FIXED = (256,)                          # tokens of a step, whatever they cost
 STREAM_PROMPT = 32                      # tokens: longer prompts are those that arrive
 
 
@@ -81,10 +81,13 @@ def measure(contenders: Sequence[Contender], decoding: Contender, workload: Work
     runs: dict[str, list[RunResult]] = {c.name: [] for c in contenders}
     alone = []
     for _ in range(rounds):
-        alone.append(1e3 * median(_itls(decoding.run(streams).records)))
+        itls = Stats.of(_itls(decoding.run(streams).records), 1e3)
+        assert itls is not None
+        alone.append(itls)
         for contender in contenders:
             runs[contender.name].append(contender.run(workload))
-    return {"decode_only_ms": median(alone), "num_streams": len(streams.requests), "rounds": rounds,
+    return {"decode_only_ms": median(a.median for a in alone), "decode_only_p99_ms": median(a.p99 for a in alone),
+            "num_streams": len(streams.requests), "rounds": rounds,
             "workload": workload.summary(),
             "points": {c.name: point(runs[c.name]) | {"note": c.note} for c in contenders}}
 

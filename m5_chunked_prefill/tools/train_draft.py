@@ -25,16 +25,17 @@ _TRAINING_SEED = 1_000_000          # prompts that the benchmark does not use
 
 
 def train_draft(folder: Path, model: str = DEFAULT_MODEL, num_layers: int = 2, num_prompts: int = 96,
-                output_len: int = 96, num_passes: int = 3, max_model_len: int = 1024) -> list[float]:
+                output_len: int = 96, num_passes: int = 3, max_model_len: int = 1024,
+                kinds: Sequence[str] = tuple(TASKS)) -> list[float]:
     """Write a draft model of `num_layers` layers into `folder`; returns the mean loss of each pass.
 
-    `num_prompts` for each of the benchmark's tasks; `output_len` tokens are written for each of them. A prompt and
+    `num_prompts` for each of the benchmark's tasks, or of those `kinds`; `output_len` tokens are written for each of them. A prompt and
     its answer have at most `max_model_len` tokens.
     """
     check_int("num_layers", num_layers, 1)
     transformers = require("transformers", "training a draft model")
     llm = LLM(model, max_model_len=max_model_len)
-    texts = _texts(llm, num_prompts, output_len)
+    texts = _texts(llm, kinds, num_prompts, output_len)
     source = resolve_model(model, torch.float32)
     target = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     draft = _first_layers(target, num_layers)
@@ -45,10 +46,10 @@ def train_draft(folder: Path, model: str = DEFAULT_MODEL, num_layers: int = 2, n
     return losses
 
 
-def _texts(llm: BaseLLM, num_prompts: int, output_len: int) -> list[tuple[list[int], int]]:
+def _texts(llm: BaseLLM, kinds: Sequence[str], num_prompts: int, output_len: int) -> list[tuple[list[int], int]]:
     """What the target answers, with its prompt, and where the answer begins."""
     tokenizer = llm.get_tokenizer()
-    chats = [task.token_ids(tokenizer) for kind in TASKS for task in tasks(kind, num_prompts, _TRAINING_SEED)]
+    chats = [task.token_ids(tokenizer) for kind in kinds for task in tasks(kind, num_prompts, _TRAINING_SEED)]
     params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in chats], params)
     return [(ids + list(o.outputs[0].token_ids), len(ids)) for ids, o in zip(chats, outputs, strict=True)]
