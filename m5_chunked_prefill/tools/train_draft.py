@@ -29,8 +29,8 @@ def train_draft(folder: Path, model: str = DEFAULT_MODEL, num_layers: int = 2, n
                 kinds: Sequence[str] = tuple(TASKS)) -> list[float]:
     """Write a draft model of `num_layers` layers into `folder`; returns the mean loss of each pass.
 
-    `num_prompts` for each of the benchmark's tasks, or of those `kinds`; `output_len` tokens are written for each of them. A prompt and
-    its answer have at most `max_model_len` tokens.
+    `num_prompts` prompts for each of the benchmark's tasks, or of those `kinds`; `output_len` tokens are written for
+    each of them. A prompt and its answer have at most `max_model_len` tokens.
     """
     check_int("num_layers", num_layers, 1)
     transformers = require("transformers", "training a draft model")
