@@ -57,7 +57,8 @@ class InputProcessor:
                              f"so that one more fits into max_model_len={self.max_model_len}")
         self._check_tokens("prompt", token_ids)
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
-        return Request(str(next(self._counter)), text, token_ids, params, seed, self.spec.eos_token_ids, stream)
+        return Request(str(next(self._counter)), text, token_ids, params, seed, self.spec.eos_token_ids, stream,
+                       _salt_of(prompt))
 
     def check_params(self, params: SamplingParams) -> None:
         """Raise InputError or ConfigError for parameters that do not fit this model, whatever the prompt."""
@@ -74,9 +75,9 @@ class InputProcessor:
     def _tokenise(self, prompt: Prompt, add_special_tokens: bool) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
             keys = set(prompt) & {"prompt", "prompt_token_ids"}
-            if not keys or set(prompt) - {"prompt", "prompt_token_ids"}:
+            if not keys or set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}:
                 raise InputError(f"prompt has the keys {short(sorted(prompt, key=str))}; "
-                                 "allowed: prompt (text), prompt_token_ids")
+                                 "allowed: prompt (text), prompt_token_ids, cache_salt")
             if prompt.get("prompt_token_ids") is not None:
                 return prompt.get("prompt"), self._token_list(prompt["prompt_token_ids"])
             prompt = prompt["prompt"]
@@ -108,3 +109,13 @@ class InputProcessor:
     def _check_tokens(self, name: str, token_ids: Iterable[int]) -> None:
         if bad := [i for i in token_ids if not 0 <= i < self.spec.vocab_size]:
             raise reject(f"{name} token id", bad[0], f"0 to {self.spec.vocab_size - 1}, the model's vocabulary")
+
+
+def _salt_of(prompt: Prompt) -> str:
+    """The prompt's `cache_salt`: requests of different salts share nothing, in whatever an engine keeps of them."""
+    salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
+    if salt is None:
+        return ""
+    if not isinstance(salt, str) or not salt or not is_utf8(salt):
+        raise InputError(f"cache_salt={short(salt)} is not valid; allowed: a text that is not empty, or None")
+    return salt

@@ -43,6 +43,7 @@ class RequestOutput:
     finished: bool
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     metrics: RequestMetrics | None = field(default=None, repr=False)
+    num_cached_tokens: int = 0                      # of the prompt, that were in the cache when the request began
 
     @classmethod
     def from_request(cls, request: Request) -> RequestOutput:
@@ -60,4 +61,4 @@ class RequestOutput:
         if params.prompt_logprobs is not None and request.sequences[0].prompt_logprobs:
             prompt_logprobs = request.sequences[0].prompt_logprobs.copy()
         return cls(request.request_id, request.prompt, request.prompt_token_ids, outputs, finished, prompt_logprobs,
-                   request.metrics)
+                   request.metrics, request.num_cached_tokens)

@@ -114,6 +114,7 @@ class Sequence:
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)    # filled by the ModelRunner
     output_text: str = ""                           # filled by the detokenizer
     stop_reason: int | str | None = None            # the stop string or token that ended it
+    cache_salt: str = ""                            # the request's
 
     @property
     def num_tokens(self) -> int:
@@ -146,7 +147,8 @@ class Sequence:
         """A copy that grows on its own: changing it leaves this sequence as it was."""
         return Sequence(seq_id, self.data.copy(), self.sampling_params, self.seed, self.eos_token_ids, index,
                         self.status, self.ends_as, self.num_computed_tokens, self.cumulative_logprob,
-                        self.logprobs.copy(), self.prompt_logprobs.copy(), self.output_text, self.stop_reason)
+                        self.logprobs.copy(), self.prompt_logprobs.copy(), self.output_text, self.stop_reason,
+                        self.cache_salt)
 
     def with_drafts(self, token_ids: Iterable[int]) -> Sequence:
         """For the sampler: this sequence as it would be with `token_ids` behind its newest token."""
@@ -195,13 +197,15 @@ class Request:
     seed: int = 0
     eos_token_ids: tuple[int, ...] = ()
     stream: bool = False                                        # report after each step, not only at the end
+    cache_salt: str = ""                                        # requests of different salts share nothing
+    num_cached_tokens: int = 0                                  # of the prompt, that were in the cache when it began
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     sequences: list[Sequence] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.sequences:
             self.sequences = [Sequence(next_seq_id(), SequenceData(self.prompt_token_ids), self.sampling_params,
-                                       self.seed, self.eos_token_ids)]
+                                       self.seed, self.eos_token_ids, cache_salt=self.cache_salt)]
 
     @property
     def is_finished(self) -> bool:

@@ -1,12 +1,14 @@
 """Configuration of this milestone: how much runs side by side, and who goes first."""
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import m0_basics.config as m0
 from m0_basics.config import check_int, option, reject
 
-from .policies import POLICIES, make_policy
+from .policies import POLICIES, SchedulingPolicy, make_policy
 
 BACKENDS = ("ragged", "naive")
 
@@ -15,6 +17,7 @@ BACKENDS = ("ragged", "naive")
 class SchedulerConfig(m0.SchedulerConfig):
     """The two budgets of a step, and the policy that spends them."""
 
+    policies: ClassVar[Mapping[str, Callable[[str], SchedulingPolicy]]] = POLICIES
     max_num_seqs: int = option(32, "Sequences that run side by side: the rows of the KV cache.")
     max_num_batched_tokens: int | None = option(
         None, "Most tokens in one step, at least max_model_len: prompts run whole (default: that, or 2048 if more).")
@@ -24,7 +27,7 @@ class SchedulerConfig(m0.SchedulerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("max_num_batched_tokens", self.max_num_batched_tokens, 1, optional=True)
-        make_policy(self.policy)            # raises ConfigError for a policy that does not exist
+        make_policy(self.policy, self.policies)         # raises ConfigError for a policy that does not exist
 
 
 @dataclass(frozen=True)

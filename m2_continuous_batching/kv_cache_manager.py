@@ -32,6 +32,10 @@ class KVCacheManager(ABC):
     def get_num_computed_tokens(self, sequence: Sequence) -> int:
         """Tokens of a sequence that is about to start whose keys and values are in the cache already."""
 
+    def should_wait(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is about to compute what this one, which has not started, needs as well."""
+        return False
+
     @abstractmethod
     def allocate_slots(self, sequence: Sequence, num_computed_tokens: int, num_tokens: int) -> bool:
         """Make room for tokens [num_computed_tokens, num_computed_tokens + num_tokens) of `sequence`.

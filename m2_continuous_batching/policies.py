@@ -7,7 +7,7 @@ ageing: `priority - waited / interval` orders requests as `arrival + priority * 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from m0_basics.config import check_int, reject
@@ -48,6 +48,7 @@ class QueuedSequence:
     queue_number: int = 0               # sequences that had joined the queue when it did, itself included
     tokens_this_turn: int = 0           # steps that gave it a token since it was last admitted
     last_step: int = -1                 # the last step that ran it
+    num_ready: int = 0                  # tokens that it would find in the cache, where somebody looks for them
 
     @property
     def arrival_time(self) -> float:
@@ -194,7 +195,7 @@ class SLAPolicy(SchedulingPolicy):
             raise reject("sla_class", params.sla_class, ", ".join(self.classes))
 
 
-def _with_number(name: str, unit: str, default: float, policy: Callable[[float], SchedulingPolicy],
+def with_number(name: str, unit: str, default: float, policy: Callable[[float], SchedulingPolicy],
                  ) -> Callable[[str], SchedulingPolicy]:
     """A policy with one finite number above 0: `name:unit`."""
     def make(text: str) -> SchedulingPolicy:
@@ -243,17 +244,17 @@ def _plain(name: str, policy: Callable[[], SchedulingPolicy]) -> Callable[[str],
 POLICIES: dict[str, Callable[[str], SchedulingPolicy]] = {
     "fcfs": _plain("fcfs", FCFSPolicy),
     "priority": _plain("priority", PriorityPolicy),
-    "ageing": _with_number("ageing", "SECONDS", 5.0, AgeingPolicy),
-    "shortest-first": _with_number("shortest-first", "PATIENCE", 8.0, ShortestFirstPolicy),
+    "ageing": with_number("ageing", "SECONDS", 5.0, AgeingPolicy),
+    "shortest-first": with_number("shortest-first", "PATIENCE", 8.0, ShortestFirstPolicy),
     "sjf": _plain("sjf", ShortestJobFirstPolicy),
     "round-robin": _round_robin,
     "sla": _sla,
 }
 
 
-def make_policy(text: str) -> SchedulingPolicy:
+def make_policy(text: str, policies: Mapping[str, Callable[[str], SchedulingPolicy]] = POLICIES) -> SchedulingPolicy:
     """`fcfs`, `ageing:5`, `sla:interactive=0.5,batch=0`, ... -> the policy. Raises ConfigError for any other."""
     name, _, parameter = text.partition(":") if isinstance(text, str) else ("", "", "")
-    if name not in POLICIES:
-        raise reject("policy", text, ", ".join(POLICIES))
-    return POLICIES[name](parameter)
+    if name not in policies:
+        raise reject("policy", text, ", ".join(policies))
+    return policies[name](parameter)

@@ -78,6 +78,7 @@ class Queues:
         entry.sequence.num_computed_tokens = num_computed_tokens
         if entry.request.metrics.first_scheduled_time is None:
             entry.request.metrics.first_scheduled_time = self.clock()
+            entry.request.num_cached_tokens = num_computed_tokens
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Add one more output of a running request, which has computed what its parent has.

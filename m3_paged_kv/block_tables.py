@@ -72,6 +72,12 @@ class BlockTables:
         table += [self.pool.allocate() for _ in range(num_new)]
         return True
 
+    def replace(self, sequence: Sequence, number: int, block: int) -> None:
+        """Let a sequence use another block with the same contents; the caller's hold on it is taken over."""
+        table = self._tables[sequence.seq_id]
+        self.pool.release(table[number])
+        table[number] = block
+
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let `child` share the blocks of what `parent` has computed."""
         blocks, _ = self.split(parent)

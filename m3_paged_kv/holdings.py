@@ -92,6 +92,19 @@ class SwapSpace:
             self.host_pool.release(block)
         return blocks
 
+    def hold(self, sequence: Sequence, holdings: Holdings) -> None:
+        """Let a sequence that has nothing here bring blocks of the device; their hold is taken over from the caller."""
+        assert sequence.seq_id not in self._holdings
+        self._holdings[sequence.seq_id] = holdings
+
+    def move_back(self, sequence: Sequence, index: int, block: int) -> None:
+        """A block of what a sequence holds on the host is on the device as well: hold it there, its hold taken over."""
+        blocks = self._holdings[sequence.seq_id].blocks
+        place, host_block = blocks[index]
+        assert place == "host"
+        self.host_pool.release(host_block)
+        blocks[index] = ("device", block)
+
     def drop(self, seq_id: int) -> None:
         """The sequence keeps nothing: if it runs again, it is computed anew."""
         self.tables.forget(seq_id)

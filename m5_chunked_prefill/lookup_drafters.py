@@ -14,6 +14,8 @@ from m0_basics.request import Request, Sequence
 from .drafter import Drafter, Drafts
 from .suffix_automaton import Match, SuffixAutomaton
 
+_MOST_SALTS = 64            # whose earlier texts are remembered
+
 
 class NGramDrafter(Drafter):
     """Prompt look-up: the last n tokens, where they occurred before, and what followed then (the longest n first)."""
@@ -63,11 +65,11 @@ class SuffixDrafter(Drafter):
     """The longest end of the text that occurred before, in this text or in an earlier one, however long it is."""
 
     def __init__(self, shortest: int = 2, max_earlier_tokens: int = 200_000) -> None:
-        """`max_earlier_tokens`: of requests that have ended; then the older half is forgotten."""
+        """`max_earlier_tokens`: of requests of a salt that have ended; then the older half is forgotten."""
         self.shortest = shortest
         self.max_earlier_tokens = max_earlier_tokens
         self._own: WeakKeyDictionary[Sequence, SuffixAutomaton] = WeakKeyDictionary()
-        self._earlier: list[SuffixAutomaton] = [SuffixAutomaton()]      # the newest last
+        self._earlier: dict[str, list[SuffixAutomaton]] = {}            # by salt, the newest last
         self._walks: WeakKeyDictionary[Sequence, _Walk] = WeakKeyDictionary()
 
     def propose(self, sequences: list[Sequence], lengths: list[int]) -> Drafts:
@@ -86,7 +88,7 @@ class SuffixDrafter(Drafter):
         if matched.length >= self.shortest:
             draft = own.tokens[matched.end:matched.end + length]
         best = matched.length
-        for automaton in self._earlier:
+        for automaton in self._earlier.get(sequence.cache_salt, ()):
             found = walk.match(automaton, sequence)
             if found.length > best and found.length >= self.shortest:
                 following = automaton.tokens[found.end:found.end + length]
@@ -97,14 +99,18 @@ class SuffixDrafter(Drafter):
         return draft
 
     def on_request_completion(self, request: Request) -> None:
-        """What was said may be said again."""
-        newest = self._earlier[-1]
+        """What was said may be said again, to whom it was said: to requests of the same salt."""
+        earlier = self._earlier.pop(request.cache_salt, [SuffixAutomaton()])
+        newest = earlier[-1]
         for sequence in request.sequences[:1]:
             for token_id in sequence.data.token_ids:
                 newest.append(token_id)
             newest.append(-1 - len(newest))             # no text goes on into the next
         if len(newest) > self.max_earlier_tokens // 2:
-            self._earlier = [newest, SuffixAutomaton()]
+            earlier = [newest, SuffixAutomaton()]
+        self._earlier[request.cache_salt] = earlier
+        if len(self._earlier) > _MOST_SALTS:
+            del self._earlier[next(iter(self._earlier))]            # the one that was not heard of for longest
 
 
 class _Walk:

@@ -106,7 +106,8 @@ class ChunkedPrefillScheduler(Scheduler):
             is_running = entry in prefilling
             if is_running and entry not in self.running:
                 continue                                # it has given way to one before it
-            if not is_running and (is_full or self.queues.policy.lane(entry) in full_lanes):
+            if not is_running and (is_full or self.queues.policy.lane(entry) in full_lanes
+                                   or self.kv_cache_manager.should_wait(entry.sequence)):
                 continue
             start, num_tokens = self._next_chunk(entry, used, decodes, step)
             if num_tokens <= 0:

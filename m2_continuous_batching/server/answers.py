@@ -57,11 +57,12 @@ def to_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def usage(streams: Sequence[OutputStream], num_completion_tokens: int) -> dict[str, int]:
-    """Tokens in and out. A prompt counts once, however many outputs it has."""
+def usage(streams: Sequence[OutputStream], num_completion_tokens: int) -> dict[str, Any]:
+    """Tokens in and out. A prompt counts once, however many outputs it has. Cached are those that were not computed."""
     num_prompt_tokens = sum(len(stream.request.prompt_token_ids) for stream in streams)
     return {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_completion_tokens,
-            "total_tokens": num_prompt_tokens + num_completion_tokens}
+            "total_tokens": num_prompt_tokens + num_completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(stream.request.num_cached_tokens for stream in streams)}}
 
 
 async def collect(streams: Sequence[OutputStream]) -> list[RequestOutput]:

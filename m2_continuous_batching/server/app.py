@@ -49,7 +49,7 @@ def build_app(engine: AsyncLLMEngine, metrics: PrometheusMetrics, config: Server
 
     app.add_exception_handler(ClientDisconnectedError, gone)
     router = APIRouter(route_class=bounded_route(config, engine.max_prompts))
-    _add_generation(router, engine, config.served_model_name)
+    _add_generation(router, engine, config)
     _add_tokens(router, engine, config.served_model_name)
     app.include_router(router)
     _add_monitoring(app, engine, metrics, config.max_step_s)
@@ -61,8 +61,8 @@ def _check_model(wanted: str | None, served: str) -> None:
         raise ApiError(404, f"model={short(wanted)} does not exist; allowed: {served!r}", "model", "model_not_found")
 
 
-def _add_generation(app: APIRouter, engine: AsyncLLMEngine, name: str) -> None:
-    created = int(time.time())
+def _add_generation(app: APIRouter, engine: AsyncLLMEngine, config: ServerConfig) -> None:
+    created, name = int(time.time()), config.served_model_name
 
     def model_card() -> dict[str, Any]:
         return {"id": name, "object": "model", "created": created, "owned_by": "llm-inference-lab", "root": name,
@@ -71,12 +71,12 @@ def _add_generation(app: APIRouter, engine: AsyncLLMEngine, name: str) -> None:
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         _check_model(body.model, name)
-        return await create_completion(engine, name, body, request)
+        return await create_completion(engine, config, body, request)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         _check_model(body.model, name)
-        return await create_chat_completion(engine, name, body, request)
+        return await create_chat_completion(engine, config, body, request)
 
     @app.get("/v1/models/", include_in_schema=False)
     @app.get("/v1/models")

@@ -143,12 +143,14 @@ class AsyncLLMEngine:
     async def add_requests(self, prompts: Sequence[Prompt | Sequence[Message]], params: SamplingParams,
                            scheduling_params: SchedulingParams | None = None, *, stream: bool,
                            add_special_tokens: bool | None = None, request_id: str | None = None,
-                           template_options: Mapping[str, Any] | None = None) -> list[OutputStream]:
+                           template_options: Mapping[str, Any] | None = None,
+                           cache_salt: str = "") -> list[OutputStream]:
         """Queue all of the prompts or, where one of them is refused, none; close every stream that is returned.
 
         `stream`: whether a request reports after each step, or at its end only. `request_id` is for a single prompt.
         `add_special_tokens`: None adds them to a text, and not to a chat, whose template writes its own.
-        `template_options`: what `Tokenizer.apply_chat_template` takes beside the messages of a chat.
+        `template_options`: what `Tokenizer.apply_chat_template` takes beside the messages of a chat. Requests of
+        different `cache_salt` share nothing, in whatever an engine keeps of them.
         """
         assert request_id is None or len(prompts) == 1
         self._check_accepting()
@@ -156,7 +158,7 @@ class AsyncLLMEngine:
 
         def process() -> list[Request]:
             self._engine.output_processor.prepare(params)
-            return [self._process(prompt, params, stream, add_special_tokens, template_options or {})
+            return [self._process(prompt, params, stream, add_special_tokens, template_options or {}, cache_salt)
                     for prompt in prompts]
 
         size = sum(map(num_chars, prompts)) + num_chars_within(template_options or {}, LONG)
@@ -186,10 +188,13 @@ class AsyncLLMEngine:
                 return                      # it has just ended, and nothing runs any more
 
     def _process(self, prompt: Any, params: SamplingParams, stream: bool, add_special_tokens: bool | None,
-                 template_options: Mapping[str, Any]) -> Request:
+                 template_options: Mapping[str, Any], cache_salt: str) -> Request:
         special = not is_chat(prompt) if add_special_tokens is None else add_special_tokens
         if is_chat(prompt):
             prompt = self.llm.get_tokenizer().apply_chat_template(prompt, **template_options)
+        if cache_salt:
+            kind = "prompt" if isinstance(prompt, str) else "prompt_token_ids"
+            prompt = {**(prompt if isinstance(prompt, Mapping) else {kind: prompt}), "cache_salt": cache_salt}
         return self.llm.input_processor.process(prompt, params, stream, special)
 
     def _check_compiled(self, params: SamplingParams) -> bool:

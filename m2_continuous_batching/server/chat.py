@@ -13,19 +13,22 @@ from m0_basics.request import Logprob
 from .access_log import answer_id, remember_streams
 from .answers import Deltas, Envelope, StreamUsage, collect, finite, json_answer, token_text, usage
 from .async_engine import AsyncLLMEngine
+from .config import ServerConfig
 from .output_stream import OutputStream
-from .parameters import as_messages, chat_params, scheduling_params, template_options
+from .parameters import as_messages, cache_salt, chat_params, scheduling_params, template_options
 from .protocol import ChatBody
 from .streaming import EventStreamResponse, run_while_connected
 
 
-async def create_chat_completion(engine: AsyncLLMEngine, model: str, body: ChatBody, request: Request) -> Response:
+async def create_chat_completion(engine: AsyncLLMEngine, config: ServerConfig, body: ChatBody,
+                                 request: Request) -> Response:
     """Raises ConfigError or ApiError before anything is sent."""
     streams = await engine.add_requests([as_messages(body.messages)], chat_params(body), scheduling_params(body),
                                         stream=bool(body.stream), add_special_tokens=body.add_special_tokens,
-                                        template_options=template_options(body))
+                                        template_options=template_options(body),
+                                        cache_salt=cache_salt(body, config, request.headers.get("authorization")))
     remember_streams(request, streams)
-    request_id = answer_id(request, body.request_id)
+    model, request_id = config.served_model_name, answer_id(request, body.request_id)
     if body.stream:
         envelope = Envelope.new("chatcmpl", "chat.completion.chunk", model, request_id)
         return EventStreamResponse(_events(body, envelope, streams), streams)

@@ -19,22 +19,25 @@ from m1_offline.detokenizer import IncrementalDetokenizer
 from .access_log import answer_id, remember_streams
 from .answers import Deltas, Envelope, StreamUsage, collect, finite, json_answer, token_text, usage
 from .async_engine import AsyncLLMEngine
+from .config import ServerConfig
 from .output_stream import OutputStream
-from .parameters import completion_params, scheduling_params
+from .parameters import cache_salt, completion_params, scheduling_params
 from .protocol import CompletionBody
 from .streaming import EventStreamResponse, run_while_connected
 
 
-async def create_completion(engine: AsyncLLMEngine, model: str, body: CompletionBody, request: Request) -> Response:
+async def create_completion(engine: AsyncLLMEngine, config: ServerConfig, body: CompletionBody,
+                            request: Request) -> Response:
     """Raises ConfigError or ApiError before anything is sent."""
     params = completion_params(body)
     prompts: list[Prompt] = as_prompt_list(body.prompt)
     if not prompts:
         raise ConfigError("prompt=[] is not valid; allowed: at least one prompt")
     streams = await engine.add_requests(prompts, params, scheduling_params(body), stream=bool(body.stream),
-                                        add_special_tokens=body.add_special_tokens)
+                                        add_special_tokens=body.add_special_tokens,
+                                        cache_salt=cache_salt(body, config, request.headers.get("authorization")))
     remember_streams(request, streams)
-    envelope = Envelope.new("cmpl", "text_completion", model, answer_id(request, body.request_id))
+    envelope = Envelope.new("cmpl", "text_completion", config.served_model_name, answer_id(request, body.request_id))
     if body.stream:
         return EventStreamResponse(_events(engine, body, envelope, streams), streams)
     outputs = await run_while_connected(request.receive, collect(streams))

@@ -14,6 +14,7 @@ class ServerConfig:
 
     served_model_name: str = option("model", "The name that clients use for the model.")
     api_key: str | None = option(None, "Clients have to send this key.")
+    salt_by_api_key: bool = option(False, "Requests with different keys share nothing, in whatever is kept of them.")
     max_body_bytes: int = option(4 * 2 ** 20, "Largest body of a request.")
     max_messages: int = option(2048, "Most messages of a chat, and most parts of their contents.")       # OpenAI's
     max_list_items: int = option(1024, "Most entries of stop, bad_words, logit_bias and the lists of token ids.")

@@ -1,12 +1,14 @@
 """From the body of a request to what the engine takes: sampling parameters, scheduling parameters, messages."""
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import Any
 
 from m0_basics.config import ConfigError, reject
-from m0_basics.sampling_params import SamplingParams, StructuredOutputsParams
+from m0_basics.sampling_params import SamplingParams, StructuredOutputsParams, is_utf8
 
 from ..policies import SchedulingParams
+from .config import ServerConfig
 from .protocol import ChatBody, ChatMessage, CompletionBody, GenerationBody, TemplateOptions
 
 # Fields that go to SamplingParams as they are.
@@ -40,6 +42,19 @@ def chat_params(body: ChatBody) -> SamplingParams:
 def scheduling_params(body: GenerationBody) -> SchedulingParams:
     """Raises ConfigError."""
     return SchedulingParams(body.priority or 0, body.sla_class, body.timeout)
+
+
+def cache_salt(body: GenerationBody, config: ServerConfig, authorization: str | None) -> str:
+    """What the request shares its cache under: its own salt, and who asks where the server tells them apart.
+
+    Raises ConfigError for half a character.
+    """
+    salt = body.cache_salt or ""
+    if not is_utf8(salt):
+        raise reject("cache_salt", salt, "text that UTF-8 can write")
+    if not config.salt_by_api_key:
+        return salt
+    return f"{sha256((authorization or '').encode()).hexdigest()} {salt}"
 
 
 def as_messages(messages: list[ChatMessage]) -> list[dict[str, str]]:

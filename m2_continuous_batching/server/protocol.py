@@ -23,6 +23,7 @@ MAX_LOGPROBS = 20           # OpenAI's limit for chats, vLLM's for everything
 Outputs = Annotated[int, Field(ge=1, le=MAX_OUTPUTS)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 RequestId = Annotated[str, Field(pattern="^[!-~]{1,128}$")]         # ASCII without spaces
+CacheSalt = Annotated[str, Field(min_length=1, max_length=256)]
 Priority = Annotated[int, Field(ge=-2 ** 31, le=2 ** 31)]
 # A list of half a million mistakes is answered with the first.
 Texts = Annotated[list[str], Field(fail_fast=True)]
@@ -143,6 +144,7 @@ class GenerationBody(Body):
     # this engine's
     sla_class: str | None = None
     timeout: float | None = None                # seconds after which the request is aborted
+    cache_salt: CacheSalt | None = None         # requests of different salts share nothing
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationBody:

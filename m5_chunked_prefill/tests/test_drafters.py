@@ -114,6 +114,6 @@ def test_what_is_remembered_is_bounded() -> None:
     drafter = SuffixDrafter(max_earlier_tokens=100)
     for i in range(30):
         drafter.on_request_completion(Request(str(i), None, [100 * i + j for j in range(20)], SamplingParams()))
-    assert sum(len(automaton) for automaton in drafter._earlier) <= 130
+    assert sum(len(automaton) for automaton in drafter._earlier[""]) <= 130
     assert drafter.propose([sequence_of([2900], [2901])], [2]) == [[2902, 2903]]
     assert drafter.propose([sequence_of([0], [1])], [2]) == [[]]

@@ -1,0 +1,377 @@
+"""F6.1, F6.3, F6.4, F6.5: whatever happens to sequences, each finds its own tokens where its block table says.
+
+The manager keeps books; here is a memory to go with them. Every slot holds the mark of what was written to it last: the
+salt and all tokens up to the one whose keys and values it stands for. If a block were shared that holds something else,
+handed out while somebody reads it, or copied from the wrong place, some sequence would find a stranger's mark.
+"""
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from m0_basics.request import Sequence, SequenceData, SequenceStatus, next_seq_id
+from m0_basics.sampling_params import SamplingParams
+from m3_paged_kv.block_pool import BlockPool
+from m6_prefix_cache.block_hash import BlockHasher, HashIndex
+from m6_prefix_cache.block_pool import CachedBlockPool
+from m6_prefix_cache.kv_cache_manager import PrefixKVCacheManager
+from m6_prefix_cache.radix_tree import RadixTree
+
+Mark = tuple[str, tuple[int, ...]]
+SALTS = ("", "a")
+
+
+def make_sequence(tokens: list[int], salt: str = "", params: SamplingParams | None = None) -> Sequence:
+    return Sequence(next_seq_id(), SequenceData(tokens), params or SamplingParams(), seed=0, cache_salt=salt)
+
+
+def make_manager(num_blocks: int = 16, block_size: int = 4, kind: str = "radix", num_host_blocks: int = 0,
+                 max_cached: int | None = None, steps_ahead: bool = False) -> PrefixKVCacheManager:
+    hasher = BlockHasher(block_size, "model")
+    index = RadixTree(block_size) if kind == "radix" else HashIndex(hasher)
+    return PrefixKVCacheManager(CachedBlockPool(num_blocks, index, max_cached), hasher, BlockPool(num_host_blocks),
+                                watermark=0.0, steps_ahead=steps_ahead)
+
+
+def mark(sequence: Sequence, position: int) -> Mark:
+    return sequence.cache_salt, tuple(sequence.data.token_ids[:position + 1])
+
+
+class PrefixMachine(RuleBasedStateMachine):
+    """Start, run in pieces, grow, fork, preempt, resume, free, in any order; few tokens, so that much is shared."""
+
+    @initialize(num_blocks=st.integers(3, 14), block_size=st.integers(1, 4), num_host_blocks=st.integers(0, 8),
+                kind=st.sampled_from(["radix", "hash"]), max_cached=st.none() | st.integers(0, 6))
+    def begin(self, num_blocks: int, block_size: int, num_host_blocks: int, kind: str,
+              max_cached: int | None) -> None:
+        self.manager = make_manager(num_blocks, block_size, kind, num_host_blocks, max_cached)
+        self.kind, self.size = kind, block_size
+        self.memory: dict[int, Mark] = {}
+        self.running: list[Sequence] = []
+        self.away: list[Sequence] = []
+
+    # ---- what the engine does
+
+    def slot(self, sequence: Sequence, position: int) -> int:
+        return self.manager.tables[sequence][position // self.size] * self.size + position % self.size
+
+    def run_step(self, sequence: Sequence, start: int, num_tokens: int) -> None:
+        for copy in self.manager.take_copies():
+            values = [self.memory.get(copy.source + i) for i in range(copy.num_slots)]
+            for i, value in enumerate(values):
+                if value is None:
+                    self.memory.pop(copy.target + i, None)
+                else:
+                    self.memory[copy.target + i] = value
+        for position in range(start, start + num_tokens):
+            self.memory[self.slot(sequence, position)] = mark(sequence, position)
+        sequence.num_computed_tokens = start + num_tokens
+
+    def begin_to_run(self, sequence: Sequence, piece: int) -> bool:
+        start = self.manager.get_num_computed_tokens(sequence)
+        assert start < sequence.num_tokens, "one token is left to run"
+        num_tokens = min(piece, sequence.num_tokens - start)
+        fits = self.manager.fits_without(sequence, start, num_tokens, [])
+        started = self.manager.allocate_slots(sequence, start, num_tokens)
+        assert started == fits or not self.running
+        if started:
+            sequence.status = SequenceStatus.RUNNING
+            self.running.append(sequence)
+            self.run_step(sequence, start, num_tokens)
+        return started
+
+    # ---- rules
+
+    @rule(tokens=st.lists(st.integers(1, 2), min_size=1, max_size=20), salt=st.sampled_from(SALTS),
+          piece=st.integers(1, 24))
+    def start(self, tokens: list[int], salt: str, piece: int) -> None:
+        if not self.manager.can_ever_hold(len(tokens)):
+            return
+        sequence = make_sequence(tokens, salt)
+        assert self.manager.get_num_computed_tokens(sequence) == self.brute_force(sequence)
+        alone = not self.running
+        if not self.begin_to_run(sequence, piece):
+            assert not alone, "nobody may be locked out"
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), piece=st.integers(1, 8), token=st.integers(1, 2))
+    def go_on(self, data: st.DataObject, piece: int, token: int) -> None:
+        """The next piece of a prompt, or the token that was sampled."""
+        sequence = data.draw(st.sampled_from(self.running))
+        if sequence.num_computed_tokens == sequence.num_tokens:
+            sequence.append_token_id(token)
+        if not self.manager.can_ever_hold(sequence.num_tokens):
+            return
+        start = sequence.num_computed_tokens
+        num_tokens = min(piece, sequence.num_tokens - start)
+        if self.manager.allocate_slots(sequence, start, num_tokens):
+            self.run_step(sequence, start, num_tokens)
+        else:
+            assert len(self.running) > 1 or self.manager.pool.num_free < num_tokens
+
+    @precondition(lambda self: any(s.num_computed_tokens == s.num_tokens for s in self.running))
+    @rule(data=st.data(), token=st.integers(1, 2))
+    def fork(self, data: st.DataObject, token: int) -> None:
+        parent = data.draw(st.sampled_from([s for s in self.running if s.num_computed_tokens == s.num_tokens]))
+        child = parent.fork(next_seq_id(), 1)
+        assert self.manager.fork(parent, child)
+        child.num_computed_tokens = parent.num_computed_tokens
+        child.append_token_id(token)
+        self.running.append(child)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def preempt(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(self.running))
+        self.running.remove(sequence)
+        sequence.status = self.manager.preempt(sequence)
+        if sequence.status is SequenceStatus.WAITING:
+            sequence.num_computed_tokens = 0
+        self.away.append(sequence)
+
+    @precondition(lambda self: self.away)
+    @rule(data=st.data(), piece=st.integers(1, 24))
+    def resume(self, data: st.DataObject, piece: int) -> None:
+        sequence = data.draw(st.sampled_from(self.away))
+        if sequence.num_tokens == sequence.num_computed_tokens:
+            sequence.append_token_id(1)
+        if self.manager.can_ever_hold(sequence.num_tokens) and self.begin_to_run(sequence, piece):
+            self.away.remove(sequence)
+
+    @precondition(lambda self: self.running or self.away)
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(self.running + self.away))
+        was_running, num_known = sequence in self.running, sequence.num_computed_tokens // self.size
+        (self.running if was_running else self.away).remove(sequence)
+        sequence.status = SequenceStatus.FINISHED_STOPPED
+        self.manager.free(sequence)
+        if was_running and self.manager.pool.max_cached_blocks == self.manager.pool.num_blocks:
+            again = make_sequence([*sequence.data.token_ids, 1], sequence.cache_salt)
+            assert len(self.manager.match(again).blocks) >= num_known, "what it computed is found by the next"
+
+    # ---- what always holds
+
+    def brute_force(self, sequence: Sequence) -> int:
+        """The longest prefix that the blocks in the index hold, by what stands in them."""
+        held = [self.marks_of(block) for block in range(self.manager.pool.num_blocks) if block in self.manager.index]
+        wanted = [mark(sequence, position) for position in range(sequence.num_tokens - 1)]
+        best = 0
+        while any(m == wanted[best:best + self.size] and len(m) == self.size for m in held):
+            best += self.size
+        rest = wanted[best:best + self.size]
+        parts = [sum(1 for _ in takewhile_equal(m, rest)) for m in held]
+        if self.kind == "hash" and len(rest) < self.size:
+            whole = [mark(sequence, p) for p in range(best, min(best + self.size, sequence.num_tokens))]
+            parts = [len(rest) for m in held if m == whole and len(whole) == self.size]
+        elif self.kind == "hash":
+            parts = []
+        longest = max(parts, default=0)
+        needs_all = self.manager.tables.num_blocks_of(sequence.num_tokens) >= self.manager.pool.num_blocks
+        return best + (0 if needs_all else longest)
+
+    def marks_of(self, block: int) -> list[Mark | None]:
+        return [self.memory.get(block * self.size + i) for i in range(self.size)]
+
+    @invariant()
+    def everybody_finds_its_own(self) -> None:
+        for sequence in getattr(self, "running", ()):
+            for position in range(sequence.num_computed_tokens):
+                pending = any(c.target <= self.slot(sequence, position) < c.target + c.num_slots
+                              for c in self.manager.tables.copies)
+                assert pending or self.memory[self.slot(sequence, position)] == mark(sequence, position)
+
+    @invariant()
+    def holders_are_counted(self) -> None:
+        if not hasattr(self, "manager"):
+            return
+        pool = self.manager.pool
+        holders = Counter(block for s in self.running for block in self.manager.tables[s])
+        holders.update(block for s in self.away for place, block in self.manager.places_of(s) if place == "device")
+        assert all(pool.ref_count(block) == holders[block] for block in range(pool.num_blocks))
+        assert pool.num_free + sum(count > 0 for count in holders.values()) == pool.num_blocks
+        assert pool.num_cached <= pool.max_cached_blocks
+
+    @invariant()
+    def the_index_tells_the_truth(self) -> None:
+        """What a block in the index holds is what it is found for: its parent's text goes on in it."""
+        if hasattr(self, "manager"):
+            for block in range(self.manager.pool.num_blocks):
+                if block in self.manager.index and not any(
+                        c.target // self.size == block for c in self.manager.tables.copies):
+                    marks = self.marks_of(block)
+                    assert None not in marks
+                    assert all(m is not None and marks[-1] is not None and m[1] == marks[-1][1][:len(m[1])]
+                               for m in marks)
+
+    def teardown(self) -> None:
+        for sequence in [*self.running, *self.away] if hasattr(self, "running") else []:
+            self.manager.free(sequence)
+        if hasattr(self, "manager"):
+            assert self.manager.pool.num_free == self.manager.pool.num_blocks
+            assert not self.manager._announced
+            assert not self.manager._num_indexed
+
+
+def takewhile_equal(a: list[Mark | None], b: list[Mark]) -> list[Mark]:
+    shared = []
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        shared.append(y)
+    return shared
+
+
+PrefixMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestPrefixMachine = PrefixMachine.TestCase
+
+
+def run_whole(manager: PrefixKVCacheManager, sequence: Sequence) -> int:
+    """Run a sequence that has not started, whole. Returns how many tokens it found."""
+    start = manager.get_num_computed_tokens(sequence)
+    assert manager.allocate_slots(sequence, start, sequence.num_tokens - start)
+    sequence.status = SequenceStatus.RUNNING
+    sequence.num_computed_tokens = sequence.num_tokens
+    return start
+
+
+@pytest.mark.parametrize("kind", ["radix", "hash"])
+class TestByHand:
+    def test_a_full_hit_runs_one_token(self, kind: str) -> None:
+        """Also where the prompt is a multiple of the block size: the last block is copied, and its last token run."""
+        for length in (12, 13):
+            manager = make_manager(kind=kind)
+            tokens = list(range(length))
+            assert run_whole(manager, first := make_sequence(tokens)) == 0
+            manager.free(first)
+            assert run_whole(manager, second := make_sequence(tokens)) == (11 if length == 12 else 12)
+            copies = manager.take_copies()
+            assert [c.num_slots for c in copies] == ([3] if length == 12 else [])
+            manager.free(second)
+            assert manager.usage == 0
+
+    def test_running_sequences_share_what_they_have_filled(self, kind: str) -> None:
+        manager = make_manager(kind=kind)
+        run_whole(manager, first := make_sequence(list(range(10))))
+        first.append_token_id(10)
+        assert manager.allocate_slots(first, 10, 1)
+        assert run_whole(manager, second := make_sequence([*range(8), 50, 51])) == 8
+        assert manager.tables[first][:2] == manager.tables[second][:2]
+        assert manager.pool.num_used == 4
+
+    def test_another_salt_finds_nothing(self, kind: str) -> None:
+        manager = make_manager(kind=kind)
+        run_whole(manager, first := make_sequence(list(range(12)), "a"))
+        manager.free(first)
+        for salt, found in (("", 0), ("b", 0), ("a", 11)):
+            assert manager.get_num_computed_tokens(make_sequence(list(range(12)), salt)) == found
+
+    def test_prompt_logprobs_match_nothing(self, kind: str) -> None:
+        """vllm#3251, #5344, #8268: rows that were not run have no log-probabilities."""
+        manager = make_manager(kind=kind)
+        run_whole(manager, first := make_sequence(list(range(12))))
+        manager.free(first)
+        assert manager.get_num_computed_tokens(
+            make_sequence(list(range(12)), params=SamplingParams(prompt_logprobs=1))) == 0
+
+    def test_equal_prompts_wait_for_the_first(self, kind: str) -> None:
+        manager = make_manager(kind=kind)
+        first, second, third = (make_sequence(tokens) for tokens in ([*range(20)], [*range(20), 30], [9, 9, 9, 9, 9]))
+        assert not manager.should_wait(second)
+        assert manager.allocate_slots(first, 0, 8)
+        first.num_computed_tokens = 8
+        assert manager.should_wait(second)
+        assert not manager.should_wait(third)
+        assert manager.allocate_slots(first, 8, 12)
+        first.num_computed_tokens = 20
+        assert manager.should_wait(second), "its third to fifth block are not known yet"
+        first.append_token_id(1)
+        assert manager.allocate_slots(first, 20, 1)
+        assert not manager.should_wait(second)
+        assert manager.get_num_computed_tokens(second) == 20
+
+    def test_nobody_waits_for_one_who_has_left(self, kind: str) -> None:
+        for leave in ("free", "preempt"):
+            manager = make_manager(kind=kind)
+            first, second = make_sequence([*range(20)]), make_sequence([*range(20)])
+            assert manager.allocate_slots(first, 0, 8)
+            assert manager.should_wait(second)
+            getattr(manager, leave)(first)
+            assert not manager.should_wait(second)
+
+    def test_a_step_that_did_not_run_is_not_found(self, kind: str) -> None:
+        """It failed: the sequence is where it was, and so is what others find."""
+        manager = make_manager(kind=kind)
+        first = make_sequence(list(range(12)))
+        assert manager.allocate_slots(first, 0, 12)
+        manager.free(first)
+        assert manager.get_num_computed_tokens(make_sequence(list(range(12)))) == 0
+
+    def test_steps_chosen_ahead_are_found_once_they_have_run(self, kind: str) -> None:
+        manager = make_manager(kind=kind, steps_ahead=True)
+        first, other = make_sequence(list(range(12))), make_sequence(list(range(12)))
+        assert manager.allocate_slots(first, 0, 8)
+        first.num_computed_tokens = 8                           # under way
+        assert manager.allocate_slots(first, 8, 4)
+        assert manager.get_num_computed_tokens(other) == 0
+        first.num_computed_tokens = 12
+        first.append_token_id(7)
+        assert manager.allocate_slots(first, 12, 1)
+        assert manager.get_num_computed_tokens(other) == 8
+
+    def test_swapped_blocks_that_others_have_are_held_there(self, kind: str) -> None:
+        """KsanaLLM's merge: one physical copy after the way back."""
+        manager = make_manager(num_blocks=8, kind=kind, num_host_blocks=8)
+        run_whole(manager, first := make_sequence(list(range(9))))
+        first.status = manager.preempt(first)
+        assert first.status is SequenceStatus.SWAPPED
+        manager.take_copies()
+        run_whole(manager, second := make_sequence([*range(8), 99]))
+        first.append_token_id(9)
+        assert manager.get_num_computed_tokens(first) == 9
+        assert manager.allocate_slots(first, 9, 1)
+        assert manager.tables[first][:2] == manager.tables[second][:2]
+        assert sum(c.num_slots for c in manager.take_copies() if c.source >= 8 * 4) == 4, "its last block alone"
+
+    def test_a_collision_gives_nobody_another_text(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(BlockHasher, "next_hash", staticmethod(lambda parent, tokens: b"the same for all"))
+        manager = make_manager(kind=kind)
+        run_whole(manager, first := make_sequence(list(range(12))))
+        manager.free(first)
+        assert manager.get_num_computed_tokens(make_sequence([7] * 12)) == 0
+
+    def test_what_a_queue_wants_is_evicted_last(self, kind: str) -> None:
+        manager = make_manager(num_blocks=6, kind=kind)
+        for tokens in ([1] * 8, [2] * 8, [3] * 8):
+            run_whole(manager, sequence := make_sequence(tokens))
+            manager.free(sequence)
+        manager.pool.wanted = set(manager.match(make_sequence([1] * 9)).blocks)
+        run_whole(manager, make_sequence([4] * 8))
+        assert len(manager.match(make_sequence([1] * 9)).blocks) == 2
+        assert not manager.match(make_sequence([2] * 9)).blocks
+        assert len(manager.match(make_sequence([3] * 9)).blocks) == 2
+
+    def test_leaves_go_before_what_they_stand_on(self, kind: str) -> None:
+        """vllm-metal#500: a chain whose root went first kept blocks that nobody could find."""
+        manager = make_manager(num_blocks=4, kind=kind)
+        run_whole(manager, first := make_sequence(list(range(16))))
+        manager.free(first)
+        for num_left in (3, 2, 1):
+            manager.pool.allocate()
+            assert len(manager.match(make_sequence([*range(16), 0])).blocks) == num_left
+
+
+def test_a_part_of_a_block_is_copied() -> None:
+    """The radix tree finds the first tokens of a block as well."""
+    manager = make_manager()
+    run_whole(manager, first := make_sequence(list(range(12))))
+    manager.free(first)
+    second = make_sequence([*range(6), 70, 71, 72])
+    assert run_whole(manager, second) == 6
+    [copy] = manager.take_copies()
+    assert copy.num_slots == 2
+    assert manager.get_num_computed_tokens(make_sequence(list(range(12)))) == 11, "what was copied is as it was"

@@ -1,0 +1,101 @@
+"""Hits of a trace without a model: the engine's own bookkeeping, one visit after the other, and Belady's optimum.
+
+  lru            in the order of arrival; the least recently used block goes
+  informed       the same, but what the next visits in the queue would use goes last
+  longest-match  informed, and of the visits in the queue the one that finds most comes first
+  belady         in the order of arrival; the block that is used again last goes (Belady 1966): nobody can know it
+
+Of a chain of blocks none is used without those before it, so both LRU and Belady take leaves. Counted are prompts'
+tokens in whole blocks.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+
+from m0_basics.request import Request, Sequence, SequenceData, SequenceStatus, next_seq_id
+from m0_basics.sampling_params import SamplingParams
+from m2_continuous_batching.policies import QueuedSequence, SchedulingParams
+from m3_paged_kv.block_pool import BlockPool
+
+from ..block_hash import BlockHasher, HashIndex
+from ..block_pool import CachedBlockPool
+from ..kv_cache_manager import PrefixKVCacheManager
+from ..policy import LongestMatchPolicy
+from .traces import Visit
+
+BLOCK_SIZE = 16
+WAYS = ("lru", "informed", "longest-match", "belady")
+
+
+def hits(trace: Items[Visit], num_blocks: int, way: str, window: int = 32) -> int:
+    """Tokens of the trace's prompts that are found. `window`: visits that wait at a time."""
+    if way == "belady":
+        return _belady(trace, num_blocks)
+    hasher = BlockHasher(BLOCK_SIZE, "replay")
+    pool = CachedBlockPool(num_blocks, HashIndex(hasher))
+    manager = PrefixKVCacheManager(pool, hasher, BlockPool(0), watermark=0.0)
+    policy, found, arrived, num_run = LongestMatchPolicy(), 0, 0, 0
+    waiting: list[tuple[QueuedSequence, Visit]] = []
+    while waiting or arrived < len(trace):
+        while arrived < len(trace) and len(waiting) < window:
+            waiting.append((_entry(trace[arrived], num_run, arrived), trace[arrived]))
+            arrived += 1
+        if way == "longest-match":
+            for entry, _ in waiting:
+                entry.num_ready = manager.match(entry.sequence).num_tokens(BLOCK_SIZE)
+            waiting.sort(key=lambda pair: policy.key(pair[0]))
+        entry, visit = waiting.pop(0)
+        if way != "lru":
+            pool.wanted = {block for other, _ in waiting for block in manager.match(other.sequence).blocks}
+        found += _visit(manager, entry.sequence, visit)
+        num_run += len(visit.prompt) + len(visit.answer)
+    return found
+
+
+def _entry(visit: Visit, work_before: int, number: int) -> QueuedSequence:
+    request = Request(str(number), None, list(visit.prompt), SamplingParams())
+    request.metrics.arrival_time = float(number)
+    return QueuedSequence(request.sequences[0], request, SchedulingParams(), work_before)
+
+
+def _visit(manager: PrefixKVCacheManager, sequence: Sequence, visit: Visit) -> int:
+    """Run a sequence from its prompt to its end. Returns the tokens that it found, in whole blocks."""
+    start = manager.get_num_computed_tokens(sequence)
+    if not manager.allocate_slots(sequence, start, sequence.num_tokens - start):
+        return 0
+    sequence.set_status(SequenceStatus.RUNNING)
+    sequence.num_computed_tokens = sequence.num_tokens
+    for token_id in visit.answer:
+        sequence.append_token_id(token_id)
+    if manager.allocate_slots(sequence, sequence.num_computed_tokens, len(visit.answer)):
+        sequence.num_computed_tokens = sequence.num_tokens
+    manager.free(sequence)
+    manager.take_copies()
+    return start // BLOCK_SIZE * BLOCK_SIZE
+
+
+def _belady(trace: Items[Visit], num_blocks: int) -> int:
+    """Blocks by the hash of all up to their end; who is asked for last of all goes first."""
+    hasher = BlockHasher(BLOCK_SIZE, "replay")
+    paths = list[tuple[list[bytes], int]]()                 # of each visit: its blocks, and how many may be found
+    for visit in trace:
+        sequence = Sequence(next_seq_id(), SequenceData([*visit.prompt, *visit.answer]), SamplingParams(), seed=0)
+        num_whole = sequence.num_tokens // BLOCK_SIZE
+        paths.append((hasher.hashes(sequence, num_whole)[:num_whole], (len(visit.prompt) - 1) // BLOCK_SIZE))
+    uses: dict[bytes, list[int]] = {}                       # when, the next one last
+    for time in reversed(range(len(paths))):
+        for block in paths[time][0]:
+            uses.setdefault(block, []).append(time)
+    cached, found = dict[bytes, int](), 0                   # block -> how deep it stands
+    for path, num_prompt in paths:
+        num_hits = next((i for i, block in enumerate(path[:num_prompt]) if block not in cached), num_prompt)
+        found += num_hits * BLOCK_SIZE
+        for depth, block in enumerate(path):
+            uses[block].pop()
+            cached[block] = depth
+        held = set(path)
+        while len(cached) > num_blocks:
+            del cached[max((b for b in cached if b not in held),
+                           key=lambda b: (uses[b][-1] if uses[b] else len(paths), cached[b]),
+                           default=path[-1])]
+    return found
