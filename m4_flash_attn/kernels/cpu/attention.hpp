@@ -2,6 +2,7 @@
 //
 //     one item of work = one sequence x one KV head x some query tokens       (prefill)
 //                      = one sequence x all KV heads x a range of keys        (decode)
+//                      = one sequence x one KV head x some query tokens x a range of keys      (a few behind many)
 //
 //     keys   [ tile 0 | tile 1 | tile 2 | .. ]        64 keys each, copied together from wherever their blocks lie
 //     rows   the item's query tokens x the G query heads that share the KV head: they read each tile together
@@ -12,8 +13,9 @@
 //
 // Every row's keys are cut into parts of 256, always at the same places; each has its O, m and l, and they are merged
 // from the first to the last. A prompt's item does so as it goes along; of a sequence that decodes each part is an item,
-// for all threads to have work (split-KV). So a row's result is the same bits in a prompt, a chunk and a decode, whatever
-// runs beside it. Scores are scaled by log2(e), so that 2^x takes the place of e^x.
+// and of one that runs a few tokens behind many, for all threads to have work (split-KV). So a row's result is the same
+// bits in a prompt, a chunk and a decode, whatever runs beside it. Scores are scaled by log2(e), so that 2^x takes the
+// place of e^x.
 //
 // H_q / H_kv query / key-value heads, G = H_q / H_kv, D head size (a multiple of 16).
 #pragma once
@@ -192,7 +194,8 @@ static void run_item(const Item& item, const Shape& shape, const Batch& batch, c
     if (merged) merge_part(scratch, false, num_rows, D);
     for (int r = 0; r < num_rows; r++) {
         if (item.merge >= 0) {
-            float* part = parts + ((long)item.part * shape.num_heads + head_of(r)) * (2 + D);
+            const long number = item.part + token_of(r) - first_token;
+            float* part = parts + (number * shape.num_heads + head_of(r)) * (2 + D);
             part[0] = scratch.m[r];
             part[1] = scratch.l[r];
             std::memcpy(part + 2, scratch.o + r * D, sizeof(float) * D);
@@ -206,17 +209,19 @@ static void run_item(const Item& item, const Shape& shape, const Batch& batch, c
 template <class Out>
 static void run_merge(const Merge& merge, const Shape& shape, const Batch& batch, const float* parts, Out* out) {
     const int D = shape.head_dim, G = shape.num_heads / shape.num_kv_heads;
-    const long stride = (long)shape.num_heads * (2 + D);
-    for (int head = merge.first_head * G; head < (merge.first_head + merge.num_heads) * G; head++) {
-        const float* part = parts + merge.first_part * stride + head * (2 + D);
-        float m = part[0], l = part[1], o[MAX_HEAD_DIM];
-        std::memcpy(o, part + 2, sizeof(float) * D);
-        for (int i = 1; i < merge.num_parts; i++) {
-            const float* next = part + i * stride;
-            merge_row(o, m, l, next + 2, next[0], next[1], D);
+    const long size = (long)shape.num_heads * (2 + D);              // of a part
+    const int first_token = batch.query_start_loc[merge.sequence] + merge.first_token;
+    for (int t = 0; t < merge.num_tokens; t++)
+        for (int head = merge.first_head * G; head < (merge.first_head + merge.num_heads) * G; head++) {
+            const float* part = parts + (merge.first_part + t) * size + head * (2 + D);
+            float m = part[0], l = part[1], o[MAX_HEAD_DIM];
+            std::memcpy(o, part + 2, sizeof(float) * D);
+            for (int i = 1; i < merge.num_parts; i++) {
+                const float* next = part + i * merge.num_tokens * size;
+                merge_row(o, m, l, next + 2, next[0], next[1], D);
+            }
+            finish_row(o, l, out + ((long)(first_token + t) * shape.num_heads + head) * D, D);
         }
-        finish_row(o, l, out + ((long)batch.query_start_loc[merge.sequence] * shape.num_heads + head) * D, D);
-    }
 }
 
 // The kind of arithmetic for a type.

@@ -10,6 +10,7 @@ namespace attention {
 constexpr int KEYS = 64;                // per tile
 constexpr int PART = 4 * KEYS;          // per part: a row's result is made of these, wherever it is computed
 constexpr int ROWS = 48;                // of a prompt's item: enough to pay for copying a tile, few enough for L1
+constexpr long MOST_PARTS = 1 << 14;    // of several tokens of a sequence: more would take too much memory
 
 struct Item {
     int sequence;
@@ -17,13 +18,14 @@ struct Item {
     int first_token, num_tokens;        // of the sequence's new tokens
     int first_key, end_key;
     int merge;                          // the merge that this item is a part of, -1 for a whole one
-    int part;                           // where its part goes
+    int part;                           // where its part goes: each of its tokens has one
 };
 
-// Parts of one sequence's new token, and of some KV heads of it. The item that is done last merges them.
+// Parts of some new tokens of a sequence, and of some KV heads. The item that is done last merges them.
 struct Merge {
     int sequence, first_head, num_heads;
-    int first_part, num_parts;
+    int first_token, num_tokens;
+    int first_part, num_parts;          // part i of token t: first_part + i * num_tokens + t
 };
 
 // How a step is cut. The cuts depend on how much work there is and on the number of threads; no result does.
@@ -42,32 +44,44 @@ struct Plan {
     }
 };
 
+// What an item takes, in multiplications of a row and a key: copying the keys and values is worth some rows.
+static inline long work_of(int num_tokens, int rows_per_token, int num_keys) {
+    return (long)num_keys * (num_tokens * rows_per_token + ROWS / 4);
+}
+
 // Called twice: to count, and to write down.
 static void cut(Plan& plan, const Shape& shape, const Batch& batch, int num_threads) {
-    const int tokens_per_item = std::max(1, ROWS * shape.num_kv_heads / shape.num_heads);
-    long num_parts = 0;
-    for (int b = 0; b < batch.num_sequences; b++) num_parts += (batch.seq_lens[b] + PART - 1) / PART;
+    const int group = shape.num_heads / shape.num_kv_heads, tokens_per_item = std::max(1, ROWS / group);
+    long num_parts = 0, work = 0;
+    for (int b = 0; b < batch.num_sequences; b++) {
+        const int num_new = batch.query_start_loc[b + 1] - batch.query_start_loc[b], length = batch.seq_lens[b];
+        num_parts += (length + PART - 1) / PART;
+        for (int token = 0; token < num_new; token += tokens_per_item)
+            work += shape.num_kv_heads * work_of(std::min(tokens_per_item, num_new - token), group,
+                                                 length - std::max(0, num_new - token - tokens_per_item));
+    }
     // The heads of a part lie side by side in memory and are read together, unless that leaves threads without work.
     const int heads_per_item = num_threads > 1 && num_parts < 4 * num_threads ? 1 : shape.num_kv_heads;
     for (int b = 0; b < batch.num_sequences; b++) {
         const int num_new = batch.query_start_loc[b + 1] - batch.query_start_loc[b], length = batch.seq_lens[b];
-        if (num_new == 1) {
-            const int num_ranges = std::max(1, (length + PART - 1) / PART);
-            for (int head = 0; head < shape.num_kv_heads; head += heads_per_item) {
-                const int num_heads = std::min(heads_per_item, shape.num_kv_heads - head), merge = plan.num_merges;
+        // Several new tokens are cut only where their longest item would keep a thread while the others wait.
+        const bool in_parts = num_new == 1
+            || (num_threads > 1 && (long)num_new * ((length + PART - 1) / PART) <= MOST_PARTS
+                && 4 * num_threads * work_of(std::min(num_new, tokens_per_item), group, length) > work);
+        const int num_heads = num_new == 1 ? heads_per_item : 1;
+        for (int token = 0; token < num_new; token += tokens_per_item) {
+            const int tokens = std::min(tokens_per_item, num_new - token), end = length - num_new + token + tokens;
+            const int num_ranges = in_parts ? std::max(1, (end + PART - 1) / PART) : 1;
+            for (int head = 0; head < shape.num_kv_heads; head += num_heads) {
+                const int heads = std::min(num_heads, shape.num_kv_heads - head);
+                const int merge = num_ranges > 1 ? plan.num_merges : -1;
                 for (int i = 0; i < num_ranges; i++)
-                    plan.add(Item{b, head, num_heads, 0, 1, i * PART, std::min(length, (i + 1) * PART),
-                                  num_ranges > 1 ? merge : -1, plan.num_parts + i});
-                if (num_ranges > 1) plan.add(Merge{b, head, num_heads, plan.num_parts, num_ranges});
+                    plan.add(Item{b, head, heads, token, tokens, i * PART, i + 1 < num_ranges ? (i + 1) * PART : end,
+                                  merge, plan.num_parts + i * tokens});
+                if (num_ranges > 1) plan.add(Merge{b, head, heads, token, tokens, plan.num_parts, num_ranges});
             }
-            if (num_ranges > 1) plan.num_parts += num_ranges;
-            continue;
+            if (num_ranges > 1) plan.num_parts += num_ranges * tokens;
         }
-        for (int head = 0; head < shape.num_kv_heads; head++)
-            for (int token = 0; token < num_new; token += tokens_per_item) {
-                const int count = std::min(tokens_per_item, num_new - token);
-                plan.add(Item{b, head, 1, token, count, 0, length - num_new + token + count, -1, -1});
-            }
     }
 }
 

@@ -38,8 +38,10 @@ static void copy_keys(Singles, float* to, const Rows<T>& rows, const Rows<T>& ah
         const int first = j / VL * VL;
         for (int d = 0; d < head_dim; d += VL) {        // VL x VL numbers: rows become columns
             vf x[VL];
+#pragma GCC unroll 16
             for (int i = 0; i < VL; i++) x[i] = first + i <= j ? load(rows.at[first + i] + d) : vf{};
             transpose(x);
+#pragma GCC unroll 16
             for (int i = 0; i < VL; i++) store(to + (d + i) * KEYS + first, x[i]);
         }
     }
@@ -71,6 +73,7 @@ static void copy_keys(Pairs, uint32_t* to, const Rows<bf16>& rows, const Rows<bf
             int width = std::min(16, head_dim / 2 - d);
             __mmask16 mask = (1u << width) - 1;
             vf x[16];
+#pragma GCC unroll 16
             for (int j = 0; j < 16; j++)
                 x[j] = first + j < num_keys
                     ? (vf)_mm512_maskz_loadu_epi32(mask, (const uint32_t*)rows.at[first + j] + d) : vf{};

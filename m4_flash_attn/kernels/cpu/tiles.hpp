@@ -34,13 +34,20 @@ template <class Kind, int R, int N>
 static inline void tile(const typename Kind::element* a, long a_stride, const typename Kind::element* b, long b_stride,
                         float* c, long c_stride, const float* alpha, int depth) {
     vf sums[R][N];
+    // Unrolled whole: only then are the sums registers.
+#pragma GCC unroll 6
     for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
         for (int n = 0; n < N; n++) sums[r][n] = alpha ? load(c + r * c_stride + n * VL) * alpha[r] : vf{};
     for (int d = 0; d < depth; d++)
+#pragma GCC unroll 6
         for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
             for (int n = 0; n < N; n++)
                 sums[r][n] = Kind::multiply_add(sums[r][n], a[r * a_stride + d], b + d * b_stride + n * VL);
+#pragma GCC unroll 6
     for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
         for (int n = 0; n < N; n++) store(c + r * c_stride + n * VL, sums[r][n]);
 }
 
@@ -75,25 +82,30 @@ static void multiply(int rows, int columns, int depth, const typename Kind::elem
     }
 }
 
-// VL x VL numbers: rows become columns.
+// VL x VL numbers: rows become columns. Unrolled whole, as the sums above: x lies in registers.
 static inline void transpose(vf (&x)[VL]) {
 #if defined(__AVX512F__)
     __m512i y[16], z[16];
+#pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
         y[2 * i] = _mm512_unpacklo_epi32((__m512i)x[2 * i], (__m512i)x[2 * i + 1]);
         y[2 * i + 1] = _mm512_unpackhi_epi32((__m512i)x[2 * i], (__m512i)x[2 * i + 1]);
     }
+#pragma GCC unroll 8
     for (int i = 0; i < 4; i++)
+#pragma GCC unroll 2
         for (int h = 0; h < 2; h++) {
             z[4 * i + 2 * h] = _mm512_unpacklo_epi64(y[4 * i + h], y[4 * i + 2 + h]);
             z[4 * i + 2 * h + 1] = _mm512_unpackhi_epi64(y[4 * i + h], y[4 * i + 2 + h]);
         }
+#pragma GCC unroll 8
     for (int i = 0; i < 4; i++) {
         y[i] = _mm512_shuffle_i32x4(z[i], z[4 + i], 0x88);
         y[4 + i] = _mm512_shuffle_i32x4(z[i], z[4 + i], 0xdd);
         y[8 + i] = _mm512_shuffle_i32x4(z[8 + i], z[12 + i], 0x88);
         y[12 + i] = _mm512_shuffle_i32x4(z[8 + i], z[12 + i], 0xdd);
     }
+#pragma GCC unroll 8
     for (int i = 0; i < 4; i++) {
         x[i] = (vf)_mm512_shuffle_i32x4(y[i], y[8 + i], 0x88);
         x[4 + i] = (vf)_mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0x88);
@@ -102,19 +114,24 @@ static inline void transpose(vf (&x)[VL]) {
     }
 #elif defined(__AVX__)
     __m256 y[8];
+#pragma GCC unroll 8
     for (int i = 0; i < 4; i++) {
         y[2 * i] = _mm256_unpacklo_ps((__m256)x[2 * i], (__m256)x[2 * i + 1]);
         y[2 * i + 1] = _mm256_unpackhi_ps((__m256)x[2 * i], (__m256)x[2 * i + 1]);
     }
+#pragma GCC unroll 8
     for (int i = 0; i < 2; i++)
+#pragma GCC unroll 2
         for (int h = 0; h < 2; h++) {
             x[4 * i + 2 * h] = (vf)_mm256_shuffle_ps(y[4 * i + h], y[4 * i + 2 + h], 0x44);
             x[4 * i + 2 * h + 1] = (vf)_mm256_shuffle_ps(y[4 * i + h], y[4 * i + 2 + h], 0xee);
         }
+#pragma GCC unroll 8
     for (int i = 0; i < 4; i++) {
         y[i] = _mm256_permute2f128_ps((__m256)x[i], (__m256)x[4 + i], 0x20);
         y[4 + i] = _mm256_permute2f128_ps((__m256)x[i], (__m256)x[4 + i], 0x31);
     }
+#pragma GCC unroll 8
     for (int i = 0; i < 8; i++) x[i] = (vf)y[i];
 #else
     float rows[VL][VL];
