@@ -17,8 +17,7 @@ from m0_basics.model_runner import ModelRunner, Runner
 from m0_basics.model_spec import ModelSpec
 from m0_basics.request import Request, Sequence
 from m0_basics.sampler import Sampler
-from m1_offline.sampler import FullSampler
-from m2_continuous_batching.slot_cache import SlotCache
+from m2_continuous_batching.slot_cache import SlotCache, slot_cache_bytes
 from m3_paged_kv.block_pool import BlockPool
 from m3_paged_kv.block_tables import BlockTables
 from m4_flash_attn.backends import choose, situation_of
@@ -119,28 +118,34 @@ class DraftModelDrafter(Drafter):
             self.tables.release(self.tables.close(mine))
 
 
-def make_draft_model(config: EngineConfig, spec: ModelSpec, tokenizer: Tokenizer | None,
-                     num_cached_tokens: int) -> DraftModelDrafter:
-    """Load `speculative_model` for a target of that `spec`, with a cache of at most so many tokens.
+class DraftModel:
+    """A loaded draft model, which has no cache yet."""
 
-    Raises ConfigError where their tokens are not the same.
-    """
-    name = config.speculative_config.speculative_model
-    assert name is not None
-    own = replace(config, model_config=replace(config.model_config, model=name, max_model_len=None))
-    model, theirs = load_model(own.model_config), load_tokenizer(own.model_config)
-    if model.spec.vocab_size != spec.vocab_size or (tokenizer and theirs and not tokenizer.has_same_vocab(theirs)):
-        raise ConfigError(f"speculative_model={name!r} has another vocabulary than the model; allowed: a model with "
-                          "the same tokens, under the same numbers")
-    longest = min(config.scheduler_config.longest, model.spec.max_position_embeddings)
-    situation = situation_of(own, model, [])
-    backend = choose(own.attention_config.attention_backend, situation)
-    if own.attention_config.fused_layers:
-        model = fuse(model, layer_kernels_for(model.device, model.dtype))
-    size = situation.block_size
-    most = -(-longest // size) * config.scheduler_config.max_num_seqs
-    num_blocks = min(most, -(-num_cached_tokens // size))
-    cache = SlotCache(model.spec, num_blocks * size, model.dtype, model.device, [], size)
-    tables = BlockTables(BlockPool(num_blocks), size)
-    runner = with_decode_call(ModelRunner(model, backend.make(situation, cache, tables)))
-    return DraftModelDrafter(runner, tables, FullSampler(tokenizer), longest)
+    def __init__(self, config: EngineConfig, spec: ModelSpec, tokenizer: Tokenizer | None) -> None:
+        """Load `speculative_model` for a target of that `spec`. Raises ConfigError where their tokens differ."""
+        name = config.speculative_config.speculative_model
+        assert name is not None
+        own = replace(config, model_config=replace(config.model_config, model=name, max_model_len=None))
+        model, theirs = load_model(own.model_config), load_tokenizer(own.model_config)
+        if model.spec.vocab_size != spec.vocab_size or (tokenizer and theirs and not tokenizer.has_same_vocab(theirs)):
+            raise ConfigError(f"speculative_model={name!r} has another vocabulary than the model; allowed: a model "
+                              "with the same tokens, under the same numbers")
+        self.longest = min(config.scheduler_config.longest, model.spec.max_position_embeddings)
+        self.situation = situation_of(own, model, [])
+        self.backend = choose(own.attention_config.attention_backend, self.situation)
+        if own.attention_config.fused_layers:
+            model = fuse(model, layer_kernels_for(model.device, model.dtype))
+        self.model = model
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of its cache for a block of tokens."""
+        return slot_cache_bytes(self.model.spec, self.situation.block_size, self.model.dtype, [])
+
+    def with_cache(self, num_blocks: int, sampler: Sampler) -> DraftModelDrafter:
+        """The drafter, with a cache of that many blocks."""
+        model, size = self.model, self.situation.block_size
+        cache = SlotCache(model.spec, num_blocks * size, model.dtype, model.device, [], size)
+        tables = BlockTables(BlockPool(num_blocks), size)
+        runner = with_decode_call(ModelRunner(model, self.backend.make(self.situation, cache, tables)))
+        return DraftModelDrafter(runner, tables, sampler, self.longest)
