@@ -17,8 +17,7 @@ from m0_basics.model_runner import ModelRunner, Runner
 from m0_basics.model_spec import ModelSpec
 from m0_basics.request import Request, Sequence
 from m0_basics.sampler import Sampler
-from m1_offline.sampler import FullSampler
-from m2_continuous_batching.slot_cache import SlotCache
+from m2_continuous_batching.slot_cache import SlotCache, slot_cache_bytes
 from m3_paged_kv.block_pool import BlockPool
 from m3_paged_kv.block_tables import BlockTables
 from m4_flash_attn.backends import choose, situation_of
@@ -29,7 +28,7 @@ from m4_flash_attn.layers import fuse
 from .config import EngineConfig
 from .drafter import Drafter, Drafts
 
-_CATCH_UP = 256             # tokens of a prompt that are read between two steps: nobody waits for all of a long one
+_CATCH_UP = 256             # tokens that are read between two steps: nobody waits for all of a long prompt
 _SMOOTHING = 0.2            # weight of the newest measurement
 
 
@@ -43,20 +42,20 @@ class DraftModelDrafter(Drafter):
         self._followed: dict[int, Sequence] = {}            # by seq_id: what this model has seen, the latest used last
 
     def propose(self, sequences: list[Sequence], lengths: list[int]) -> Drafts:
-        start = time.perf_counter()
-        writing = list[tuple[Sequence, int]]()
+        writing, in_step, num_to_read = list[tuple[Sequence, int]](), {s.seq_id for s in sequences}, _CATCH_UP
         for sequence, length in zip(sequences, lengths, strict=True):
             length = min(length, self.max_model_len - sequence.num_tokens)
-            if length > 0 and self._catch_up(mine := self._follow(sequence), {s.seq_id for s in sequences}):
-                writing.append((mine, sequence.num_tokens + length))
-        depth = 0
+            if length > 0:
+                mine = self._follow(sequence)
+                num_behind = mine.num_tokens - 1 - mine.num_computed_tokens
+                if num_behind > max(num_to_read, 1):        # one is what a draft leaves that was right to its end
+                    num_to_read -= self._read(mine, num_to_read, in_step)
+                elif self._make_room(mine, num_behind + 1, in_step):
+                    num_to_read = max(0, num_to_read - num_behind)
+                    writing.append((mine, sequence.num_tokens + length))
         busy = writing
-        while busy := [(mine, end) for mine, end in busy if mine.num_tokens < end and self._has_room(mine, 1)]:
+        while busy := [(mine, end) for mine, end in busy if mine.num_tokens < end and self._has_room(mine)]:
             self._write([mine for mine, _ in busy])
-            depth += 1
-        if depth:
-            seconds = (time.perf_counter() - start) / depth
-            self.seconds_per_token += _SMOOTHING * (seconds - self.seconds_per_token)
         drafts = {mine.seq_id: mine for mine, _ in writing}
         return [drafts[s.seq_id].data.token_slice(s.num_tokens, drafts[s.seq_id].num_tokens)
                 if s.seq_id in drafts else [] for s in sequences]
@@ -83,56 +82,70 @@ class DraftModelDrafter(Drafter):
             self.tables.open(mine)
         return mine
 
-    def _catch_up(self, mine: Sequence, in_step: set[int]) -> bool:
-        """Compute what the sequence has got since the last time, all but its newest token; False: not all of it."""
-        num_tokens = min(mine.num_tokens - 1 - mine.num_computed_tokens, _CATCH_UP)
-        while not self._has_room(mine, num_tokens + 1):
+    def _read(self, mine: Sequence, num_tokens: int, in_step: set[int]) -> int:
+        """Compute so many tokens that the sequence has got since the last time. Returns how many."""
+        if not num_tokens or not self._make_room(mine, num_tokens, in_step):
+            return 0
+        self.runner.execute_model([ScheduledSequence(mine, mine.num_computed_tokens, num_tokens)])
+        mine.num_computed_tokens += num_tokens
+        return num_tokens
+
+    def _make_room(self, mine: Sequence, num_tokens: int, in_step: set[int]) -> bool:
+        """Room for the next tokens; of sequences that are not in the step the least recently used is forgotten."""
+        while not self.tables.grow(mine, mine.num_computed_tokens, num_tokens):
             unused = next((seq_id for seq_id in self._followed if seq_id not in in_step), None)
             if unused is None:
                 return False
             self._forget(unused)
-        if num_tokens:
-            self.runner.execute_model([ScheduledSequence(mine, mine.num_computed_tokens, num_tokens)])
-            mine.num_computed_tokens += num_tokens
-        return mine.num_computed_tokens == mine.num_tokens - 1
+        return True
 
-    def _has_room(self, mine: Sequence, num_tokens: int) -> bool:
-        return self.tables.grow(mine, mine.num_computed_tokens, num_tokens)
+    def _has_room(self, mine: Sequence) -> bool:
+        """For all that has not run."""
+        return self.tables.grow(mine, mine.num_computed_tokens, mine.num_tokens - mine.num_computed_tokens)
 
     def _write(self, sequences: list[Sequence]) -> None:
-        """One more token for each."""
-        logits = self.runner.execute_model([ScheduledSequence.rest(s) for s in sequences])
+        """One more token for each. The first time it runs what they are behind as well, and tells no price."""
+        start, scheduled = time.perf_counter(), [ScheduledSequence.rest(s) for s in sequences]
+        logits = self.runner.execute_model(scheduled)
         for sequence, token_id in zip(sequences, self.sampler(logits, sequences).token_ids, strict=True):
             sequence.num_computed_tokens = sequence.num_tokens
             sequence.append_token_id(token_id)
+        if all(s.num_tokens == 1 for s in scheduled):
+            self.seconds_per_token += _SMOOTHING * (time.perf_counter() - start - self.seconds_per_token)
 
     def _forget(self, seq_id: int) -> None:
         if (mine := self._followed.pop(seq_id, None)) is not None:
             self.tables.release(self.tables.close(mine))
 
 
-def make_draft_model(config: EngineConfig, spec: ModelSpec, tokenizer: Tokenizer | None,
-                     num_cached_tokens: int) -> DraftModelDrafter:
-    """Load `speculative_model` for a target of that `spec`, with a cache of at most so many tokens.
+class DraftModel:
+    """A loaded draft model, which has no cache yet."""
 
-    Raises ConfigError where their tokens are not the same.
-    """
-    name = config.speculative_config.speculative_model
-    assert name is not None
-    own = replace(config, model_config=replace(config.model_config, model=name, max_model_len=None))
-    model, theirs = load_model(own.model_config), load_tokenizer(own.model_config)
-    if model.spec.vocab_size != spec.vocab_size or (tokenizer and theirs and not tokenizer.has_same_vocab(theirs)):
-        raise ConfigError(f"speculative_model={name!r} has another vocabulary than the model; allowed: a model with "
-                          "the same tokens, under the same numbers")
-    longest = min(config.scheduler_config.longest, model.spec.max_position_embeddings)
-    situation = situation_of(own, model, [])
-    backend = choose(own.attention_config.attention_backend, situation)
-    if own.attention_config.fused_layers:
-        model = fuse(model, layer_kernels_for(model.device, model.dtype))
-    size = situation.block_size
-    most = -(-longest // size) * config.scheduler_config.max_num_seqs
-    num_blocks = min(most, -(-num_cached_tokens // size))
-    cache = SlotCache(model.spec, num_blocks * size, model.dtype, model.device, [], size)
-    tables = BlockTables(BlockPool(num_blocks), size)
-    runner = with_decode_call(ModelRunner(model, backend.make(situation, cache, tables)))
-    return DraftModelDrafter(runner, tables, FullSampler(tokenizer), longest)
+    def __init__(self, config: EngineConfig, spec: ModelSpec, tokenizer: Tokenizer | None) -> None:
+        """Load `speculative_model` for a target of that `spec`. Raises ConfigError where their tokens differ."""
+        name = config.speculative_config.speculative_model
+        assert name is not None
+        own = replace(config, model_config=replace(config.model_config, model=name, max_model_len=None))
+        model, theirs = load_model(own.model_config), load_tokenizer(own.model_config)
+        if model.spec.vocab_size != spec.vocab_size or (tokenizer and theirs and not tokenizer.has_same_vocab(theirs)):
+            raise ConfigError(f"speculative_model={name!r} has another vocabulary than the model; allowed: a model "
+                              "with the same tokens, under the same numbers")
+        self.longest = min(config.scheduler_config.longest, model.spec.max_position_embeddings)
+        self.situation = situation_of(own, model, [])
+        self.backend = choose(own.attention_config.attention_backend, self.situation)
+        if own.attention_config.fused_layers:
+            model = fuse(model, layer_kernels_for(model.device, model.dtype))
+        self.model = model
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of its cache for a block of tokens."""
+        return slot_cache_bytes(self.model.spec, self.situation.block_size, self.model.dtype, [])
+
+    def with_cache(self, num_blocks: int, sampler: Sampler) -> DraftModelDrafter:
+        """The drafter, with a cache of that many blocks."""
+        model, size = self.model, self.situation.block_size
+        cache = SlotCache(model.spec, num_blocks * size, model.dtype, model.device, [], size)
+        tables = BlockTables(BlockPool(num_blocks), size)
+        runner = with_decode_call(ModelRunner(model, self.backend.make(self.situation, cache, tables)))
+        return DraftModelDrafter(runner, tables, sampler, self.longest)

@@ -25,8 +25,8 @@ from m4_flash_attn.kernels.cpu.runner import with_decode_call
 from m4_flash_attn.kernels.layer_kernels import layer_kernels_for
 from m4_flash_attn.layers import fuse
 
-from .config import EngineConfig
-from .make_drafter import drafter_for
+from .config import DEFAULT_NUM_GUESSES, DEFAULT_SLOWDOWN, EngineConfig
+from .make_drafter import drafter_for, load_draft
 from .scheduler import ChunkedPrefillScheduler
 from .speculation import Speculation
 from .speculation_stats import SpeculationStats
@@ -51,7 +51,8 @@ class LLM(PagedLLM):
         backend = choose(attention.attention_backend, situation)
         if attention.fused_layers:
             weights = fuse(weights, layer_kernels_for(weights.device, weights.dtype))
-        memory = allocate_memory(config, weights, hooks.cache)
+        draft = load_draft(config, weights.spec, tokenizer, hooks.cache)
+        memory = allocate_memory(config, weights, hooks.cache, draft.block_bytes if draft else 0)
         manager = paged_manager(memory.num_blocks, situation.block_size, memory.num_host_blocks)
         runner = ModelRunner(weights, hooks.around(backend.make(situation, memory.cache, manager.tables)))
         may_record = backend.graphs and not attention.enforce_eager and not hooks.attention
@@ -59,12 +60,12 @@ class LLM(PagedLLM):
 
         cost, observers = StepCost(), list(hooks.scheduler)
         speculation = None
-        if (drafter := drafter_for(config, weights.spec, tokenizer, hooks.cache,
-                                   memory.num_blocks * situation.block_size)) is not None:
-            speculation = Speculation(drafter, cost, guessing.num_speculative_tokens, limits.longest,
-                                      guessing.adaptive_drafts)
+        if (drafter := drafter_for(config, draft, tokenizer, memory.num_blocks)) is not None:
+            speculation = Speculation(drafter, cost, guessing.num_speculative_tokens or DEFAULT_NUM_GUESSES,
+                                      limits.longest, guessing.adaptive_drafts)
             observers += [drafter, SpeculationStats()]
-        budget = StepBudget(cost, limits.max_step_slowdown, is_fixed=limits.max_num_batched_tokens is not None)
+        budget = StepBudget(cost, limits.max_step_slowdown or DEFAULT_SLOWDOWN,
+                            is_fixed=limits.max_num_batched_tokens is not None)
         engine_class = AsyncSchedulingEngine if limits.async_scheduling else LLMEngine
         engine = engine_class(ChunkedPrefillScheduler(queues, budget, limits.max_num_batched_tokens, speculation),
                               with_graphs(runner, config) if may_record else with_decode_call(runner),

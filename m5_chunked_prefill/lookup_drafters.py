@@ -7,6 +7,7 @@ Nothing is computed by a model. It pays where texts repeat themselves: quotes, c
 """
 from __future__ import annotations
 
+from collections import deque
 from weakref import WeakKeyDictionary
 
 from m0_basics.request import Request, Sequence
@@ -14,6 +15,7 @@ from m0_basics.request import Request, Sequence
 from .drafter import Drafter, Drafts
 from .suffix_automaton import Match, SuffixAutomaton
 
+_MOST_READ = 512            # tokens of a long text that are read between two steps
 _MOST_SALTS = 64            # whose earlier texts are remembered
 
 
@@ -66,21 +68,24 @@ class SuffixDrafter(Drafter):
 
     def __init__(self, shortest: int = 2, max_earlier_tokens: int = 200_000) -> None:
         """`max_earlier_tokens`: of requests of a salt that have ended; then the older half is forgotten."""
-        self.shortest = shortest
-        self.max_earlier_tokens = max_earlier_tokens
+        self.shortest, self.max_earlier_tokens = shortest, max_earlier_tokens
         self._own: WeakKeyDictionary[Sequence, SuffixAutomaton] = WeakKeyDictionary()
-        self._earlier: dict[str, list[SuffixAutomaton]] = {}            # by salt, the newest last
+        self._earlier: dict[str, _EarlierTexts] = {}                # by salt, the one heard of last at the end
         self._walks: WeakKeyDictionary[Sequence, _Walk] = WeakKeyDictionary()
 
     def propose(self, sequences: list[Sequence], lengths: list[int]) -> Drafts:
+        for salt in {sequence.cache_salt for sequence in sequences} & self._earlier.keys():
+            self._earlier[salt].read()
         return [self._propose(sequence, length) for sequence, length in zip(sequences, lengths, strict=True)]
 
     def _propose(self, sequence: Sequence, length: int) -> list[int]:
         own = self._own.get(sequence)
         if own is None or len(own) > sequence.num_tokens:
             own = self._own[sequence] = SuffixAutomaton()
-        for token_id in sequence.data.token_slice(len(own), sequence.num_tokens):
+        for token_id in sequence.data.token_slice(len(own), min(sequence.num_tokens, len(own) + _MOST_READ)):
             own.append(token_id)
+        if len(own) < sequence.num_tokens:
+            return []
         walk = self._walks.get(sequence)
         if walk is None or walk.num_read > sequence.num_tokens:
             walk = self._walks[sequence] = _Walk()
@@ -88,7 +93,8 @@ class SuffixDrafter(Drafter):
         if matched.length >= self.shortest:
             draft = own.tokens[matched.end:matched.end + length]
         best = matched.length
-        for automaton in self._earlier.get(sequence.cache_salt, ()):
+        earlier = self._earlier.get(sequence.cache_salt)
+        for automaton in earlier.automata if earlier else ():
             found = walk.match(automaton, sequence)
             if found.length > best and found.length >= self.shortest:
                 following = automaton.tokens[found.end:found.end + length]
@@ -100,17 +106,43 @@ class SuffixDrafter(Drafter):
 
     def on_request_completion(self, request: Request) -> None:
         """What was said may be said again, to whom it was said: to requests of the same salt."""
-        earlier = self._earlier.pop(request.cache_salt, [SuffixAutomaton()])
-        newest = earlier[-1]
-        for sequence in request.sequences[:1]:
-            for token_id in sequence.data.token_ids:
-                newest.append(token_id)
-            newest.append(-1 - len(newest))             # no text goes on into the next
-        if len(newest) > self.max_earlier_tokens // 2:
-            earlier = [newest, SuffixAutomaton()]
+        earlier = self._earlier.pop(request.cache_salt, None) or _EarlierTexts(self.max_earlier_tokens)
+        earlier.add(request.sequences[0].data.token_ids)
         self._earlier[request.cache_salt] = earlier
         if len(self._earlier) > _MOST_SALTS:
-            del self._earlier[next(iter(self._earlier))]            # the one that was not heard of for longest
+            del self._earlier[next(iter(self._earlier))]
+
+
+class _EarlierTexts:
+    """The texts of requests that have ended, read a piece at a time: nobody waits for all of a long one."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.automata = [SuffixAutomaton()]                 # the newest last
+        self._unread, self._num_unread = deque[list[int]](), 0
+
+    def add(self, token_ids: list[int]) -> None:
+        """A text to be read; what came long ago and was not read yet is dropped where it becomes too much."""
+        self._unread.append(token_ids)
+        self._num_unread += len(token_ids)
+        while self._num_unread > self.max_tokens and len(self._unread) > 1:
+            self._num_unread -= len(self._unread.popleft())
+
+    def read(self) -> None:
+        """Some of what was not read yet. A mark that no text contains ends each text."""
+        left = _MOST_READ
+        while left and self._unread:
+            newest, text = self.automata[-1], self._unread.popleft()
+            self._num_unread -= len(text[:left])
+            for token_id in text[:left]:
+                newest.append(token_id)
+            if len(text) > left:
+                self._unread.appendleft(text[left:])
+                return
+            left -= len(text)
+            newest.append(-1 - len(newest))
+            if len(newest) > self.max_tokens // 2:
+                self.automata = [newest, SuffixAutomaton()]
 
 
 class _Walk:

@@ -10,8 +10,11 @@ prompts get what is left of it. Drafted tokens (speculation.py) ride along as a 
 """
 from __future__ import annotations
 
+from functools import partial
+from heapq import merge
+
 from m0_basics.attention import ScheduledSequence
-from m0_basics.request import Request
+from m0_basics.request import Request, SequenceStatus
 from m2_continuous_batching.policies import Key, QueuedSequence, SchedulingParams
 from m2_continuous_batching.queues import Admission, Queues
 from m2_continuous_batching.scheduler import DEFAULT_TOKEN_BUDGET, Sampled, Scheduler, SchedulerOutput
@@ -52,15 +55,17 @@ class ChunkedPrefillScheduler(Scheduler):
             entry = order.pop(0)
             start = entry.sequence.num_computed_tokens
             may_leave = [*order, *others]
-            has_room, victims = self.queues.extend(entry, start, 1, may_leave, self._leaves_first)
+            has_room, victims = self.queues.extend(entry, start, 1, may_leave, partial(self._leaves_first, entry))
             output.preempted.extend(victim.sequence for victim in victims)
             order = [e for e in order if e not in victims]
             others = [e for e in others if e not in victims]
             if has_room:
                 output.scheduled.append(ScheduledSequence(entry.sequence, start, 1))
 
-    def _leaves_first(self, entry: QueuedSequence) -> Key:
-        return (_is_prefilling(entry), *self.queues.policy.key(entry))
+    def _leaves_first(self, decoding: QueuedSequence, entry: QueuedSequence) -> Key:
+        """Half-read prompts, but for those that the policy lets displace the one that decodes."""
+        policy = self.queues.policy
+        return (_is_prefilling(entry) and not policy.may_displace(entry, decoding), *policy.key(entry))
 
     def _add_drafts(self, output: SchedulerOutput) -> None:
         """Let them run guesses behind their newest token, where blocks and budget are left; nobody leaves for them.
@@ -69,7 +74,9 @@ class ChunkedPrefillScheduler(Scheduler):
         """
         assert self.speculation is not None
         left, num_prompt_tokens = self.token_budget - len(output.scheduled), 0
-        if self.waiting or any(map(_is_prefilling, self.running)):
+        if len(self.running) == 1 and any(e.sequence.status is SequenceStatus.SWAPPED for e in self.waiting):
+            return                                      # for its blocks, others would lose what they hold elsewhere
+        if any(map(_is_prefilling, self.running)) or self._may_admit_next():
             left //= 2                                  # prompts get on as well
             decodes = StepShape.of(output.scheduled)
             num_prompt_tokens = self.budget.chunk(decodes, decodes, 0, left)
@@ -79,6 +86,14 @@ class ChunkedPrefillScheduler(Scheduler):
             if guesses and self.kv_cache_manager.allocate_slots(s.sequence, s.start, 1 + len(guesses)):
                 output.scheduled[i] = ScheduledSequence(s.sequence, s.start, 1 + len(guesses), guesses)
         output.scheduled.sort(key=lambda s: bool(s.draft_token_ids))
+
+    def _may_admit_next(self) -> bool:
+        """Whether the first of those who wait has a place and room: else no prompt runs beside the decodes."""
+        if not self.waiting or not self.queues.has_place(self.waiting[0]):
+            return False
+        sequence = self.waiting[0].sequence
+        start = self.kv_cache_manager.get_num_computed_tokens(sequence)
+        return self.kv_cache_manager.fits_without(sequence, start, sequence.num_tokens - start, [])
 
     def accept(self, output: SchedulerOutput, sampled: list[Sampled]) -> list[Sampled]:
         """Of each drafted sequence the tokens up to the first that its guess did not foresee, that one included."""
@@ -96,17 +111,28 @@ class ChunkedPrefillScheduler(Scheduler):
     # ---- chunks
 
     def _schedule_chunks(self, output: SchedulerOutput) -> None:
-        """Pieces of prompts, and of what is computed once more, in the order of the policy."""
+        """Pieces of prompts, and of what is computed once more: those that have begun in the order of the policy.
+
+        Newcomers come in the order of the queue, which plugins may have changed, each where the policy sees it.
+        """
         decodes, step = StepShape.of(output.scheduled), StepShape.of(output.scheduled)
         used = [(self._entry(s), s.num_tokens) for s in output.scheduled]
-        prefilling = [e for e in self.running if _is_prefilling(e)]
+        key = self.queues.policy.key
+        prefilling = sorted((e for e in self.running if _is_prefilling(e)), key=key)
         full_lanes: set[str] = set()
-        is_full = bool(output.preempted)                # newcomers would take what others have just given up
-        for entry in sorted([*prefilling, *self.waiting], key=self.queues.policy.key):
+        is_full, num_to_go_on = False, len(prefilling)
+        for entry in merge(prefilling, self.waiting.copy(), key=key):
             is_running = entry in prefilling
+            num_to_go_on -= is_running
+            # After a preemption newcomers would take what others have just given up.
+            is_full = is_full or bool(output.preempted)
+            if is_full and not is_running:
+                if num_to_go_on:
+                    continue
+                break
             if is_running and entry not in self.running:
                 continue                                # it has given way to one before it
-            if not is_running and (is_full or self.queues.policy.lane(entry) in full_lanes
+            if not is_running and (self.queues.policy.lane(entry) in full_lanes
                                    or self.kv_cache_manager.should_wait(entry.sequence)):
                 continue
             start, num_tokens = self._next_chunk(entry, used, decodes, step)
@@ -154,12 +180,8 @@ class ChunkedPrefillScheduler(Scheduler):
     def _admit(self, entry: QueuedSequence, start: int, num_tokens: int, used: list[tuple[QueuedSequence, int]],
                output: SchedulerOutput) -> Admission:
         """The first piece of a newcomer's tokens, once there is room for all: else it would soon be a victim."""
-        rest = entry.sequence.num_tokens - start
-        in_step = [e for e, _ in used]
-        victims = [e for e in self.running if e not in in_step and self.queues.policy.may_displace(entry, e)]
-        if not self.kv_cache_manager.fits_without(entry.sequence, start, rest, [v.sequence for v in victims]):
-            return Admission.NO_BLOCKS if self.queues.has_place(entry) else Admission.NO_PLACE
-        admission, left = self.queues.admit(entry, start, num_tokens, in_step)
+        num_more = entry.sequence.num_tokens - start - num_tokens
+        admission, left = self.queues.admit(entry, start, num_tokens, [e for e, _ in used], num_more)
         output.preempted.extend(victim.sequence for victim in left)
         return admission
 

@@ -21,9 +21,10 @@ from m0_basics.request import Sequence
 from m2_continuous_batching.scheduler import Sampled
 
 from .drafter import Drafter
-from .step_cost import StepCost, StepShape
+from .step_cost import KNEES, StepCost, StepShape
 
-_DECAY = 0.9                # of what was seen before, with each draft that is checked
+_DECAY = 0.9                # of what was seen before of a sequence, with each of its drafts that is checked
+_SLOW_DECAY = 0.995         # of what was seen before of all sequences
 _PRIOR_WEIGHT = 2.0         # how many checked guesses the average of all sequences counts for
 _FIRST_GUESS = 0.5          # that a guess is right, before any was checked
 _PROBE_EVERY = 48           # tokens that go by without a draft before one is tried again
@@ -62,9 +63,9 @@ class Record:
     right: float = 0.0
     num_tokens_at_draft: int = 0        # tokens of the sequence when it was last drafted for
 
-    def add(self, num_checked: int, num_right: int) -> None:
-        self.checked = self.checked * _DECAY + num_checked
-        self.right = self.right * _DECAY + num_right
+    def add(self, num_checked: int, num_right: int, decay: float = _DECAY) -> None:
+        self.checked = self.checked * decay + num_checked
+        self.right = self.right * decay + num_right
 
 
 class Speculation:
@@ -96,14 +97,16 @@ class Speculation:
         if not self.drafter.seconds_per_token:
             limits = self._plan(sequences, [len(draft) for draft in drafts], max_num_tokens, num_prompt_tokens)
         self.cost.apart = time.perf_counter() - start
-        cut = {s.seq_id: tuple(d[:n]) for s, d, n in zip(sequences, drafts, limits, strict=True)}
-        return {seq_id: draft for seq_id, draft in cut.items() if draft}
+        cut = {s: tuple(d[:n]) for s, d, n in zip(sequences, drafts, limits, strict=True) if d[:n]}
+        for sequence in cut:
+            self._record_of(sequence).num_tokens_at_draft = sequence.num_tokens
+        return {sequence.seq_id: draft for sequence, draft in cut.items()}
 
     def observe(self, sequence: Sequence, num_drafted: int, num_right: int) -> None:
         """Of so many guesses, the first `num_right` were right; behind a wrong one nothing is known."""
         num_checked = min(num_drafted, num_right + 1)
         self._record_of(sequence).add(num_checked, num_right)
-        self._all.add(num_checked, num_right)
+        self._all.add(num_checked, num_right, _SLOW_DECAY)
 
     def _limit(self, sequence: Sequence) -> int:
         """Guesses that could all be kept: the step itself adds one token more."""
@@ -137,28 +140,28 @@ class Speculation:
         shape.add(0, num_prompt_tokens, 0)
 
         def seconds(num_guesses: int, depth: int) -> float:
-            predicted = self.cost.predict(shape.with_guesses(len(sequences), num_guesses))
-            assert predicted is not None
-            return predicted + depth * self.drafter.seconds_per_token
+            step = self.cost.time(shape.with_guesses(len(sequences), num_guesses))
+            return step + depth * self.drafter.seconds_per_token
 
+        num_bent = None if self.drafter.seconds_per_token else max(0, KNEES[-1] - shape.num_tokens)
         lengths = plan([self._probability(s) for s in sequences], limits, max_num_tokens, seconds,
-                       num_prompt_tokens)
+                       num_prompt_tokens, num_bent)
         for i, sequence in enumerate(sequences):
             record = self._record_of(sequence)
             if not lengths[i] and limits[i] and sequence.num_tokens - record.num_tokens_at_draft >= _PROBE_EVERY:
                 lengths[i] = min(limits[i], _PROBE)
-            if lengths[i]:
-                record.num_tokens_at_draft = sequence.num_tokens
         return _within(lengths, max_num_tokens)
 
 
 def plan(probabilities: list[float], limits: list[int], max_num_tokens: int,
-         seconds: Callable[[int, int], float], num_others: int = 0) -> list[int]:
+         seconds: Callable[[int, int], float], num_others: int = 0, num_bent: int | None = None) -> list[int]:
     """Lengths of the drafts that give the most tokens per second; 0 where none pays.
 
     The j-th guess of a sequence adds p^j tokens, if each is right with probability p once those before it were.
     Guesses are taken in the order of what they add, and the best number of them is kept. `seconds(n, depth)` is how
     long a step with n guesses takes, the longest draft being `depth`; it runs `num_others` tokens in any case.
+    Behind the first `num_bent` guesses each costs the same, so the first that does not pay ends the search; None: all
+    are tried.
     """
     lengths, heap = [0] * len(limits), list[tuple[float, int]]()
     for i, p in enumerate(probabilities):
@@ -175,6 +178,8 @@ def plan(probabilities: list[float], limits: list[int], max_num_tokens: int,
         rate = tokens / seconds(taken, depth)
         if rate > best_rate:
             best_rate, best = rate, lengths.copy()
+        elif num_bent is not None and taken > num_bent:
+            break
     return best
 
 

@@ -23,7 +23,9 @@ from m2_continuous_batching.scheduler import Scheduler
 Vector = NDArray[np.float64]
 KNEES = (16, 64)                # rows at which a product's time bends
 _NUM_KEPT = 96                  # steps of each kind that the fit sees
-_REFIT_EVERY = 8                # steps
+_NUM_LARGEST = 12               # and the largest ones, however long ago: small steps say nothing of a large one
+_REFIT_EVERY = (8, 32)          # steps; the second once the windows are full
+_SURPRISE = 2.0                 # a step this many times longer or shorter than predicted: the fit is renewed at once
 _MIN_STEPS = 6                  # before the first fit
 _OUTLIER = 3.0                  # a step this many times longer than predicted was held up by something else
 
@@ -80,11 +82,17 @@ class StepCost(SchedulerPlugin):
     """Watches the steps of an engine and predicts the time of the next one."""
 
     def __init__(self) -> None:
-        self.coefficients: Vector | None = None             # seconds; None until enough steps ran
+        self._terms: tuple[float, ...] | None = None
         self.apart = 0.0            # seconds of the step under way that went into guessing: who guesses counts them
         self._decodes = deque[tuple[Vector, float]](maxlen=_NUM_KEPT)       # kept apart: decodes are many
         self._mixed = deque[tuple[Vector, float]](maxlen=_NUM_KEPT)
-        self._num_new = 0
+        self._largest: list[tuple[int, int, Vector, float]] = []            # tokens, the step's number, as above
+        self._num_steps = self._num_new = 0
+
+    @property
+    def coefficients(self) -> Vector | None:
+        """Seconds of each feature; None until enough steps ran."""
+        return None if self._terms is None else np.array(self._terms)
 
     def after_step(self, scheduler: Scheduler, stats: StepStats) -> None:
         self.observe(StepShape.of(stats.output.scheduled), stats.duration_s - self.apart)
@@ -92,40 +100,62 @@ class StepCost(SchedulerPlugin):
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """A step of that shape took so long."""
-        kept = self._decodes if shape.num_tokens == shape.num_rows else self._mixed
-        kept.append((shape.features(), seconds))
+        kept, features = self._decodes if shape.num_tokens == shape.num_rows else self._mixed, shape.features()
+        kept.append((features, seconds))
+        self._num_steps += 1
         self._num_new += 1
-        num_steps = len(self._decodes) + len(self._mixed)
-        if self._num_new >= _REFIT_EVERY or (self.coefficients is None and num_steps >= _MIN_STEPS):
+        self._largest.append((shape.num_tokens, self._num_steps, features, seconds))
+        self._largest = sorted(self._largest, key=lambda step: step[:2])[-_NUM_LARGEST:]
+        if self._terms is None:
+            is_due = self._num_steps >= _MIN_STEPS
+        else:
+            ratio = seconds / max(self.time(shape), 1e-9)
+            is_due = (self._num_new >= _REFIT_EVERY[len(kept) == _NUM_KEPT]
+                      or (self._num_new > 1 and not 1 / _SURPRISE < ratio < _SURPRISE))
+        if is_due:
             self._num_new = 0
-            self.coefficients = self._fit()
+            self._terms = tuple(self._fit().tolist())
 
     def predict(self, shape: StepShape) -> float | None:
         """Seconds that a step will take; None while too little is known."""
-        return None if self.coefficients is None else self.time(shape)
+        return None if self._terms is None else self.time(shape)
 
     def time(self, shape: StepShape) -> float:
-        """Seconds that a step will take. Asked only once something is known."""
-        assert self.coefficients is not None
-        return float(self.coefficients @ shape.features())
+        """Seconds that a step will take. Asked only once something is known: `features` times the coefficients."""
+        assert self._terms is not None
+        constant, first, second, slope, row, read, pair = self._terms
+        x = shape.num_tokens
+        return (constant + first * min(x, KNEES[0]) + second * min(max(x - KNEES[0], 0), KNEES[1] - KNEES[0])
+                + slope * max(x - KNEES[1], 0) + row * shape.num_rows + read * shape.context + pair * shape.pairs)
 
     @property
     def fixed(self) -> float | None:
         """Seconds that a large step takes beyond what its tokens cost; None while too little is known."""
-        if self.coefficients is None:
+        if self._terms is None:
             return None
-        constant, first, second, slope = self.coefficients[:4]
-        return float(constant + KNEES[0] * max(0.0, first - slope) + (KNEES[1] - KNEES[0]) * max(0.0, second - slope))
+        constant, first, second, slope = self._terms[:4]
+        return constant + KNEES[0] * max(0.0, first - slope) + (KNEES[1] - KNEES[0]) * max(0.0, second - slope)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest step so far: far beyond it, nothing is known."""
+        return self._largest[-1][0] if self._largest else 0
 
     def _fit(self) -> Vector:
-        """Least squares of the relative errors. Steps that were held up do not count in a second pass."""
-        steps = [*self._decodes, *self._mixed]
+        """Least squares of the relative errors. Steps that were held up do not count in a second pass.
+
+        Rows beyond a knee that no step has reached cost what those before it do.
+        """
+        steps = [*self._decodes, *self._mixed, *((f, s) for _, _, f, s in self._largest)]
         features, seconds = np.array([f for f, _ in steps]), np.array([s for _, s in steps])
         fitted = nonnegative_least_squares(features / seconds[:, None], np.ones(len(steps)))
         usual = seconds < _OUTLIER * np.maximum(features @ fitted, 1e-9)
-        if usual.all() or usual.sum() < _MIN_STEPS:
-            return fitted
-        return nonnegative_least_squares(features[usual] / seconds[usual, None], np.ones(int(usual.sum())))
+        if not usual.all() and usual.sum() >= _MIN_STEPS:
+            fitted = nonnegative_least_squares(features[usual] / seconds[usual, None], np.ones(int(usual.sum())))
+        for i in (2, 3):
+            if not features[:, i].any():
+                fitted[i] = fitted[i - 1]
+        return fitted
 
 
 def nonnegative_least_squares(a: Vector, b: Vector, num_rounds: int = 200) -> Vector:
@@ -139,15 +169,18 @@ def nonnegative_least_squares(a: Vector, b: Vector, num_rounds: int = 200) -> Ve
     gram, target = a.T @ a, a.T @ b
     # A little towards zero: features that move together share the time instead of one taking all.
     gram[np.diag_indices_from(gram)] += 1e-6
-    x = np.zeros(len(target))
+    rows, rest, x = gram.tolist(), target.tolist(), [0.0] * len(target)     # plain floats: faster where there are few
     for _ in range(num_rounds):
         largest = 0.0
-        for i in range(len(x)):
-            new = max(0.0, x[i] + (target[i] - gram[i] @ x) / gram[i, i])
-            largest, x[i] = max(largest, abs(new - x[i])), new
-        if largest < 1e-9:
+        for i, row in enumerate(rows):
+            new = max(0.0, x[i] + rest[i] / row[i])
+            change, x[i] = new - x[i], new
+            if change:
+                rest = [r - g * change for r, g in zip(rest, row, strict=True)]
+                largest = max(largest, abs(change))
+        if largest < 1e-7:
             break
-    return x / scale
+    return np.array(x) / scale
 
 
 class StepBudget:
@@ -185,7 +218,7 @@ class StepBudget:
         if fixed is None:
             return self.FIRST - (step.num_tokens - decodes.num_tokens)
         limit = self.cost.time(decodes) * self.max_step_slowdown if decodes.num_tokens else fixed / self.FIXED_SHARE
-        low, high = 0, num_tokens
+        low, high = 0, min(num_tokens, max(self.FIRST, 2 * self.cost.most_tokens))
         while low < high:
             middle = (low + high + 1) // 2
             seconds = self.cost.time(step.plus(start, middle, 0))

@@ -59,16 +59,19 @@ class SuffixAutomaton:
 
     def step(self, state: int, length: int, token_id: int) -> tuple[int, int]:
         """Another text goes on: from a state, and how many of its tokens match there, to those after one more token."""
+        state = self._of_length(state, length)
         while state and token_id not in self._next[state]:
             state = self._links[state]
             length = self._lengths[state]
         if token_id not in self._next[state]:
             return 0, 0
-        # States are split later on: the shorter part is reached by the link.
-        state, length = self._next[state][token_id], length + 1
+        return self._of_length(self._next[state][token_id], length + 1), length + 1
+
+    def _of_length(self, state: int, length: int) -> int:
+        """The state of a match of that length. States are split later on: the shorter part is reached by the link."""
         while state and self._lengths[self._links[state]] >= length:
             state = self._links[state]
-        return state, length
+        return state
 
     def _add(self, length: int, following: dict[int, int], end: int) -> int:
         self._lengths.append(length)

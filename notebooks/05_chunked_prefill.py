@@ -133,8 +133,8 @@ print("the same tokens from both:", outputs[0] == outputs[1])
 
 # %% [markdown]
 # Above, one wide bar: nobody else is in it. Below, the streams are in every step, and the prompt takes what is left of a
-# step that may take three times as long as one that only decodes. All of the prompt's tokens are still computed, so it
-# takes as long as before. What changed is who waits.
+# step that may take three times as long as one that only decodes. All of the prompt's tokens are still computed, and
+# the streams beside them: so the prompt itself comes later. What changed is who waits.
 
 # %% [markdown]
 # ## 2. What a step costs

@@ -61,13 +61,13 @@ def test_the_text_may_grow_while_it_is_followed(text: list[int], other: list[int
         state, length = automaton.step(state, length, token)
     for token in text[cut:]:
         automaton.append(token)
+    read = list(other)
     for token in other:
         state, length = automaton.step(state, length, token)
-        end = automaton.ends[state]
-        assert length == 0 or text[end - length:end] == (other + other)[:0] or length <= len(text)
-    if length:
-        both = other + other
-        assert text[automaton.ends[state] - length:automaton.ends[state]] == both[len(both) - length:]
+        read.append(token)
+        if length:
+            end = automaton.ends[state]
+            assert text[end - length:end] == read[len(read) - length:]
 
 
 @pytest.mark.parametrize("drafter", [NGramDrafter(), SuffixDrafter()], ids=["ngram", "suffix"])
@@ -111,9 +111,36 @@ def test_earlier_requests_are_remembered() -> None:
 
 
 def test_what_is_remembered_is_bounded() -> None:
+    """Also what has not been read yet."""
     drafter = SuffixDrafter(max_earlier_tokens=100)
     for i in range(30):
         drafter.on_request_completion(Request(str(i), None, [100 * i + j for j in range(20)], SamplingParams()))
-    assert sum(len(automaton) for automaton in drafter._earlier[""]) <= 130
+        assert drafter._earlier[""]._num_unread <= 100
     assert drafter.propose([sequence_of([2900], [2901])], [2]) == [[2902, 2903]]
-    assert drafter.propose([sequence_of([0], [1])], [2]) == [[]]
+    assert sum(len(automaton) for automaton in drafter._earlier[""].automata) <= 130
+
+
+def test_a_long_text_is_read_a_piece_at_a_time() -> None:
+    """Nobody waits for all of it: no guesses until it is read."""
+    drafter, sequence = SuffixDrafter(), sequence_of(list(range(3000)), [7, 8])
+    drafts = [drafter.propose([sequence], [2])[0] for _ in range(6)]
+    assert drafts == [[]] * 5 + [[9, 10]]
+    earlier = Request("0", None, list(range(4000, 6000)), SamplingParams())
+    drafter.on_request_completion(earlier)
+    other = sequence_of([4700], [4701])
+    drafts = []
+    for token in range(4702, 4706):
+        drafts.append(drafter.propose([other], [1])[0])
+        other.append_token_id(token)
+    assert drafts == [[], [], [4704], [4705]]           # two of the tokens since then are the least that is looked for
+
+
+def test_texts_of_another_salt_are_not_guessed_from() -> None:
+    drafter = SuffixDrafter()
+    drafter.on_request_completion(Request("0", None, [1, 2, 3, 4, 5], SamplingParams(), cache_salt="a"))
+    for salt, guess in (("", []), ("b", []), ("a", [3, 4])):
+        sequence = Sequence(next_seq_id(), SequenceData([1], [2]), SamplingParams(), 0, cache_salt=salt)
+        assert drafter.propose([sequence], [2]) == [guess], salt
+    for i in range(100):
+        drafter.on_request_completion(Request(str(i), None, [1], SamplingParams(), cache_salt=str(i)))
+    assert len(drafter._earlier) <= 64

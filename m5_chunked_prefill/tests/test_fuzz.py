@@ -54,8 +54,9 @@ def test_nothing_changes_a_token(tiny_model: TinyModels, dtype: str) -> None:
               policy: str, max_num_seqs: int, method: str, adaptive: bool, num_guesses: int) -> None:
         llm = LLM(model, dtype=dtype, max_num_batched_tokens=budget, num_blocks=num_blocks, swap_space=swap_space,
                   policy=policy, max_num_seqs=max(max_num_seqs, 3), speculative_method=method,
-                  speculative_model=model if method == "draft_model" else None, adaptive_drafts=adaptive,
-                  num_speculative_tokens=num_guesses, **OPTIONS)
+                  speculative_model=model if method == "draft_model" else None,
+                  adaptive_drafts=adaptive or method == "none",
+                  num_speculative_tokens=None if method == "none" else num_guesses, **OPTIONS)
         assert everything(llm, work) == everything(plain, work)
         assert llm.manager.usage == 0
         assert not llm.engine.has_unfinished_requests()

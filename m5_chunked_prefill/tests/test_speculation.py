@@ -201,6 +201,9 @@ def test_structured_output(tiny_model: TinyModels, method: str) -> None:
     ({"speculative_method": "ngram", "async_scheduling": True}, "async_scheduling chooses a step before"),
     ({"speculative_method": "ngram", "num_speculative_tokens": 0}, "num_speculative_tokens=0"),
     ({"max_step_slowdown": 0.5}, "max_step_slowdown=0.5"),
+    ({"max_step_slowdown": 2.0, "max_num_batched_tokens": 64}, "max_num_batched_tokens=64 limits"),
+    ({"num_speculative_tokens": 4}, "num_speculative_tokens=4 is about guesses"),
+    ({"adaptive_drafts": False}, "adaptive_drafts=False is about guesses"),
     ({"max_num_batched_tokens": 0}, "max_num_batched_tokens=0")])
 def test_what_is_refused(tiny_model: TinyModels, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -94,6 +94,49 @@ def test_a_step_that_was_held_up_does_not_count() -> None:
     assert np.median(errors) < 0.1
 
 
+def test_what_never_ran_is_not_free() -> None:
+    """Decodes and prompts of 40 tokens, for a long time; then one of 6,000. A chunk grows as its cost becomes known."""
+    dice, cost = np.random.default_rng(0), StepCost()
+    for _ in range(400):
+        shape = shape_of(*((int(dice.integers(1, 500)), 1, 1) for _ in range(8)))
+        if dice.random() < 0.5:
+            shape.add(0, int(dice.integers(20, 40)), 1)
+        cost.observe(shape, machine(shape))
+    decodes = shape_of(*((300, 1, 1) for _ in range(8)))
+    budget, start, chunks = StepBudget(cost, 3.0, is_fixed=False), 0, list[int]()
+    while start < 6000:
+        chunk = budget.chunk(decodes, decodes, start, 6000 - start)
+        step = decodes.plus(start, chunk, 0)
+        assert machine(step) <= 4 * machine(decodes), (start, chunk)
+        cost.observe(step, machine(step))
+        chunks.append(chunk)
+        start += chunk
+    assert chunks[0] <= StepBudget.FIRST
+    assert len(chunks) < 200
+
+
+def test_large_steps_are_remembered() -> None:
+    """A thousand small steps later, a large one is still priced right."""
+    cost = fitted()
+    for _ in range(1000):
+        cost.observe(shape := shape_of((100, 1, 1), (0, 5, 0)), machine(shape))
+    large = shape_of((0, 600, 1))
+    assert cost.time(large) == pytest.approx(machine(large), rel=0.15)
+
+
+def test_a_surprise_is_learnt_at_once() -> None:
+    """A step may have been held up by something else, once; what lies beyond all that is likely does not count."""
+    cost, shape = fitted(), shape_of((100, 1, 1), (50, 1, 1))
+    before = cost.time(shape)
+    for _ in range(2):
+        cost.observe(shape, 2.5 * machine(shape))
+    assert cost.time(shape) > before
+    cost, before = fitted(), cost.time(shape)
+    for _ in range(2):
+        cost.observe(shape, 50 * machine(shape))
+    assert cost.time(shape) < before
+
+
 def test_nothing_is_known_at_first() -> None:
     cost = StepCost()
     shape = shape_of((3, 1, 1))
@@ -169,9 +212,10 @@ class TestBudget:
             assert cost.time(shape_of((start, chunk, 0))) == pytest.approx(10 * cost.fixed, rel=0.05)
 
     def test_where_nothing_decodes_no_crumbs(self) -> None:
-        cost = fitted()
-        cost.coefficients = cost.coefficients * [0, *[1] * 6]        # nothing is fixed
-        cost.coefficients[1:4] = cost.coefficients[3]
+        """A machine on which nothing is fixed: each token costs the same."""
+        cost = StepCost()
+        for num_tokens in range(1, 200, 7):
+            cost.observe(shape_of((0, num_tokens, 0)), 1e-3 * num_tokens)
         assert StepBudget(cost, 3.0, False).chunk(StepShape(), StepShape(), 0, 4000) == StepBudget.EFFICIENT
 
     def test_a_prompt_that_ends_does_not_wait_for_a_piece_of_another(self) -> None:

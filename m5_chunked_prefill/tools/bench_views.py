@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from m0_basics.tools.bench import BenchReport
+from m0_basics.tools.bench.figures import grouped_bars
 
 from . import draft_table, frontier, waits
 
@@ -46,6 +47,11 @@ def draw(report: BenchReport, output_dir: Path) -> None:
     """The figures of a whole report."""
     found = report.measurements
     frontier.draw(found["frontier"], output_dir / "frontier.png")
+    names = ("requests at once", "a long prompt alone")
+    bars = {name: {c.name: c.ratio for c in comparison.contenders if c.name.startswith("m")}
+            for name, comparison in zip(names, report.comparisons, strict=True)}
+    grouped_bars(bars, output_dir / "no_help.png", title="Nothing decodes meanwhile: throughput over m4's",
+                 ylabel="times", line=1.0)
     waits.draw_gaps(found["giant"], output_dir / "giant.png")
     draft_table.draw(found["drafts"], output_dir / "drafts.png")
 

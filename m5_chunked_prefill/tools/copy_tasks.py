@@ -4,6 +4,7 @@
   code     a class, to be written out again with one name changed
   json     records in prose, to be given as JSON with the same keys again and again
   story    nothing to copy: what speculation must not slow down
+  hostile  the same, behind many short pieces of text that stories use as well, each followed by something else
 
 A small model does not always do as it is told, so the answers of `code` and `json` are begun for it.
 """
@@ -72,7 +73,14 @@ def story(rng: random.Random) -> Task:
                 f"and {rng.choice(_VERBS)} it at night.")
 
 
-TASKS: dict[str, Callable[[random.Random], Task]] = {"quote": quote, "code": code, "json": records, "story": story}
+def hostile(rng: random.Random) -> Task:
+    pieces = ("in the", "of the", "and the", "to the", "with a", "it was", "on the", "from the", "had been", "it is")
+    noise = ", ".join(f"{rng.choice(pieces)} {rng.choice(_THINGS + _TOWNS)}" for _ in range(60))
+    return Task(f"Here are some words: {noise}.\n\n{story(rng).prompt}")
+
+
+TASKS: dict[str, Callable[[random.Random], Task]] = {
+    "quote": quote, "code": code, "json": records, "story": story, "hostile": hostile}
 
 
 def tasks(kind: str, number: int, seed: int) -> list[Task]:

@@ -15,26 +15,25 @@ _LEARNT_AFTER = 32              # steps, before the predictions count
 
 
 class CostCheck(SchedulerPlugin):
-    """A plugin that learns the cost of steps as the engine does, and keeps predicted and measured seconds."""
+    """A plugin that notes what steps had to do and how long it took; afterwards each is predicted from those before."""
 
     def __init__(self) -> None:
         self.cost = StepCost()
-        self.steps: list[tuple[StepShape, float, float]] = []       # shape, predicted, measured
-        self._num_seen = 0
+        self.steps: list[tuple[StepShape, float]] = []
 
     def after_step(self, scheduler: Scheduler, stats: StepStats) -> None:
-        shape = StepShape.of(stats.output.scheduled)
-        predicted = self.cost.predict(shape)
-        if predicted is not None and self._num_seen >= _LEARNT_AFTER:
-            self.steps.append((shape, predicted, stats.duration_s))
-        self._num_seen += 1
-        self.cost.after_step(scheduler, stats)
+        self.steps.append((StepShape.of(stats.output.scheduled), stats.duration_s))
 
     def summary(self) -> dict[str, Any]:
         """Relative errors, of steps that only decode and of mixed ones, and what the coefficients have come to."""
         found: dict[str, Any] = {}
+        predictions = list[tuple[StepShape, float, float]]()
+        for number, (shape, seconds) in enumerate(self.steps):
+            if number >= _LEARNT_AFTER:
+                predictions.append((shape, self.cost.time(shape), seconds))
+            self.cost.observe(shape, seconds)
         for kind, is_mixed in (("decode", False), ("mixed", True)):
-            errors = [abs(predicted / seconds - 1) for shape, predicted, seconds in self.steps
+            errors = [abs(predicted / seconds - 1) for shape, predicted, seconds in predictions
                       if (shape.num_tokens > shape.num_rows) == is_mixed]
             if errors:
                 found[kind] = {"num_steps": len(errors), "error_median": median(errors),

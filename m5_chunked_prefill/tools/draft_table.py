@@ -22,8 +22,8 @@ from ..speculation_stats import SpeculationStats
 from .copy_tasks import Task, tasks
 
 BASELINE = "none"
-SIZES = {1: 256, 8: 64, 64: 24}                 # requests at once: output tokens of each, at most
-LARGE_TASKS = ("quote", "story")                # at the largest batch: the best and the worst case
+SIZES = {1: 256, 8: 96, 64: 48}                 # requests at once: output tokens of each, at most
+LARGE_TASKS = ("quote", "story", "hostile")     # at the largest batch: the best case and the worst ones
 
 
 def measure(contenders: Mapping[str, BaseLLM], kinds: Sequence[str], sizes: Mapping[int, int],

@@ -10,6 +10,7 @@ from typing import Any
 
 from m0_basics.base_llm import BaseLLM
 from m0_basics.sampling_params import SamplingParams
+from m0_basics.tools.bench.contender import BenchError
 from m2_continuous_batching.engine import engine_of
 from m2_continuous_batching.plugins.base import SchedulerPlugin, StepStats
 from m2_continuous_batching.scheduler import Scheduler
@@ -31,15 +32,25 @@ class _PreemptionCount(SchedulerPlugin):
 
 
 def measure(contenders: Mapping[str, BaseLLM], output_len: int, rounds: int, num_questions: int) -> dict[str, Any]:
-    """By contender: tokens per second, the median time of a token in the first and last tenth, who was sent back."""
+    """By contender: tokens per second, the median time of a token in the first and last tenth, who was sent back.
+
+    Raises BenchError where the contenders' answers are not the same, token for token.
+    """
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+    for llm in contenders.values():
+        _run(llm, 8, -1, num_questions)                 # warms up
     for number in range(rounds):
+        answers = []
         for name, llm in contenders.items():
-            runs[name].append(_run(llm, output_len, number, num_questions))
+            numbers, tokens = _run(llm, output_len, number, num_questions)
+            runs[name].append(numbers)
+            answers.append(tokens)
+        if any(tokens != answers[0] for tokens in answers):
+            raise BenchError("long thoughts: answers differ")
     return {name: {key: median(r[key] for r in own) for key in own[0]} for name, own in runs.items()}
 
 
-def _run(llm: BaseLLM, output_len: int, seed: int, num_questions: int) -> dict[str, float]:
+def _run(llm: BaseLLM, output_len: int, seed: int, num_questions: int) -> tuple[dict[str, float], list[list[int]]]:
     engine, tokenizer, process = engine_of(llm), llm.get_tokenizer(), llm.input_processor.process
     stats = stats_of(llm)
     before = (stats.num_draft_tokens, stats.num_accepted_tokens) if stats else (0, 0)
@@ -47,7 +58,8 @@ def _run(llm: BaseLLM, output_len: int, seed: int, num_questions: int) -> dict[s
     for i, question in enumerate(QUESTIONS[:num_questions]):
         text = tokenizer.apply_chat_template([{"role": "user", "content": question}])
         ids = tokenizer.encode(text, add_special_tokens=False)
-        params = SamplingParams(temperature=0.7, top_p=0.95, max_tokens=output_len, ignore_eos=True, seed=10 * seed + i)
+        params = SamplingParams(temperature=0.7, top_p=0.95, max_tokens=output_len, ignore_eos=True,
+                                seed=10 * (seed + 1) + i)
         requests.append(process({"prompt_token_ids": ids}, params))
     counter = _PreemptionCount()
     engine.plugins.append(counter)
@@ -59,4 +71,5 @@ def _run(llm: BaseLLM, output_len: int, seed: int, num_questions: int) -> dict[s
     return {"tokens_per_s": num_questions * output_len / seconds, "preemptions": counter.num_preempted,
             "first_tenth_ms": median(1e3 * (t[tenth - 1] - t[0]) / (tenth - 1) for t in times),
             "last_tenth_ms": median(1e3 * (t[-1] - t[-tenth]) / (tenth - 1) for t in times),
-            "acceptance": (stats.num_accepted_tokens - before[1]) / drafted if stats and drafted else 0.0}
+            "acceptance": (stats.num_accepted_tokens - before[1]) / drafted if stats and drafted else 0.0,
+            }, [list(r.sequences[0].output_token_ids) for r in requests]

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -26,10 +27,12 @@ def short_behind_long(contenders: Sequence[EngineContender], giant: int, shorts:
         runs: dict[str, list[tuple[float, float, float]]] = {c.name: [] for c in contenders}
         for contender in contenders:
             contender.warm_up(alone)
-        for _ in range(rounds):
+            if length == shorts[0]:
+                contender.run(behind)                   # so that all know what a giant one costs
+        for number in range(rounds):
             for contender in contenders:
                 [own] = _ttfts(contender.run(alone))
-                long, late = _ttfts(contender.run(behind))
+                long, late = _ttfts(contender.run(_later(behind, 0.07 * number)))
                 runs[contender.name].append((own, late, long))
         for name, times in runs.items():
             found["contenders"][name][str(length)] = {
@@ -38,6 +41,12 @@ def short_behind_long(contenders: Sequence[EngineContender], giant: int, shorts:
                 "giant_ms": median(1e3 * long for _, _, long in times),
                 "ratio": median(late / own for own, late, _ in times)}
     return found
+
+
+def _later(workload: Workload, seconds: float) -> Workload:
+    """The second request comes so much later: at another moment of the step that is running."""
+    first, second = workload.requests
+    return replace(workload, requests=(first, replace(second, arrival_time=second.arrival_time + seconds)))
 
 
 def giant_among_streams(contenders: Sequence[EngineContender], giant: int, num_streams: int, rounds: int,

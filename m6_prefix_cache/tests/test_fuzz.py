@@ -80,7 +80,7 @@ def test_what_was_computed_before_changes_no_token(tiny_model: TinyModels, dtype
               max_cached: int | None, method: str, ahead: bool) -> None:
         llm = LLM(model, dtype=dtype, max_num_batched_tokens=budget, num_blocks=num_blocks, swap_space=swap_space,
                   prefix_index=index, max_cached_blocks=max_cached, speculative_method=method, max_num_seqs=6,
-                  async_scheduling=ahead and method == "none", adaptive_drafts=False, **OPTIONS)
+                  async_scheduling=ahead and method == "none", adaptive_drafts=method == "none", **OPTIONS)
         for jobs in rounds:
             assert run(llm, jobs) == run(plain, jobs)
             assert llm.manager.usage == 0

@@ -10,6 +10,7 @@ namespace attention {
 constexpr int KEYS = 64;                // per tile
 constexpr int PART = 4 * KEYS;          // per part: a row's result is made of these, wherever it is computed
 constexpr int ROWS = 48;                // of a prompt's item: enough to pay for copying a tile, few enough for L1
+constexpr long MOST_PARTS = 1 << 14;    // of several tokens of a sequence: more would take too much memory
 
 struct Item {
     int sequence;
@@ -65,7 +66,8 @@ static void cut(Plan& plan, const Shape& shape, const Batch& batch, int num_thre
         const int num_new = batch.query_start_loc[b + 1] - batch.query_start_loc[b], length = batch.seq_lens[b];
         // Several new tokens are cut only where their longest item would keep a thread while the others wait.
         const bool in_parts = num_new == 1
-            || (num_threads > 1 && 4 * num_threads * work_of(std::min(num_new, tokens_per_item), group, length) > work);
+            || (num_threads > 1 && (long)num_new * ((length + PART - 1) / PART) <= MOST_PARTS
+                && 4 * num_threads * work_of(std::min(num_new, tokens_per_item), group, length) > work);
         const int num_heads = num_new == 1 ? heads_per_item : 1;
         for (int token = 0; token < num_new; token += tokens_per_item) {
             const int tokens = std::min(tokens_per_item, num_new - token), end = length - num_new + token + tokens;
