@@ -100,8 +100,9 @@ class Queues:
               num_more: int = 0) -> tuple[Admission, list[QueuedSequence]]:
         """Let a waiting sequence run tokens [start, start + num_tokens), if there is a place and room in the cache.
 
-        There has to be room for `num_more` tokens behind them as well; it is not taken yet. Where the policy lets it, running sequences that are not `in_step` give way, the fewest that help. Returns what
-        became of it, and the victims.
+        There has to be room for `num_more` tokens behind them as well; it is not taken yet. Where the policy lets it,
+        running sequences that are not `in_step` give way, the fewest that help. Returns what became of it, and the
+        victims.
         """
         victims = self._victims_for(entry, start, num_tokens, num_more, in_step)
         if isinstance(victims, Admission):

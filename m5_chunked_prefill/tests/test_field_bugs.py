@@ -287,4 +287,4 @@ class TestLongTexts:
                                     prompt_logprobs=1)
             llm = self.compare(lab.model, dtype, params, speculative_method="suffix", adaptive_drafts=False,
                                num_speculative_tokens=num_guesses, max_num_batched_tokens=61)
-            assert num_accepted(llm) > 0 or params is not long
+            assert num_accepted(llm) > 0
