@@ -73,5 +73,5 @@ if __name__ == "__main__":
     small = Cache(room=5)
     small.answer(system)
     small.answer(questions[0] + questions[1])
-    print(f"room for 5 blocks, 6 asked for: {len(small.find([*system, 0]))} of the 5 older ones are left, from the front")
+    print(f"room for 5 blocks, 6 asked for: {len(small.find([*system, 0]))} of the 5 older ones are left")
     assert len(small.find([*system, 0])) == 4

@@ -28,7 +28,7 @@ def make_manager(config: EngineConfig, spec: ModelSpec, memory: PagedMemory, blo
         names = ", ".join(type(plugin).__name__ for plugin in cache_plugins)
         raise ConfigError(f"{names} may keep something of a sequence beside its blocks, and enable_prefix_caching "
                           "hands blocks to others; allowed: enable_prefix_caching=False, or no cache plugin")
-    hasher = BlockHasher(block_size, f"{config.model_config.model} {spec} {memory.cache.k.dtype}")
+    hasher = BlockHasher(block_size, f"{config.model_config.model} {spec} {memory.cache.kv_cache.k.dtype}")
     index: PrefixIndex = RadixTree(block_size) if options.prefix_index == "radix" else HashIndex(hasher)
     pool = CachedBlockPool(memory.num_blocks, index, options.max_cached_blocks)
     return PrefixKVCacheManager(pool, hasher, BlockPool(memory.num_host_blocks),

@@ -140,7 +140,6 @@ class GenerationBody(Body):
     guided_choice: Texts | None = None
     priority: Priority | None = None
     request_id: RequestId | None = None         # what the client calls it: part of the answer's id
-    cache_salt: str | None = None               # for caches that requests share: this server has none
     # this engine's
     sla_class: str | None = None
     timeout: float | None = None                # seconds after which the request is aborted

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m0_basics.request import Request, Sequence, SequenceData
+from m0_basics.request import Request, Sequence, SequenceData, next_seq_id
 from m0_basics.sampling_params import SamplingParams
 from m5_chunked_prefill.drafter import Drafter
 from m5_chunked_prefill.lookup_drafters import NGramDrafter, SuffixDrafter

@@ -39,7 +39,7 @@ def stats_of(llm: LLM) -> PrefixCacheStats:
 
 @pytest.mark.parametrize("index", ["radix", "hash"])
 def test_a_conversation_hits_by_itself(model: str, index: str) -> None:
-    """Each turn finds the one before it, answers included; the first tokens of a block only where the tree looks."""
+    """Each turn finds the whole blocks of the one before it, answers included."""
     llm, plain = LLM(model, prefix_index=index, **BASE), m5.LLM(model, **BASE)
     text, found = PROMPT, list[int]()
     for turn in range(3):
@@ -47,8 +47,17 @@ def test_a_conversation_hits_by_itself(model: str, index: str) -> None:
         assert [answer] == ask(plain, [text])[0]
         found.append(cached)
         text = [*text, *answer, 90 + turn, 91, 92]
-    assert found == ([0, 39, 50] if index == "radix" else [0, 32, 48])
+    assert found == [0, 32, 48]
     assert stats_of(llm).num_hit_tokens == sum(found)
+
+
+def test_an_edited_text_finds_what_is_before_the_edit(model: str) -> None:
+    """vllm#49449. The tree finds the first tokens of the block that was edited as well."""
+    edited = [*PROMPT[:21], 99, *PROMPT[22:]]
+    for index, expected in (("radix", 21), ("hash", 16)):
+        llm = LLM(model, prefix_index=index, **BASE)
+        ask(llm, [PROMPT])
+        assert ask(llm, [edited]) == (ask(m5.LLM(model, **BASE), [edited])[0], [expected])
 
 
 def test_the_same_prompt_again_runs_one_token(model: str) -> None:

@@ -1,4 +1,4 @@
-"""F6.1, F6.3, F6.4: tokens are m5's, bit for bit, whatever was computed before: conversations, edits, aborts, eviction."""
+"""F6.1, F6.3, F6.4: tokens are m5's, bit for bit, whatever was computed before: conversations, edits, eviction."""
 from __future__ import annotations
 
 from typing import Any

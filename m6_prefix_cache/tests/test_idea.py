@@ -18,7 +18,7 @@ def test_it_finds_what_the_engine_finds() -> None:
     """Random texts of few tokens, one after the other, against the manager with its table of hashes."""
     dice = random.Random(0)
     for _ in range(30):
-        small, manager = idea.Cache(room=6), make_manager(num_blocks=6, block_size=idea.BLOCK, kind="hash")
+        small, manager = idea.Cache(room=64), make_manager(num_blocks=64, block_size=idea.BLOCK, kind="hash")
         for _ in range(12):
             text = [dice.randrange(2) for _ in range(dice.randint(1, 20))]
             expected = len(small.find(text)) * idea.BLOCK

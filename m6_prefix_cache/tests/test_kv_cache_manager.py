@@ -246,9 +246,10 @@ class TestByHand:
         for length in (12, 13):
             manager = make_manager(kind=kind)
             tokens = list(range(length))
-            assert run_whole(manager, first := make_sequence(tokens)) == 0
+            first, second = make_sequence(tokens), make_sequence(tokens)
+            assert run_whole(manager, first) == 0
             manager.free(first)
-            assert run_whole(manager, second := make_sequence(tokens)) == (11 if length == 12 else 12)
+            assert run_whole(manager, second) == (11 if length == 12 else 12)
             copies = manager.take_copies()
             assert [c.num_slots for c in copies] == ([3] if length == 12 else [])
             manager.free(second)
@@ -259,7 +260,8 @@ class TestByHand:
         run_whole(manager, first := make_sequence(list(range(10))))
         first.append_token_id(10)
         assert manager.allocate_slots(first, 10, 1)
-        assert run_whole(manager, second := make_sequence([*range(8), 50, 51])) == 8
+        second = make_sequence([*range(8), 50, 51])
+        assert run_whole(manager, second) == 8
         assert manager.tables[first][:2] == manager.tables[second][:2]
         assert manager.pool.num_used == 4
 
