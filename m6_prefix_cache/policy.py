@@ -11,7 +11,7 @@ from m2_continuous_batching.scheduler import Scheduler
 from .kv_cache_manager import PrefixKVCacheManager
 
 _LOOK_AHEAD = 256           # waiting sequences whose prefixes are looked up before each step
-_KEEP_FOR = 32              # of these, the first so many keep what they have found, as long as others can go
+_KEEP_FOR = 64              # of these, the first so many keep what they have found, as long as others can go
 
 
 class LongestMatchPolicy(SchedulingPolicy):

@@ -10,6 +10,7 @@ tokens in whole blocks.
 """
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence as Items
 
 from m0_basics.request import Request, Sequence, SequenceData, SequenceStatus, next_seq_id
@@ -27,28 +28,31 @@ BLOCK_SIZE = 16
 WAYS = ("lru", "informed", "longest-match", "belady")
 
 
-def hits(trace: Items[Visit], num_blocks: int, way: str, window: int = 32) -> int:
-    """Tokens of the trace's prompts that are found. `window`: visits that wait at a time."""
+def hits(trace: Items[Visit], num_blocks: int, way: str, window: int = 64) -> int:
+    """Tokens of the trace's prompts that are found. `window`: visits that wait at a time, their questions asked."""
     if way == "belady":
         return _belady(trace, num_blocks)
     hasher = BlockHasher(BLOCK_SIZE, "replay")
     pool = CachedBlockPool(num_blocks, HashIndex(hasher))
     manager = PrefixKVCacheManager(pool, hasher, BlockPool(0), watermark=0.0)
-    policy, found, arrived, num_run = LongestMatchPolicy(), 0, 0, 0
-    waiting: list[tuple[QueuedSequence, Visit]] = []
-    while waiting or arrived < len(trace):
-        while arrived < len(trace) and len(waiting) < window:
-            waiting.append((_entry(trace[arrived], num_run, arrived), trace[arrived]))
-            arrived += 1
+    policy, found, num_run = LongestMatchPolicy(), 0, 0
+    waiting, left = list[tuple[QueuedSequence, int]](), deque(range(len(trace)))
+    answered = set[int | None]((None,))
+    while waiting or left:
+        while left and len(waiting) < window and trace[left[0]].after in answered:
+            number = left.popleft()
+            waiting.append((_entry(trace[number], num_run, number), number))
         if way == "longest-match":
             for entry, _ in waiting:
                 entry.num_ready = manager.match(entry.sequence).num_tokens(BLOCK_SIZE)
             waiting.sort(key=lambda pair: policy.key(pair[0]))
-        entry, visit = waiting.pop(0)
+        entry, number = waiting.pop(0)
         if way != "lru":
             pool.wanted = {block for other, _ in waiting for block in manager.match(other.sequence).blocks}
+        visit = trace[number]
         found += _visit(manager, entry.sequence, visit)
         num_run += len(visit.prompt) + len(visit.answer)
+        answered.add(number)
     return found
 
 

@@ -21,6 +21,7 @@ class Visit:
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    after: int | None = None            # the visit whose answer it takes up
 
 
 def few_shot(num_visits: int, rng: random.Random) -> list[Visit]:
@@ -32,15 +33,15 @@ def few_shot(num_visits: int, rng: random.Random) -> list[Visit]:
 def multi_turn(num_visits: int, rng: random.Random) -> list[Visit]:
     """Of the conversations that are open, one of the newest goes on as a rule; each ends after some turns."""
     system, visits = _tokens(rng, 120), list[Visit]()
-    texts: list[tuple[int, ...]] = []
+    texts: list[tuple[tuple[int, ...], int | None]] = []
     while len(visits) < num_visits:
         if not texts or (len(texts) < 24 and rng.random() < 0.3):
-            texts.append(system)
+            texts.append((system, None))
         place = len(texts) - 1 - min(int(rng.expovariate(0.2)), len(texts) - 1)
-        text = texts.pop(place) + _tokens(rng, rng.randint(15, 80))
-        visits.append(Visit(text, _tokens(rng, rng.randint(30, 150))))
+        text, after = texts.pop(place)
+        visits.append(Visit(text + _tokens(rng, rng.randint(15, 80)), _tokens(rng, rng.randint(30, 150)), after))
         if rng.random() > 0.15 and len(text) < 1500:
-            texts.append(text + visits[-1].answer)
+            texts.append((visits[-1].prompt + visits[-1].answer, len(visits) - 1))
     return visits
 
 

@@ -34,6 +34,7 @@ class RunningServer:
                  **config: Any) -> None:
         metrics = PrometheusMetrics(MODEL)
         self.llm = make_llm(plugins=[metrics])
+        metrics.show_counters_of(engine_of(self.llm).plugins)
         self.engine = AsyncLLMEngine(self.llm, max_queued_requests)
         self.app = build_app(self.engine, metrics, ServerConfig(MODEL, **config))
         self._sock = bind("127.0.0.1", 0)
