@@ -1,4 +1,4 @@
-"""F6.3, F6.7: what clients and operators see: cached tokens in `usage`, hits in /metrics, salts by request and by key."""
+"""F6.3, F6.7: what clients and operators see: cached tokens in `usage`, hits in /metrics, salts by request or key."""
 from __future__ import annotations
 
 from collections.abc import Iterator
