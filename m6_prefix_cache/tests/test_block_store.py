@@ -1,0 +1,120 @@
+"""F6.8: blocks on disk are whole or not there, and whatever is wrong with a file or a disk costs a warning."""
+from __future__ import annotations
+
+import logging
+import os
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from m6_prefix_cache.block_store import BlockStore
+
+ROOM = 10_000
+TOKENS = (1, 2, 3)
+
+
+def name_of(number: int) -> bytes:
+    return sha256(bytes([number])).digest()
+
+
+def test_what_one_process_has_kept_another_finds(tmp_path: Path) -> None:
+    first = BlockStore(tmp_path, "model", ROOM)
+    assert first.put(name_of(1), TOKENS, b"abc")
+    assert not first.put(name_of(1), TOKENS, b"abc"), "once"
+    second = BlockStore(tmp_path, "model", ROOM)
+    assert name_of(1) in second
+    assert second.get(name_of(1), TOKENS, 3) == b"abc"
+    assert second.get(name_of(2), TOKENS, 3) is None
+
+
+def test_another_model_finds_nothing(tmp_path: Path) -> None:
+    BlockStore(tmp_path, "model", ROOM).put(name_of(1), TOKENS, b"abc")
+    assert BlockStore(tmp_path, "another", ROOM).get(name_of(1), TOKENS, 3) is None
+
+
+@settings(max_examples=150, deadline=None)
+@given(place=st.integers(0, 10**6), change=st.integers(1, 255), cut=st.none() | st.integers(0, 60))
+def test_a_file_that_was_changed_is_left_out(tmp_path_factory: pytest.TempPathFactory, place: int, change: int,
+                                             cut: int | None) -> None:
+    """Any byte of it, or its end: a warning, and the block is computed anew."""
+    folder = tmp_path_factory.mktemp("store")
+    store = BlockStore(folder, "model", ROOM)
+    store.put(name_of(1), TOKENS, b"some keys and values")
+    [path] = store.folder.iterdir()
+    content = bytearray(path.read_bytes())
+    if cut is None:
+        content[place % len(content)] ^= change
+    else:
+        content = content[:cut]
+    path.write_bytes(content)
+    assert store.get(name_of(1), TOKENS, 20) is None
+    assert not path.exists()
+    assert len(store) == store.num_bytes == 0
+    assert store.put(name_of(1), TOKENS, b"some keys and values"), "it may be kept again"
+
+
+@pytest.mark.parametrize(("tokens", "num_bytes"), [((1, 2, 4), 3), ((1, 2), 3), (TOKENS, 4), (TOKENS, 2)])
+def test_other_tokens_or_another_layout(tmp_path: Path, caplog: pytest.LogCaptureFixture, tokens: tuple[int, ...],
+                                        num_bytes: int) -> None:
+    """A collision of hashes, or a file of another version."""
+    store = BlockStore(tmp_path, "model", ROOM)
+    store.put(name_of(1), TOKENS, b"abc")
+    assert store.get(name_of(1), tokens, num_bytes) is None
+    assert "is left out and removed" in caplog.text
+
+
+def test_the_oldest_go_where_room_is_short(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path, "model", 3 * (44 + 100))
+    for number in range(3):
+        assert store.put(name_of(number), TOKENS, bytes(100))
+    assert store.get(name_of(0), TOKENS, 100) is not None               # used: the second is the oldest now
+    assert store.put(name_of(3), TOKENS, bytes(100))
+    assert [name_of(n) in store for n in range(4)] == [True, False, True, True]
+    assert len(list(store.folder.iterdir())) == 3
+    assert not store.put(name_of(9), TOKENS, bytes(1000)), "larger than all the room"
+    smaller = BlockStore(tmp_path, "model", 44 + 100)
+    assert len(smaller) == 1
+
+
+def test_half_written_files_are_taken_away(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path, "model", ROOM)
+    (store.folder / "tmp123.partial").write_bytes(b"half")
+    (store.folder / "README").write_bytes(b"somebody else's")
+    again = BlockStore(tmp_path, "model", ROOM)
+    assert len(again) == 0
+    assert sorted(path.name for path in store.folder.iterdir()) == ["README"]
+
+
+def test_a_full_disk_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture,
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    store = BlockStore(tmp_path, "model", ROOM)
+    store.put(name_of(1), TOKENS, b"abc")
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with caplog.at_level(logging.WARNING):
+        assert not store.put(name_of(2), TOKENS, b"abc")
+        assert not store.put(name_of(3), TOKENS, b"abc")
+    assert caplog.text.count("keeps nothing from now on") == 1
+    assert store.get(name_of(1), TOKENS, 3) == b"abc", "what is there is still found"
+    assert len(list(store.folder.iterdir())) == 1, "nothing half written is left"
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    store = BlockStore(tmp_path / "file", "model", ROOM)
+    assert not store.put(name_of(1), TOKENS, b"abc")
+    assert store.get(name_of(1), TOKENS, 3) is None
+    assert store.seconds_per_block(100) == float("inf")
+    assert "cannot be used" in caplog.text
+
+
+def test_reading_is_measured(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path, "model", ROOM)
+    assert 0 < store.seconds_per_block(1000) < 1
+    assert not list(store.folder.iterdir())
