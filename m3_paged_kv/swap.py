@@ -48,6 +48,18 @@ class HostCache:
             else:
                 self._copy(c)
 
+    def device_block(self, block: int, block_size: int) -> Tensor:
+        """A copy of the keys and values of one of the device's blocks: [2, L, E], on the host."""
+        cache = self.device_cache.kv_cache
+        slots = slice(block * block_size, (block + 1) * block_size)
+        return torch.stack([cache.k[:, slots].flatten(1), cache.v[:, slots].flatten(1)])
+
+    def fill_host_block(self, block: int, block_size: int, data: Tensor) -> None:
+        """Write data [2, L, E] into one of the host's blocks, as if a block of the device had been swapped out."""
+        slots = slice(block * block_size, (block + 1) * block_size)
+        for pool, half in zip((self.k, self.v), data, strict=True):
+            pool[:, slots] = half.view_as(pool[:, slots])
+
     def _copy(self, c: SlotCopy) -> None:
         pools = ((self.device_cache.kv_cache.k, self.k), (self.device_cache.kv_cache.v, self.v))
         for device, host in pools:
@@ -86,6 +98,16 @@ class PinnedHostCache:
                 self._swap_in(batch)
             else:
                 self._within_device(batch)
+
+    def device_block(self, block: int, block_size: int) -> Tensor:
+        """A copy of the keys and values of one of the device's blocks: [2, L, E], on the host. Waits for it."""
+        return torch.stack([pool[:, block] for pool in self._pools()]).cpu()
+
+    def fill_host_block(self, block: int, block_size: int, data: Tensor) -> None:
+        """Write data [2, L, E] into one of the host's blocks, as if a block of the device had been swapped out."""
+        if self.stream is not None:
+            self.stream.synchronize()                   # an earlier copy from this block may be on its way
+        self.blocks[block] = data
 
     def _within_device(self, batch: list[SlotCopy]) -> None:
         """Copies of copy-on-write: the first slots of a block into another block."""
