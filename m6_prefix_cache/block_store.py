@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import threading
 import time
 import zlib
 from array import array
@@ -40,6 +41,7 @@ class BlockStore:
         self.folder, self.max_bytes = folder / fingerprint, max_bytes
         self.num_bytes = 0
         self.is_writable = True
+        self._lock = threading.RLock()      # one thread writes while another reads
         self._sizes = OrderedDict[BlockHash, int]()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -60,15 +62,17 @@ class BlockStore:
         content = _pack(tokens, data)
         if len(content) > self.max_bytes:
             return False
-        while self.num_bytes + len(content) > self.max_bytes:
-            self._remove(next(iter(self._sizes)))
+        with self._lock:
+            while self.num_bytes + len(content) > self.max_bytes:
+                self._remove(next(iter(self._sizes)))
         try:
             self._write(self._path(block_hash), content)
         except OSError as error:
             self._give_up("a block could not be written", error)
             return False
-        self._sizes[block_hash] = len(content)
-        self.num_bytes += len(content)
+        with self._lock:
+            self._sizes[block_hash] = len(content)
+            self.num_bytes += len(content)
         return True
 
     def get(self, block_hash: BlockHash, tokens: Tokens, num_bytes: int) -> bytes | None:
@@ -82,7 +86,9 @@ class BlockStore:
             logger.warning("%s is left out and removed: %s", path, error)
             self._remove(block_hash)
             return None
-        self._sizes.move_to_end(block_hash)
+        with self._lock:
+            if block_hash in self._sizes:
+                self._sizes.move_to_end(block_hash)
         return data
 
     def seconds_per_block(self, num_bytes: int) -> float:
@@ -131,7 +137,8 @@ class BlockStore:
             raise
 
     def _remove(self, block_hash: BlockHash) -> None:
-        self.num_bytes -= self._sizes.pop(block_hash)
+        with self._lock:
+            self.num_bytes -= self._sizes.pop(block_hash, 0)
         try:
             self._path(block_hash).unlink(missing_ok=True)
         except OSError as error:

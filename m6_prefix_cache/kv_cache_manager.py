@@ -19,6 +19,7 @@ from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
 
 from .block_hash import BlockHash, BlockHasher
 from .block_pool import CachedBlockPool
+from .disk_tier import DiskTier
 from .prefix_index import Match, PrefixIndex
 
 
@@ -26,14 +27,17 @@ class PrefixKVCacheManager(KVCacheManager, HasBlocks):
     """m3's manager, over a pool that forgets late and an index that finds."""
 
     def __init__(self, pool: CachedBlockPool, hasher: BlockHasher, host_pool: Pool, watermark: float = 0.01,
-                 steps_ahead: bool = False) -> None:
-        """`steps_ahead`: a step may be chosen before the one before it has run, as async scheduling does."""
+                 steps_ahead: bool = False, disk: DiskTier | None = None) -> None:
+        """`steps_ahead`: a step may be chosen before the one before it has run, as async scheduling does.
+
+        `disk`: over the same `hasher` and `host_pool`.
+        """
         self.pool = pool
         self.index: PrefixIndex = pool.index
         self.hasher = hasher
         self.tables = BlockTables(pool, hasher.block_size)
         self.paged = PagedKVCacheManager(self.tables, host_pool, watermark)
-        self.steps_ahead = steps_ahead
+        self.steps_ahead, self.disk = steps_ahead, disk
         self._matches: WeakKeyDictionary[Sequence, tuple[int, int, Match]] = WeakKeyDictionary()
         self._num_indexed: dict[int, int] = {}          # by seq_id: blocks of its table that were put into the index
         self._start: dict[int, int] = {}                # by seq_id: of its newest step
@@ -53,7 +57,19 @@ class PrefixKVCacheManager(KVCacheManager, HasBlocks):
         return match
 
     def get_num_computed_tokens(self, sequence: Sequence) -> int:
+        if self.disk is not None and not self.paged.swapped[sequence].num_tokens and self._may_match(sequence):
+            self._bring_from_disk(sequence, self.disk)
         return max(self.paged.get_num_computed_tokens(sequence), self.match(sequence).num_tokens(self.index.block_size))
+
+    def _bring_from_disk(self, sequence: Sequence, disk: DiskTier) -> None:
+        """Let a sequence that has not started hold what the disk has behind its match, as one that was swapped out."""
+        size, known = self.index.block_size, self.match(sequence).blocks
+        count = disk.num_found(sequence, len(known), (sequence.num_tokens - 1) // size)
+        if count and (places := disk.read(sequence, len(known), count)):
+            for block in known:
+                self.pool.share(block)
+            held = [*(("device", block) for block in known), *places]
+            self.paged.swapped.hold(sequence, Holdings(len(held) * size, held))
 
     def should_wait(self, sequence: Sequence) -> bool:
         """The next block that it needs is being filled by another: two equal prompts are computed once."""
@@ -201,6 +217,10 @@ class PrefixKVCacheManager(KVCacheManager, HasBlocks):
         return self.paged.preempt(sequence)
 
     def free(self, sequence: Sequence) -> None:
+        if sequence in self.tables and self.disk is not None:
+            self._index_blocks(sequence, sequence.num_computed_tokens)
+            for number in range(self._num_indexed[sequence.seq_id]):
+                self.disk.keep(sequence, number, self.tables[sequence][number])
         self._leave(sequence)
         self.paged.free(sequence)
 

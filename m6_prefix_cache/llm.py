@@ -32,7 +32,7 @@ from m5_chunked_prefill.step_cost import StepBudget, StepCost
 
 from .config import EngineConfig
 from .kv_cache_manager import PrefixKVCacheManager
-from .make_manager import make_manager
+from .make_manager import fingerprint_of, make_manager
 from .policy import QueueWatch
 from .prefix_stats import PrefixCacheStats
 
@@ -47,6 +47,8 @@ class LLM(PagedLLM):
         hooks = split_plugins(plugins)
         config = with_auto_dtype(EngineConfig.from_options(model=model, **options), bool(hooks.cache))
         weights = load_model(config.model_config)
+        keeps_blocks = config.cache_config.prefix_cache_dir is not None
+        fingerprint = fingerprint_of(weights) if keeps_blocks else ""
         tokenizer = load_tokenizer(config.model_config)
         config = config.with_max_model_len(weights.spec.max_position_embeddings)
         limits, attention, guessing = config.scheduler_config, config.attention_config, config.speculative_config
@@ -57,12 +59,12 @@ class LLM(PagedLLM):
             weights = fuse(weights, layer_kernels_for(weights.device, weights.dtype))
         draft = load_draft(config, weights.spec, tokenizer, hooks.cache)
         memory = allocate_memory(config, weights, hooks.cache, draft.block_bytes if draft else 0)
-        manager = make_manager(config, weights.spec, memory, situation.block_size, hooks.cache)
+        cost, observers = StepCost(), list(hooks.scheduler)
+        manager = make_manager(config, fingerprint, memory, situation.block_size, hooks.cache, cost)
         runner = ModelRunner(weights, hooks.around(backend.make(situation, memory.cache, manager.tables)))
         may_record = backend.graphs and not attention.enforce_eager and not hooks.attention
         queues = Queues(make_policy(limits.policy, limits.policies), manager, limits.max_num_seqs, limits.longest)
 
-        cost, observers = StepCost(), list(hooks.scheduler)
         if isinstance(manager, PrefixKVCacheManager):
             observers += [QueueWatch(manager), PrefixCacheStats(manager.pool)]
         speculation = None
