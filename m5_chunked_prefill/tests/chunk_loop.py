@@ -7,7 +7,7 @@ from m2_continuous_batching.queues import Queues
 from m2_continuous_batching.scheduler import SchedulerOutput
 from m2_continuous_batching.tests.fake_loop import MAX_MODEL_LEN, SlotPool
 from m5_chunked_prefill.scheduler import ChunkedPrefillScheduler
-from m5_chunked_prefill.step_cost import StepBudget, StepCost
+from m5_chunked_prefill.step_cost import StepBudget, StepCost, StepShape
 
 
 class ChunkLoop:
@@ -19,7 +19,8 @@ class ChunkLoop:
         self.manager = SlotPool(slots)
         self.max_model_len = max_model_len
         queues = Queues(make_policy(policy), self.manager, rows, max_model_len, clock=lambda: self.now)
-        limit = StepBudget(StepCost(), 3.0, is_fixed=budget is not None)
+        self.cost = StepCost()
+        limit = StepBudget(self.cost, 3.0, is_fixed=budget is not None)
         self.scheduler = ChunkedPrefillScheduler(queues, limit, budget)
         self.policy = policy
         self.num_steps = 0
@@ -35,6 +36,8 @@ class ChunkLoop:
         output = self.scheduler.schedule()
         self.num_steps += 1
         self._check(output, left)
+        shape = StepShape.of(output.scheduled)
+        self.cost.observe(shape, 1e-3 + 1e-4 * shape.num_tokens + 1e-8 * shape.pairs)
         ends = [s.sequence for s in output.scheduled if s.end == s.sequence.num_tokens]
         families = [self._make_outputs(sequence) for sequence in ends]
         self.scheduler.update_from_output(output)
