@@ -44,6 +44,8 @@ struct Plan {
     }
 };
 
+static inline int parts_of(int num_keys) { return (num_keys + PART - 1) / PART; }
+
 // What an item takes, in multiplications of a row and a key: copying the keys and values is worth some rows.
 static inline long work_of(int num_tokens, int rows_per_token, int num_keys) {
     return (long)num_keys * (num_tokens * rows_per_token + ROWS / 4);
@@ -55,10 +57,11 @@ static void cut(Plan& plan, const Shape& shape, const Batch& batch, int num_thre
     long num_parts = 0, work = 0;
     for (int b = 0; b < batch.num_sequences; b++) {
         const int num_new = batch.query_start_loc[b + 1] - batch.query_start_loc[b], length = batch.seq_lens[b];
-        num_parts += (length + PART - 1) / PART;
-        for (int token = 0; token < num_new; token += tokens_per_item)
-            work += shape.num_kv_heads * work_of(std::min(tokens_per_item, num_new - token), group,
-                                                 length - std::max(0, num_new - token - tokens_per_item));
+        num_parts += parts_of(length);
+        for (int token = 0; token < num_new; token += tokens_per_item) {
+            const int tokens = std::min(tokens_per_item, num_new - token), end = length - num_new + token + tokens;
+            work += shape.num_kv_heads * work_of(tokens, group, end);
+        }
     }
     // The heads of a part lie side by side in memory and are read together, unless that leaves threads without work.
     const int heads_per_item = num_threads > 1 && num_parts < 4 * num_threads ? 1 : shape.num_kv_heads;
@@ -66,12 +69,12 @@ static void cut(Plan& plan, const Shape& shape, const Batch& batch, int num_thre
         const int num_new = batch.query_start_loc[b + 1] - batch.query_start_loc[b], length = batch.seq_lens[b];
         // Several new tokens are cut only where their longest item would keep a thread while the others wait.
         const bool in_parts = num_new == 1
-            || (num_threads > 1 && (long)num_new * ((length + PART - 1) / PART) <= MOST_PARTS
+            || (num_threads > 1 && (long)num_new * parts_of(length) <= MOST_PARTS
                 && 4 * num_threads * work_of(std::min(num_new, tokens_per_item), group, length) > work);
         const int num_heads = num_new == 1 ? heads_per_item : 1;
         for (int token = 0; token < num_new; token += tokens_per_item) {
             const int tokens = std::min(tokens_per_item, num_new - token), end = length - num_new + token + tokens;
-            const int num_ranges = in_parts ? std::max(1, (end + PART - 1) / PART) : 1;
+            const int num_ranges = in_parts ? std::max(1, parts_of(end)) : 1;
             for (int head = 0; head < shape.num_kv_heads; head += num_heads) {
                 const int heads = std::min(num_heads, shape.num_kv_heads - head);
                 const int merge = num_ranges > 1 ? plan.num_merges : -1;
