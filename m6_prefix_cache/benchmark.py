@@ -5,6 +5,7 @@
   no_help       requests that share nothing: the cost of looking, hashing and keeping
   replay        hits against Belady's optimum, by the size of the cache
   lookup        bookkeeping alone: a look-up in a small cache and in a huge one
+  disk          a server that comes back: read a known prompt, or compute it again
 """
 from __future__ import annotations
 
@@ -19,12 +20,14 @@ import m5_chunked_prefill as m5
 from m0_basics.tools.bench import BenchReport, EngineContender, compare, get_workload, make_peers
 
 from .llm import LLM
-from .tools import lookup, shared_prefix, ttft
+from .tools import bookkeeping, lookup, shared_prefix, ttft, warm_restart
 from .tools.bench_views import draw, print_tables
+from .tools.cold import ColdContender
 from .tools.replay import WAYS, hits
 from .tools.traces import TRACES, make_trace
 
 DEFAULT_PEERS = ("transformers-static",)
+PROMPT, NUM_VISITS = 1200, 24             # tokens; requests of each trace
 REPLAY_VISITS = 600
 REPLAY_BLOCKS = (200, 400, 800, 1600)
 
@@ -38,12 +41,12 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
     base = {"max_model_len": 512 if quick else 2048, "max_num_seqs": 64, **config_options}
     llm = LLM(**base)
     before = EngineContender("m5", m5.LLM(**base), "every prompt whole")
-    ours = EngineContender("m6", llm, "what is shared once")
+    ours = ColdContender("m6", llm, "what is shared once")
     with ExitStack() as stack:
         start = partial(make_peers, llm=llm, max_model_len=base["max_model_len"], dtype=str(base.get("dtype", "auto")))
         named = get_workload(workload or ("ragged-64:num_requests=6,output_max=20" if quick else "ragged-64"))
         others = [stack.enter_context(p) for p in start(list(peers) or list(DEFAULT_PEERS), [])]
-        vllm = [stack.enter_context(p) for p in start([], peer_python)]
+        vllm = [stack.enter_context(p) for p in start([], peer_python, settings={"enable_prefix_caching": True})]
         fitted = named.fit_vocabulary(llm.spec.vocab_size)
         if workload is not None:
             earlier = EngineContender("m4", m4.LLM(**base), "whole prompts first")
@@ -55,12 +58,14 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
         shared = shared_prefix.workload(llm.spec.vocab_size, quick)
         comparisons = [compare([before, ours], fitted, rounds, baseline="m5"),
                        compare([before, ours, *others, *vllm], shared, rounds, baseline="m5")]
+    vocab_size, warm = llm.spec.vocab_size, EngineContender("m6", llm)
     measurements = {
-        "ttft": ttft.by_share([before, ours], 80 if quick else 1200, rounds, llm.spec.vocab_size),
-        "traces": ttft.on_traces([before, ours], 2 if quick else 24, rounds, llm.spec.vocab_size,
-                                 base["max_model_len"]),
+        "ttft": ttft.by_share([before, warm], 80 if quick else PROMPT, rounds, vocab_size),
+        "traces": ttft.on_traces([before, warm], 2 if quick else NUM_VISITS, rounds, vocab_size, base["max_model_len"]),
+        "bookkeeping": bookkeeping.measure([before, ours], fitted, rounds),
         "replay": _replay(quick),
-        "lookup": lookup.measure((1000,) if quick else lookup.SIZES)}
+        "lookup": lookup.measure((1000,) if quick else lookup.SIZES),
+        "disk": warm_restart.measure(base, rounds, (17, 65) if quick else warm_restart.LENGTHS)}
     report = BenchReport.create("m6_prefix_cache", base, tuple(comparisons), measurements)
     report.print()
     print_tables(report)

@@ -115,8 +115,12 @@ VLLM = '''
         def __init__(self, model, **options):
             if options["max_model_len"] > 1000:
                 raise ValueError("the cache does not fit")
-            assert options["dtype"] == "float32" and not options["enable_prefix_caching"], options
-            self.llm_engine = Engine()
+            assert options["dtype"] == "float32", options
+            self.llm_engine, self.caches, self.resets = Engine(), options["enable_prefix_caching"], 0
+        def reset_prefix_cache(self):
+            assert self.caches
+            self.resets += 1
+            return self.resets < 3
 '''
 LLAMA_CPP = '''
     __version__ = "0.test"
@@ -218,6 +222,15 @@ def test_a_peer_that_dies_at_work(llm, tmp_path):
         with pytest.raises(BenchError, match=r"vllm has ended: .*first line \| last words"):
             peer.run(Workload("fatal", (BenchRequest((66,), 2),)))
         with pytest.raises(BenchError, match="vllm has ended"):
+            peer.run(WORK)
+
+
+def test_a_peer_whose_prefix_cache_is_emptied_before_each_run(llm, tmp_path):
+    (peer,) = make_peers([], [interpreter(tmp_path, vllm=VLLM)], llm, 128, settings={"enable_prefix_caching": True})
+    with peer:
+        for _ in range(2):
+            assert peer.run(WORK).token_ids == tuple(counting(r) for r in WORK.requests)
+        with pytest.raises(BenchError, match="the prefix cache could not be emptied"):
             peer.run(WORK)
 
 

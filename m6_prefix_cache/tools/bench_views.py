@@ -10,7 +10,7 @@ from rich.table import Table
 from m0_basics.tools.bench import BenchReport
 from m0_basics.tools.bench.figures import grouped_bars
 
-from . import ttft
+from . import ttft, warm_restart
 
 
 def print_tables(report: BenchReport) -> None:
@@ -32,12 +32,20 @@ def print_tables(report: BenchReport) -> None:
     console.print(_table("A look-up, microseconds", ("index", "cached blocks",
                                                      *(f"{key.rpartition('_')[2]} tokens" for key in columns),
                                                      "bytes / block"), rows))
+    rows = [(name, f"{b['seconds']:.3f}", f"{b['share']:.2%}") for name, b in found["bookkeeping"].items()]
+    console.print(_table("Requests that share nothing: the cache manager alone", ("", "seconds", "of the run"), rows))
+    disk = found["disk"]
+    rows = [(f"{e['tokens']:,}", *(f"{ms:.1f}" for ms in e["ms"].values()),
+             ", ".join(f"{way}: {what}" for way, what in e["chosen"].items())) for e in disk["lengths"]]
+    console.print(_table(f"After a restart: TTFT, ms; a block of {disk['block_tokens']} tokens has "
+                         f"{disk['block_bytes']:,} bytes", ("tokens", *disk["lengths"][0]["ms"], "chosen"), rows))
 
 
 def draw(report: BenchReport, output_dir: Path) -> None:
     """The figures of a whole report."""
     found = report.measurements
     ttft.draw(found["ttft"], output_dir / "ttft.png")
+    warm_restart.draw(found["disk"], output_dir / "restart.png")
     largest = max(e["blocks"] for e in found["replay"])
     smallest = min(e["blocks"] for e in found["replay"])
     for size, name in ((smallest, "hits-small"), (largest, "hits-large")):

@@ -28,14 +28,37 @@ BLOCK_SIZE = 16
 WAYS = ("lru", "informed", "longest-match", "belady")
 
 
+class Replica:
+    """An engine's bookkeeping without the engine."""
+
+    def __init__(self, num_blocks: int) -> None:
+        hasher = BlockHasher(BLOCK_SIZE, "replay")
+        pool = CachedBlockPool(num_blocks, HashIndex(hasher))
+        self.manager = PrefixKVCacheManager(pool, hasher, BlockPool(0), watermark=0.0)
+
+    def visit(self, sequence: Sequence, visit: Visit) -> int:
+        """Run a visit's sequence from its prompt to its end. Returns the tokens that it found, in whole blocks."""
+        manager = self.manager
+        start = manager.get_num_computed_tokens(sequence)
+        if not manager.allocate_slots(sequence, start, sequence.num_tokens - start):
+            return 0
+        sequence.set_status(SequenceStatus.RUNNING)
+        sequence.num_computed_tokens = sequence.num_tokens
+        for token_id in visit.answer:
+            sequence.append_token_id(token_id)
+        if manager.allocate_slots(sequence, sequence.num_computed_tokens, len(visit.answer)):
+            sequence.num_computed_tokens = sequence.num_tokens
+        manager.free(sequence)
+        manager.take_copies()
+        return start // BLOCK_SIZE * BLOCK_SIZE
+
+
 def hits(trace: Items[Visit], num_blocks: int, way: str, window: int = 64) -> int:
     """Tokens of the trace's prompts that are found. `window`: visits that wait at a time, their questions asked."""
     if way == "belady":
         return _belady(trace, num_blocks)
-    hasher = BlockHasher(BLOCK_SIZE, "replay")
-    pool = CachedBlockPool(num_blocks, HashIndex(hasher))
-    manager = PrefixKVCacheManager(pool, hasher, BlockPool(0), watermark=0.0)
-    policy, found, num_run = LongestMatchPolicy(), 0, 0
+    replica, policy = Replica(num_blocks), LongestMatchPolicy()
+    manager, found, num_run = replica.manager, 0, 0
     waiting, left = list[tuple[QueuedSequence, int]](), deque(range(len(trace)))
     answered = set[int | None]((None,))
     while waiting or left:
@@ -48,9 +71,9 @@ def hits(trace: Items[Visit], num_blocks: int, way: str, window: int = 64) -> in
             waiting.sort(key=lambda pair: policy.key(pair[0]))
         entry, number = waiting.pop(0)
         if way != "lru":
-            pool.wanted = {block for other, _ in waiting for block in manager.match(other.sequence).blocks}
+            manager.pool.wanted = {block for other, _ in waiting for block in manager.match(other.sequence).blocks}
         visit = trace[number]
-        found += _visit(manager, entry.sequence, visit)
+        found += replica.visit(entry.sequence, visit)
         num_run += len(visit.prompt) + len(visit.answer)
         answered.add(number)
     return found
@@ -60,22 +83,6 @@ def _entry(visit: Visit, work_before: int, number: int) -> QueuedSequence:
     request = Request(str(number), None, list(visit.prompt), SamplingParams())
     request.metrics.arrival_time = float(number)
     return QueuedSequence(request.sequences[0], request, SchedulingParams(), work_before)
-
-
-def _visit(manager: PrefixKVCacheManager, sequence: Sequence, visit: Visit) -> int:
-    """Run a sequence from its prompt to its end. Returns the tokens that it found, in whole blocks."""
-    start = manager.get_num_computed_tokens(sequence)
-    if not manager.allocate_slots(sequence, start, sequence.num_tokens - start):
-        return 0
-    sequence.set_status(SequenceStatus.RUNNING)
-    sequence.num_computed_tokens = sequence.num_tokens
-    for token_id in visit.answer:
-        sequence.append_token_id(token_id)
-    if manager.allocate_slots(sequence, sequence.num_computed_tokens, len(visit.answer)):
-        sequence.num_computed_tokens = sequence.num_tokens
-    manager.free(sequence)
-    manager.take_copies()
-    return start // BLOCK_SIZE * BLOCK_SIZE
 
 
 def _belady(trace: Items[Visit], num_blocks: int) -> int:

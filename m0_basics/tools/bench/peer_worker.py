@@ -25,17 +25,21 @@ class VLLM:
         from vllm.sampling_params import RequestOutputKind
         self.version = f"vllm {vllm.__version__}"
         self._params, self._kind = vllm.SamplingParams, RequestOutputKind.DELTA
-        # The prefix cache is off: rounds repeat the same prompts, and would be served from it.
+        # The prefix cache is off, or emptied before each run: rounds repeat the same prompts.
+        caches = bool(settings.get("enable_prefix_caching", False))
         llm = vllm.LLM(settings["model"], dtype=settings["dtype"], max_model_len=settings["max_model_len"],
                        max_num_seqs=settings["max_num_seqs"],
                        max_num_batched_tokens=settings.get("max_num_batched_tokens", 2048),
-                       enable_prefix_caching=False, skip_tokenizer_init=settings["skip_tokenizer_init"])
+                       enable_prefix_caching=caches, skip_tokenizer_init=settings["skip_tokenizer_init"])
         self._engine = llm.llm_engine
+        self._forget = llm.reset_prefix_cache if caches else lambda: True
         self._runs = 0
 
     def serve(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
         """Times are seconds since the start of this call."""
         self._runs += 1
+        if not self._forget():
+            raise RuntimeError("the prefix cache could not be emptied")
         answers: list[dict[str, Any]] = [{"token_ids": [], "token_times": []} for _ in requests]
         added, start = 0, time.perf_counter()
         while added < len(requests) or self._engine.has_unfinished_requests():
