@@ -48,7 +48,6 @@ class QueuedSequence:
     queue_number: int = 0               # sequences that had joined the queue when it did, itself included
     tokens_this_turn: int = 0           # steps that gave it a token since it was last admitted
     last_step: int = -1                 # the last step that ran it
-    num_ready: int = 0                  # tokens that it would find in the cache, where somebody looks for them
 
     @property
     def arrival_time(self) -> float:

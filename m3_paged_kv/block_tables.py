@@ -132,4 +132,4 @@ class HasBlocks(ABC):
 
     @abstractmethod
     def places_of(self, sequence: Sequence) -> list[Place]:
-        """Where a sequence's blocks lie, in order; [] if it holds none. Only a swapped one has blocks on the host."""
+        """Where a sequence's blocks lie, in order; [] if it holds none. Those of a running one are on the device."""

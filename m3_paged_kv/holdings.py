@@ -93,7 +93,7 @@ class SwapSpace:
         return blocks
 
     def hold(self, sequence: Sequence, holdings: Holdings) -> None:
-        """Let a sequence that has nothing here bring blocks of the device; their hold is taken over from the caller."""
+        """Let a sequence that has nothing here bring these blocks; their hold is taken over from the caller."""
         assert sequence.seq_id not in self._holdings
         self._holdings[sequence.seq_id] = holdings
 

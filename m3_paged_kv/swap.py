@@ -17,7 +17,7 @@ L layers, n blocks of a batch, E elements of a block in one layer.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import psutil
@@ -48,11 +48,15 @@ class HostCache:
             else:
                 self._copy(c)
 
-    def device_block(self, block: int, block_size: int) -> Tensor:
-        """A copy of the keys and values of one of the device's blocks: [2, L, E], on the host."""
+    def device_blocks(self, blocks: list[int], block_size: int) -> tuple[Tensor, Callable[[], None]]:
+        """A copy of blocks of the device on the host, [n, 2, L, E], and what to call before it is read."""
         cache = self.device_cache.kv_cache
-        slots = slice(block * block_size, (block + 1) * block_size)
-        return torch.stack([cache.k[:, slots].flatten(1), cache.v[:, slots].flatten(1)])
+        width = block_size * cache.k.shape[2] * cache.k.shape[3]
+        data = cache.k.new_empty(len(blocks), 2, cache.k.shape[0], width)
+        for one, block in zip(data, blocks, strict=True):
+            for half, pool in zip(one, (cache.k, cache.v), strict=True):
+                half.copy_(pool[:, block * block_size:(block + 1) * block_size].flatten(1))
+        return data, lambda: None
 
     def fill_host_block(self, block: int, block_size: int, data: Tensor) -> None:
         """Write data [2, L, E] into one of the host's blocks, as if a block of the device had been swapped out."""
@@ -99,9 +103,15 @@ class PinnedHostCache:
             else:
                 self._within_device(batch)
 
-    def device_block(self, block: int, block_size: int) -> Tensor:
-        """A copy of the keys and values of one of the device's blocks: [2, L, E], on the host. Waits for it."""
-        return torch.stack([pool[:, block] for pool in self._pools()]).cpu()
+    def device_blocks(self, blocks: list[int], block_size: int) -> tuple[Tensor, Callable[[], None]]:
+        """A copy of blocks of the device on the host, [n, 2, L, E], and what to call before it is read."""
+        numbers = self._to_device(blocks)
+        staged = torch.stack([pool.index_select(1, numbers).transpose(0, 1) for pool in self._pools()], dim=1)
+        if not self.on_gpu:
+            return staged, lambda: None
+        data = torch.empty(staged.shape, dtype=staged.dtype, pin_memory=True)
+        data.copy_(staged, non_blocking=True)
+        return data, torch.cuda.current_stream(self.device_cache.device).record_event().synchronize
 
     def fill_host_block(self, block: int, block_size: int, data: Tensor) -> None:
         """Write data [2, L, E] into one of the host's blocks, as if a block of the device had been swapped out."""

@@ -16,7 +16,6 @@ from .drafter import Drafter, Drafts
 from .suffix_automaton import Match, SuffixAutomaton
 
 _MOST_READ = 512            # tokens of a long text that are read between two steps
-_MOST_SALTS = 64            # whose earlier texts are remembered
 
 
 class NGramDrafter(Drafter):
@@ -67,15 +66,17 @@ class SuffixDrafter(Drafter):
     """The longest end of the text that occurred before, in this text or in an earlier one, however long it is."""
 
     def __init__(self, shortest: int = 2, max_earlier_tokens: int = 200_000) -> None:
-        """`max_earlier_tokens`: of requests of a salt that have ended; then the older half is forgotten."""
+        """`max_earlier_tokens`: of requests that have ended; then a salt that was not heard of lately is forgotten, and
+        of a single salt the older half."""
         self.shortest, self.max_earlier_tokens = shortest, max_earlier_tokens
         self._own: WeakKeyDictionary[Sequence, SuffixAutomaton] = WeakKeyDictionary()
         self._earlier: dict[str, _EarlierTexts] = {}                # by salt, the one heard of last at the end
         self._walks: WeakKeyDictionary[Sequence, _Walk] = WeakKeyDictionary()
 
     def propose(self, sequences: list[Sequence], lengths: list[int]) -> Drafts:
+        left = _MOST_READ
         for salt in {sequence.cache_salt for sequence in sequences} & self._earlier.keys():
-            self._earlier[salt].read()
+            left -= self._earlier[salt].read(left)
         return [self._propose(sequence, length) for sequence, length in zip(sequences, lengths, strict=True)]
 
     def _propose(self, sequence: Sequence, length: int) -> list[int]:
@@ -94,7 +95,7 @@ class SuffixDrafter(Drafter):
             draft = own.tokens[matched.end:matched.end + length]
         best = matched.length
         earlier = self._earlier.get(sequence.cache_salt)
-        for automaton in earlier.automata if earlier else ():
+        for automaton in earlier.automata if earlier is not None else ():
             found = walk.match(automaton, sequence)
             if found.length > best and found.length >= self.shortest:
                 following = automaton.tokens[found.end:found.end + length]
@@ -109,8 +110,9 @@ class SuffixDrafter(Drafter):
         earlier = self._earlier.pop(request.cache_salt, None) or _EarlierTexts(self.max_earlier_tokens)
         earlier.add(request.sequences[0].data.token_ids)
         self._earlier[request.cache_salt] = earlier
-        if len(self._earlier) > _MOST_SALTS:
-            del self._earlier[next(iter(self._earlier))]
+        num_tokens = sum(map(len, self._earlier.values()))
+        while len(self._earlier) > 1 and num_tokens > self.max_earlier_tokens:
+            num_tokens -= len(self._earlier.pop(next(iter(self._earlier))))
 
 
 class _EarlierTexts:
@@ -121,6 +123,10 @@ class _EarlierTexts:
         self.automata = [SuffixAutomaton()]                 # the newest last
         self._unread, self._num_unread = deque[list[int]](), 0
 
+    def __len__(self) -> int:
+        """Tokens, read or not."""
+        return self._num_unread + sum(map(len, self.automata))
+
     def add(self, token_ids: list[int]) -> None:
         """A text to be read; what came long ago and was not read yet is dropped where it becomes too much."""
         self._unread.append(token_ids)
@@ -128,9 +134,9 @@ class _EarlierTexts:
         while self._num_unread > self.max_tokens and len(self._unread) > 1:
             self._num_unread -= len(self._unread.popleft())
 
-    def read(self) -> None:
-        """Some of what was not read yet. A mark that no text contains ends each text."""
-        left = _MOST_READ
+    def read(self, most: int) -> int:
+        """At most so many tokens of what was not read yet; returns how many. A mark that no text contains ends each."""
+        left = most
         while left and self._unread:
             newest, text = self.automata[-1], self._unread.popleft()
             self._num_unread -= len(text[:left])
@@ -138,11 +144,12 @@ class _EarlierTexts:
                 newest.append(token_id)
             if len(text) > left:
                 self._unread.appendleft(text[left:])
-                return
+                return most
             left -= len(text)
             newest.append(-1 - len(newest))
             if len(newest) > self.max_tokens // 2:
                 self.automata = [newest, SuffixAutomaton()]
+        return most - left
 
 
 class _Walk:

@@ -96,7 +96,7 @@ class Speculation:
         drafts = self.drafter.propose(sequences, limits)
         if not self.drafter.seconds_per_token:
             limits = self._plan(sequences, [len(draft) for draft in drafts], max_num_tokens, num_prompt_tokens)
-        self.cost.apart = time.perf_counter() - start
+        self.cost.leave_out(time.perf_counter() - start)
         cut = {s: tuple(d[:n]) for s, d, n in zip(sequences, drafts, limits, strict=True) if d[:n]}
         for sequence in cut:
             self._record_of(sequence).num_tokens_at_draft = sequence.num_tokens

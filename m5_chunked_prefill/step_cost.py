@@ -83,7 +83,7 @@ class StepCost(SchedulerPlugin):
 
     def __init__(self) -> None:
         self._terms: tuple[float, ...] | None = None
-        self.apart = 0.0            # seconds of the step under way that went into guessing: who guesses counts them
+        self._apart = 0.0           # seconds of the step under way that went into something else
         self._decodes = deque[tuple[Vector, float]](maxlen=_NUM_KEPT)       # kept apart: decodes are many
         self._mixed = deque[tuple[Vector, float]](maxlen=_NUM_KEPT)
         self._largest: list[tuple[int, int, Vector, float]] = []            # tokens, the step's number, as above
@@ -95,8 +95,12 @@ class StepCost(SchedulerPlugin):
         return None if self._terms is None else np.array(self._terms)
 
     def after_step(self, scheduler: Scheduler, stats: StepStats) -> None:
-        self.observe(StepShape.of(stats.output.scheduled), stats.duration_s - self.apart)
-        self.apart = 0.0
+        self.observe(StepShape.of(stats.output.scheduled), stats.duration_s - self._apart)
+        self._apart = 0.0
+
+    def leave_out(self, seconds: float) -> None:
+        """So many seconds of the step under way are not the model's: of guessing, say, whose time its drafter counts."""
+        self._apart += seconds
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """A step of that shape took so long."""

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from m0_basics.request import Sequence
 
-from .prefix_index import Match, PrefixIndex, Tokens
+from .prefix_index import NOTHING, Match, PrefixIndex, Tokens
 
 BlockHash = bytes
 
@@ -49,6 +49,16 @@ class BlockHasher:
         return sha256(parent + array("q", tokens).tobytes()).digest()
 
 
+class _Entry:
+    """What the table knows of a block."""
+
+    __slots__ = ("children", "key", "parent", "serial", "tokens")
+
+    def __init__(self, key: BlockHash, parent: int | None, tokens: Tokens, serial: int) -> None:
+        self.key, self.parent, self.tokens, self.serial = key, parent, tokens, serial
+        self.children: list[int] = []
+
+
 class HashIndex(PrefixIndex):
     """A table from hash to block. Whole blocks only; a look-up costs the same in a full cache as in an empty one."""
 
@@ -56,27 +66,29 @@ class HashIndex(PrefixIndex):
         super().__init__(hasher.block_size)
         self.hasher = hasher
         self._block_of: dict[BlockHash, int] = {}
-        self._entries: dict[int, tuple[BlockHash, int | None, Tokens]] = {}     # by block: hash, parent, tokens
+        self._entries: dict[int, _Entry] = {}           # by block
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, block: int) -> bool:
-        return block in self._entries
+    def serial(self, block: int) -> int | None:
+        return entry.serial if (entry := self._entries.get(block)) else None
 
-    def match(self, sequence: Sequence, max_tokens: int) -> Match:
+    def match(self, sequence: Sequence, max_tokens: int, earlier: Match = NOTHING) -> Match:
         num_blocks = sequence.num_tokens // self.block_size
         hashes = self.hasher.hashes(sequence, num_blocks)
-        blocks = list[int]()
-        for number in range(num_blocks):
+        blocks = self._still_known(earlier)
+        num_kept = len(blocks)
+        for number in range(num_kept, num_blocks):
             block = self._find(hashes[number], blocks[-1] if blocks else None, self.tokens_of(sequence, number))
             if block is None:
                 break
             blocks.append(block)
         num_whole, rest = divmod(max_tokens, self.block_size)
         if num_whole < len(blocks):         # a block is known, but not all of it is wanted: its first tokens are
-            return Match(blocks[:num_whole], blocks[num_whole] if rest else None, rest)
-        return Match(blocks)
+            return self._matched(blocks[:num_whole], earlier, min(num_kept, num_whole),
+                                 blocks[num_whole] if rest else None, rest)
+        return self._matched(blocks, earlier, num_kept)
 
     def insert(self, sequence: Sequence, number: int, parent: int | None, block: int) -> int | None:
         if parent is not None and parent not in self._entries:
@@ -85,21 +97,30 @@ class HashIndex(PrefixIndex):
         known = self._find(key, parent, tokens)
         if known is not None:
             return known
-        if key in self._block_of:           # a collision, or a block whose parent is gone: the older one stays
+        if key in self._block_of:           # a collision: the older one stays
             return None
         self._block_of[key] = block
-        self._entries[block] = (key, parent, tokens)
-        self.version += 1
+        self._entries[block] = _Entry(key, parent, tokens, self._next_serial())
+        if parent is not None:
+            self._entries[parent].children.append(block)
         return block
 
     def remove(self, block: int) -> None:
-        if (entry := self._entries.pop(block, None)) is not None:
-            del self._block_of[entry[0]]
-            self.version += 1
+        if (entry := self._entries.get(block)) is None:
+            return
+        if entry.parent is not None:
+            self._entries[entry.parent].children.remove(block)
+        behind = [block]
+        while behind:                                   # leaves go first, so there is but one as a rule
+            lost = self._entries.pop(behind.pop())
+            del self._block_of[lost.key]
+            behind += lost.children
+        self.version += 1
 
     def _find(self, key: BlockHash, parent: int | None, tokens: Tokens) -> int | None:
         """The block of a hash, if it holds these tokens behind that parent."""
         block = self._block_of.get(key)
-        if block is None or self._entries[block][1:] != (parent, tokens):
+        if block is None:
             return None
-        return block
+        entry = self._entries[block]
+        return block if entry.parent == parent and entry.tokens == tokens else None

@@ -9,6 +9,7 @@ always a leaf of the tree, and a prefix goes after what is built on it.
 """
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Set
 
 from m3_paged_kv.block_pool import Pool
@@ -20,24 +21,38 @@ class CachedBlockPool(Pool):
     """Plain integers: who is held how often, and what is cached in which order."""
 
     def __init__(self, num_blocks: int, index: PrefixIndex, max_cached_blocks: int | None = None) -> None:
-        """At most `max_cached_blocks` blocks that nobody holds keep their contents; None: all of them."""
+        """`trim` leaves at most `max_cached_blocks` blocks that nobody holds and that may be found; None: all."""
         self.num_blocks = num_blocks
         self.index = index
         self.max_cached_blocks = num_blocks if max_cached_blocks is None else max_cached_blocks
-        self.wanted: Set[int] = frozenset()             # cached blocks that waiting requests would use: evicted last
         self.num_evicted = 0                            # in all
+        self._wanted: Set[int] = frozenset()
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._cached: dict[int, None] = {}              # an ordered set: the least recently used first
+        self._cached = OrderedDict[int, None]()         # the least recently used first
+        self._spared = OrderedDict[int, None]()         # older than all of these, but wanted
         self._ref_counts = [0] * num_blocks
 
     @property
     def num_free(self) -> int:
-        return len(self._free) + len(self._cached)
+        return len(self._free) + self.num_cached
 
     @property
     def num_cached(self) -> int:
         """Blocks that nobody holds and that may be found."""
-        return len(self._cached)
+        return len(self._cached) + len(self._spared)
+
+    @property
+    def wanted(self) -> Set[int]:
+        """Cached blocks that waiting requests would use: evicted last."""
+        return self._wanted
+
+    @wanted.setter
+    def wanted(self, blocks: Set[int]) -> None:
+        self._wanted = blocks
+        for block in reversed(self._spared):            # back to where they stood: they are the oldest
+            self._cached[block] = None
+            self._cached.move_to_end(block, last=False)
+        self._spared.clear()
 
     def allocate(self) -> int:
         """Take a free block, or the cached one that is needed least. The caller has made sure that there is one."""
@@ -48,9 +63,10 @@ class CachedBlockPool(Pool):
     def share(self, block: int) -> None:
         """One more holder of a block that is held, or cached: then it is revived."""
         if self._ref_counts[block] == 0:
-            if block not in self._cached:
+            if block not in self._cached and block not in self._spared:
                 raise ValueError(f"block {block} is free; it cannot be shared")
-            del self._cached[block]
+            self._cached.pop(block, None)
+            self._spared.pop(block, None)
         self._ref_counts[block] += 1
 
     def release(self, block: int) -> None:
@@ -60,11 +76,14 @@ class CachedBlockPool(Pool):
         self._ref_counts[block] -= 1
         if self._ref_counts[block] > 0:
             return
-        if block not in self.index:
+        if block in self.index:
+            self._cached[block] = None
+        else:
             self._free.append(block)
-            return
-        self._cached[block] = None
-        if len(self._cached) > self.max_cached_blocks:
+
+    def trim(self) -> None:
+        """Evict what is cached beyond the cap. Not while a step is chosen: what a newcomer has found must stay."""
+        while self.num_cached > self.max_cached_blocks:
             self._free.append(self._evict())
 
     def ref_count(self, block: int) -> int:
@@ -73,15 +92,21 @@ class CachedBlockPool(Pool):
 
     def clear(self) -> None:
         """Forget all that is cached. What is held stays held, and is not found any more either."""
-        for block in (*reversed(self._cached), *(b for b, count in enumerate(self._ref_counts) if count)):
+        self.wanted = frozenset()
+        for block in (*self._cached, *(b for b, count in enumerate(self._ref_counts) if count)):
             self.index.remove(block)
         self._free += self._cached
         self._cached.clear()
 
     def _evict(self) -> int:
         """The least recently used block that no waiting request would use; if they would use all, the oldest."""
-        block = next((b for b in self._cached if b not in self.wanted), next(iter(self._cached)))
-        del self._cached[block]
+        while self._cached:
+            block, _ = self._cached.popitem(last=False)
+            if block not in self._wanted:
+                break
+            self._spared[block] = None
+        else:
+            block, _ = self._spared.popitem(last=False)
         self.index.remove(block)
         self.num_evicted += 1
         return block

@@ -8,6 +8,8 @@ To m3's manager, which does the rest, a prefix that was found is what a swapped 
 """
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from m0_basics.request import Sequence, SequenceStatus
@@ -19,29 +21,30 @@ from m3_paged_kv.kv_cache_manager import PagedKVCacheManager
 
 from .block_hash import BlockHash, BlockHasher
 from .block_pool import CachedBlockPool
-from .disk_tier import DiskTier
-from .prefix_index import Match, PrefixIndex
+from .lower_tier import LowerTier
+from .prefix_index import NOTHING, Match, PrefixIndex
 
 
 class PrefixKVCacheManager(KVCacheManager, HasBlocks):
     """m3's manager, over a pool that forgets late and an index that finds."""
 
     def __init__(self, pool: CachedBlockPool, hasher: BlockHasher, host_pool: Pool, watermark: float = 0.01,
-                 steps_ahead: bool = False, disk: DiskTier | None = None) -> None:
+                 steps_ahead: bool = False, below: LowerTier | None = None) -> None:
         """`steps_ahead`: a step may be chosen before the one before it has run, as async scheduling does.
 
-        `disk`: over the same `hasher` and `host_pool`.
+        `below`: a tier that brings blocks into those of `host_pool`.
         """
         self.pool = pool
         self.index: PrefixIndex = pool.index
         self.hasher = hasher
         self.tables = BlockTables(pool, hasher.block_size)
         self.paged = PagedKVCacheManager(self.tables, host_pool, watermark)
-        self.steps_ahead, self.disk = steps_ahead, disk
+        self.steps_ahead, self.below = steps_ahead, below
         self._matches: WeakKeyDictionary[Sequence, tuple[int, int, Match]] = WeakKeyDictionary()
         self._num_indexed: dict[int, int] = {}          # by seq_id: blocks of its table that were put into the index
         self._start: dict[int, int] = {}                # by seq_id: of its newest step
         self._announced: dict[BlockHash, int] = {}      # blocks that running sequences will fill: by whom (seq_id)
+        self._waits_for: WeakKeyDictionary[Sequence, BlockHash] = WeakKeyDictionary()
 
     # ---- what a sequence finds
 
@@ -50,35 +53,60 @@ class PrefixKVCacheManager(KVCacheManager, HasBlocks):
         seen = self._matches.get(sequence)
         if seen is not None and seen[:2] == (self.index.version, sequence.num_tokens):
             return seen[2]
-        match = self.index.match(sequence, sequence.num_tokens - 1) if self._may_match(sequence) else Match()
+        match = NOTHING
+        if self._may_match(sequence):
+            match = self.index.match(sequence, sequence.num_tokens - 1, seen[2] if seen else NOTHING)
         if match.partial is not None and not self._may_copy(sequence):
-            match = Match(match.blocks)
+            match = replace(match, partial=None, num_partial=0)
         self._matches[sequence] = (self.index.version, sequence.num_tokens, match)
         return match
 
     def get_num_computed_tokens(self, sequence: Sequence) -> int:
-        if self.disk is not None and not self.paged.swapped[sequence].num_tokens and self._may_match(sequence):
-            self._bring_from_disk(sequence, self.disk)
+        self._take_from_below(sequence)
         return max(self.paged.get_num_computed_tokens(sequence), self.match(sequence).num_tokens(self.index.block_size))
 
-    def _bring_from_disk(self, sequence: Sequence, disk: DiskTier) -> None:
-        """Let a sequence that has not started hold what the disk has behind its match, as one that was swapped out."""
-        size, known = self.index.block_size, self.match(sequence).blocks
-        count = disk.num_found(sequence, len(known), (sequence.num_tokens - 1) // size)
-        if count and (places := disk.read(sequence, len(known), count)):
+    def prefetch(self, sequence: Sequence) -> None:
+        """A sequence may start soon: let the tier below bring what it has behind the sequence's match."""
+        if self.below is not None and self._may_match(sequence) and not self.paged.swapped[sequence].num_tokens:
+            num_known = len(self.match(sequence).blocks)
+            self.below.prefetch(sequence, num_known, (sequence.num_tokens - 1) // self.index.block_size)
+
+    def wait_for_below(self, sequences: Items[Sequence]) -> None:
+        """If all that these wait for is the tier below, wait for the first of them."""
+        if self.below is not None and all(map(self.below.is_reading, sequences)):
+            for sequence in sequences[:1]:
+                self.below.wait(sequence)
+
+    def _take_from_below(self, sequence: Sequence) -> None:
+        """Let a sequence that has not started hold what was brought for it, as one that was swapped out."""
+        if self.below is None:
+            return
+        first, brought = self.below.take(sequence)
+        known = self.match(sequence).blocks
+        # Of no use is what the device has by now, and all of it if what it stood on is gone.
+        is_of_use = first <= len(known) and not self.paged.swapped[sequence].num_tokens
+        used = brought[len(known) - first:] if is_of_use else []
+        for block in brought[:len(brought) - len(used)]:
+            self.paged.swapped.host_pool.release(block)
+        if used:
             for block in known:
                 self.pool.share(block)
-            held = [*(("device", block) for block in known), *places]
-            self.paged.swapped.hold(sequence, Holdings(len(held) * size, held))
+            held = [*(("device", block) for block in known), *(("host", block) for block in used)]
+            self.paged.swapped.hold(sequence, Holdings(len(held) * self.index.block_size, held))
 
     def should_wait(self, sequence: Sequence) -> bool:
-        """The next block that it needs is being filled by another: two equal prompts are computed once."""
-        if self.paged.swapped[sequence].num_tokens or not self._may_match(sequence):
+        """What it needs next is on its way: read from below, or filled by another, so that it is computed once."""
+        if self.below is not None and self.below.is_reading(sequence):
+            return True
+        if self._waits_for.get(sequence) in self._announced:
+            return True
+        if not self._announced or self.paged.swapped[sequence].num_tokens or not self._may_match(sequence):
             return False
         number = len(self.match(sequence).blocks)
         if (number + 1) * self.index.block_size > sequence.num_tokens:
             return False
-        return self.hasher.hashes(sequence, number + 1)[number] in self._announced
+        self._waits_for[sequence] = self.hasher.hashes(sequence, number + 1)[number]
+        return self._waits_for[sequence] in self._announced
 
     @staticmethod
     def _may_match(sequence: Sequence) -> bool:
@@ -130,6 +158,7 @@ class PrefixKVCacheManager(KVCacheManager, HasBlocks):
         if not start:
             return None
         match, num_whole = self.match(sequence), start // self.index.block_size
+        assert match.num_tokens(self.index.block_size) >= start, "nothing goes while a step is chosen"
         blocks, pinned = list(match.blocks[:num_whole]), None
         if start % self.index.block_size:
             pinned = match.blocks[num_whole] if num_whole < len(match.blocks) else match.partial
@@ -159,8 +188,9 @@ class PrefixKVCacheManager(KVCacheManager, HasBlocks):
     # ---- what others may find
 
     def _note(self, sequence: Sequence, start: int, has_room: bool) -> bool:
+        """A step is chosen that runs from `start` on. A newcomer's first one: what it brings may still be copied."""
         if has_room:
-            self._start[sequence.seq_id] = start
+            self._start[sequence.seq_id] = start if sequence.seq_id in self._start else 0
         return has_room
 
     def _index_blocks(self, sequence: Sequence, num_computed_tokens: int) -> None:
@@ -217,18 +247,28 @@ class PrefixKVCacheManager(KVCacheManager, HasBlocks):
         return self.paged.preempt(sequence)
 
     def free(self, sequence: Sequence) -> None:
-        if sequence in self.tables and self.disk is not None:
-            self._index_blocks(sequence, sequence.num_computed_tokens)
-            for number in range(self._num_indexed[sequence.seq_id]):
-                self.disk.keep(sequence, number, self.tables[sequence][number])
+        if self.below is not None:
+            self.below.give_up(sequence)
+            if sequence in self.tables:
+                self._index_blocks(sequence, sequence.num_computed_tokens)
+                self.below.keep(sequence, self.tables[sequence][:self._num_indexed[sequence.seq_id]])
         self._leave(sequence)
         self.paged.free(sequence)
+        self.pool.trim()
 
     def places_of(self, sequence: Sequence) -> list[Place]:
         return self.paged.places_of(sequence)
 
     def take_copies(self) -> list[SlotCopy]:
+        self.pool.trim()
         return self.paged.take_copies()
+
+    def reset(self) -> bool:
+        """Forget what is cached. False: some of it is held, by sequences that have not ended; nothing has changed."""
+        if len(self.tables) or len(self.paged.swapped):
+            return False
+        self.pool.clear()
+        return True
 
     @property
     def usage(self) -> float:

@@ -60,13 +60,14 @@ class LLM(PagedLLM):
         draft = load_draft(config, weights.spec, tokenizer, hooks.cache)
         memory = allocate_memory(config, weights, hooks.cache, draft.block_bytes if draft else 0)
         cost, observers = StepCost(), list(hooks.scheduler)
-        manager = make_manager(config, fingerprint, memory, situation.block_size, hooks.cache, cost)
+        manager = make_manager(config, fingerprint, memory, situation, backend.name, hooks.cache, cost)
         runner = ModelRunner(weights, hooks.around(backend.make(situation, memory.cache, manager.tables)))
         may_record = backend.graphs and not attention.enforce_eager and not hooks.attention
-        queues = Queues(make_policy(limits.policy, limits.policies), manager, limits.max_num_seqs, limits.longest)
+        policy = make_policy(limits.policy, limits.policies)
+        queues = Queues(policy, manager, limits.max_num_seqs, limits.longest)
 
         if isinstance(manager, PrefixKVCacheManager):
-            observers += [QueueWatch(manager), PrefixCacheStats(manager.pool)]
+            observers = [QueueWatch(manager, policy), *observers, PrefixCacheStats(manager)]
         speculation = None
         if (drafter := drafter_for(config, draft, tokenizer, memory.num_blocks)) is not None:
             speculation = Speculation(drafter, cost, guessing.num_speculative_tokens or DEFAULT_NUM_GUESSES,
@@ -83,3 +84,7 @@ class LLM(PagedLLM):
         super().__init__(config, engine, weights.spec, tokenizer)
         self.cache, self.manager, self.attention_backend = memory.cache, manager, backend.name
         self._beams = BeamBlocks(manager, manager.pool, memory.host_cache.copy_slots)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget what is cached. False: requests are unfinished, and nothing has changed."""
+        return isinstance(self.manager, PrefixKVCacheManager) and self.manager.reset()

@@ -14,16 +14,16 @@ from bisect import bisect_left
 
 from m0_basics.request import Sequence
 
-from .prefix_index import Match, PrefixIndex, Tokens
+from .prefix_index import NOTHING, Match, PrefixIndex, Tokens
 
 
 class Node:
     """A block, behind its parent's; or the root of a salt, which holds none."""
 
-    __slots__ = ("block", "children", "keys", "parent", "salt", "tokens")
+    __slots__ = ("block", "children", "keys", "parent", "salt", "serial", "tokens")
 
-    def __init__(self, block: int, parent: Node | None, tokens: Tokens, salt: str = "") -> None:
-        self.block, self.parent, self.tokens, self.salt = block, parent, tokens, salt
+    def __init__(self, block: int, parent: Node | None, tokens: Tokens, salt: str = "", serial: int = 0) -> None:
+        self.block, self.parent, self.tokens, self.salt, self.serial = block, parent, tokens, salt, serial
         self.keys: list[Tokens] = []            # the children's tokens, sorted
         self.children: list[Node] = []          # in the same order
 
@@ -66,21 +66,23 @@ class RadixTree(PrefixIndex):
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def __contains__(self, block: int) -> bool:
-        return block in self._nodes
+    def serial(self, block: int) -> int | None:
+        return node.serial if (node := self._nodes.get(block)) else None
 
-    def match(self, sequence: Sequence, max_tokens: int) -> Match:
-        node, blocks = self.roots.get(sequence.cache_salt), list[int]()
+    def match(self, sequence: Sequence, max_tokens: int, earlier: Match = NOTHING) -> Match:
+        blocks = self._still_known(earlier)
+        num_kept = len(blocks)
+        node = self._nodes[blocks[-1]] if blocks else self.roots.get(sequence.cache_salt)
         while node is not None:
             start = len(blocks) * self.block_size
             tokens = tuple(sequence.data.token_slice(start, min(start + self.block_size, max_tokens)))
             child = node.find(tokens) if len(tokens) == self.block_size else None
             if child is None:
                 partial, num_partial = node.closest(tokens)
-                return Match(blocks, partial.block if partial else None, num_partial)
+                return self._matched(blocks, earlier, num_kept, partial.block if partial else None, num_partial)
             blocks.append(child.block)
             node = child
-        return Match(blocks)
+        return self._matched(blocks, earlier, num_kept)
 
     def insert(self, sequence: Sequence, number: int, parent: int | None, block: int) -> int | None:
         if parent is None:
@@ -92,9 +94,8 @@ class RadixTree(PrefixIndex):
         tokens = self.tokens_of(sequence, number)
         if (known := node.find(tokens)) is not None:
             return known.block
-        self._nodes[block] = child = Node(block, node, tokens)
+        self._nodes[block] = child = Node(block, node, tokens, serial=self._next_serial())
         node.add(child)
-        self.version += 1
         return block
 
     def remove(self, block: int) -> None:

@@ -169,3 +169,10 @@ def test_first_token_time():
 def test_seq_ids_are_never_reused():
     ids = [next_seq_id() for _ in range(100)]
     assert len(set(ids)) == 100
+
+
+def test_a_salt_goes_to_every_sequence():
+    request = Request("r", None, [1, 2], SamplingParams(), cache_salt="a")
+    [sequence] = request.sequences
+    assert sequence.cache_salt == sequence.fork(next_seq_id(), 1).cache_salt == "a"
+    assert Request("s", None, [1], SamplingParams()).sequences[0].cache_salt == ""

@@ -14,7 +14,8 @@ class ServerConfig:
 
     served_model_name: str = option("model", "The name that clients use for the model.")
     api_key: str | None = option(None, "Clients have to send this key.")
-    salt_by_api_key: bool = option(False, "Requests with different keys share nothing, in whatever is kept of them.")
+    salt_by_api_key: bool = option(False, "Requests with different keys, which something else has checked, share no "
+                                          "cache.")
     max_body_bytes: int = option(4 * 2 ** 20, "Largest body of a request.")
     max_messages: int = option(2048, "Most messages of a chat, and most parts of their contents.")       # OpenAI's
     max_list_items: int = option(1024, "Most entries of stop, bad_words, logit_bias and the lists of token ids.")
@@ -40,6 +41,9 @@ class ServerConfig:
         # A header has no space at its ends, and an empty key would let everybody in.
         if self.api_key is not None and (not self.api_key or self.api_key != self.api_key.strip()):
             raise reject("api_key", self.api_key, "None, or text that is not empty and has no space at its ends")
+        if self.salt_by_api_key and self.api_key is not None:
+            raise reject("salt_by_api_key", True, "without api_key, which all clients share: with it, nobody is kept "
+                                                  "apart; let what stands before this server check the keys")
 
 
 def _words(name: str, value: str | Sequence[str]) -> tuple[str, ...]:

@@ -54,7 +54,8 @@ def cache_salt(body: GenerationBody, config: ServerConfig, authorization: str | 
         raise reject("cache_salt", salt, "text that UTF-8 can write")
     if not config.salt_by_api_key:
         return salt
-    return f"{sha256((authorization or '').encode()).hexdigest()} {salt}"
+    key = (authorization or "").partition(" ")[2].strip()           # whatever the case of "Bearer"
+    return f"{sha256(key.encode()).hexdigest()} {salt}"
 
 
 def as_messages(messages: list[ChatMessage]) -> list[dict[str, str]]:

@@ -140,10 +140,10 @@ class GenerationBody(Body):
     guided_choice: Texts | None = None
     priority: Priority | None = None
     request_id: RequestId | None = None         # what the client calls it: part of the answer's id
+    cache_salt: CacheSalt | None = None         # requests of different salts share nothing
     # this engine's
     sla_class: str | None = None
     timeout: float | None = None                # seconds after which the request is aborted
-    cache_salt: CacheSalt | None = None         # requests of different salts share nothing
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationBody:

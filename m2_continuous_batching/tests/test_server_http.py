@@ -320,6 +320,7 @@ def test_a_request_id_in_the_body_comes_first(server):
 
 @pytest.mark.parametrize(("options", "part"), [
     ({"api_key": ""}, "api_key=''"), ({"api_key": " "}, "api_key=' '"), ({"api_key": "a\n"}, "space at its ends"),
+    ({"salt_by_api_key": True, "api_key": "a"}, "salt_by_api_key=True"),
     ({"max_step_s": 0}, "max_step_s=0"), ({"max_list_items": 0}, "max_list_items=0"),
     ({"allowed_origins": "*"}, "allowed_origins='*'"), ({"allowed_headers": "[1]"}, "allowed_headers")])
 def test_bad_options(options, part):

@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from m0_basics.request import Sequence, SequenceData, SequenceStatus, next_seq_id
 from m0_basics.sampling_params import SamplingParams
 from m2_continuous_batching.kv_cache_manager import SlotCopy
+from m3_paged_kv.holdings import Holdings
 from m3_paged_kv.kv_cache_manager import PagedKVCacheManager, paged_manager
 
 
@@ -343,3 +344,26 @@ def test_what_victims_would_free_depends_on_host_memory() -> None:
     newcomer = make_sequence()
     assert [manager.fits_without(newcomer, 0, 4 * n, [alone, parent, child]) for n in (5, 6)] == [True, False]
     assert [manager.fits_without(newcomer, 0, 4 * n, [parent, child]) for n in (3, 4)] == [True, False]
+
+
+def test_blocks_that_somebody_else_brings() -> None:
+    """A sequence starts with blocks of others, of the device and of the host; one is on the device again meanwhile."""
+    manager = paged_manager(num_blocks=8, block_size=2, num_host_blocks=4, watermark=0)
+    sequence, pool, host_pool = make_sequence(7), manager.pool, manager.swapped.host_pool
+    shared, brought = [pool.allocate() for _ in range(2)], [host_pool.allocate() for _ in range(2)]
+    pool.share(shared[0])
+    held = [("device", shared[0]), ("host", brought[0]), ("host", brought[1])]
+    manager.swapped.hold(sequence, Holdings(6, held))
+    manager.swapped.move_back(sequence, 1, shared[1])
+    assert host_pool.num_used == 1
+    assert manager.get_num_computed_tokens(sequence) == 6
+    assert manager.allocate_slots(sequence, 6, 1)
+    assert manager.tables[sequence][:2] == shared
+    assert [copy.source // 2 - 8 for copy in manager.take_copies()] == [brought[1]]
+    assert host_pool.num_used == 0
+    other = pool.allocate()
+    manager.tables.replace(sequence, 2, other)
+    assert manager.tables[sequence][2] == other
+    manager.free(sequence)
+    pool.release(shared[0])
+    assert pool.num_used == 0

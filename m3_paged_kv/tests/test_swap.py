@@ -1,6 +1,7 @@
 """F3.6: what a GPU does in batches and on a stream of its own equals the copies made one by one."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -56,6 +57,27 @@ def test_batches_equal_one_by_one(work: list[SlotCopy], most: int) -> None:
     for i, pool in enumerate((one_by_one.k, one_by_one.v)):
         blocks = pool.view(pool.shape[0], NUM_HOST, -1).transpose(0, 1)
         assert torch.equal(batched.blocks[:, i], blocks)
+
+
+@pytest.mark.parametrize("make", [lambda: HostCache(make_cache(), NUM_HOST * SIZE),
+                                  lambda: PinnedHostCache(make_cache(), SIZE, NUM_HOST)], ids=["CPU", "pinned"])
+def test_blocks_that_others_bring(make: Callable[[], HostCache | PinnedHostCache]) -> None:
+    """Copies of the device's blocks, filled into the host's and swapped in elsewhere: the same numbers."""
+    cache = make()
+    pools = cache.device_cache.kv_cache.k, cache.device_cache.kv_cache.v
+    data, is_there = cache.device_blocks([4, 1], SIZE)
+    is_there()
+    for pool, halves in zip(pools, data.transpose(0, 1), strict=True):
+        assert torch.equal(halves[0], pool[:, 4 * SIZE:5 * SIZE].flatten(1))
+        assert torch.equal(halves[1], pool[:, SIZE:2 * SIZE].flatten(1))
+    before = [pool.clone() for pool in pools]
+    cache.fill_host_block(2, SIZE, data[0])
+    cache.fill_host_block(0, SIZE, data[1])
+    cache.copy_slots([SlotCopy((NUM_BLOCKS + 2) * SIZE, 0, SIZE), SlotCopy(NUM_BLOCKS * SIZE, 5 * SIZE, SIZE)])
+    for pool, old in zip(pools, before, strict=True):
+        assert torch.equal(pool[:, :SIZE], old[:, 4 * SIZE:5 * SIZE])
+        assert torch.equal(pool[:, 5 * SIZE:], old[:, SIZE:2 * SIZE])
+        assert torch.equal(pool[:, SIZE:5 * SIZE], old[:, SIZE:5 * SIZE])
 
 
 def test_batches_by_hand() -> None:

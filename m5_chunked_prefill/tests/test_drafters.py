@@ -141,6 +141,17 @@ def test_texts_of_another_salt_are_not_guessed_from() -> None:
     for salt, guess in (("", []), ("b", []), ("a", [3, 4])):
         sequence = Sequence(next_seq_id(), SequenceData([1], [2]), SamplingParams(), 0, cache_salt=salt)
         assert drafter.propose([sequence], [2]) == [guess], salt
-    for i in range(100):
-        drafter.on_request_completion(Request(str(i), None, [1], SamplingParams(), cache_salt=str(i)))
-    assert len(drafter._earlier) <= 64
+
+
+def test_what_is_remembered_of_all_salts_is_bounded() -> None:
+    """The salt that was heard of least lately is forgotten; between two steps so many tokens are read in all."""
+    drafter = SuffixDrafter(max_earlier_tokens=100)
+    for i in range(10):
+        drafter.on_request_completion(Request(str(i), None, list(range(30)), SamplingParams(), cache_salt=str(i)))
+    assert list(drafter._earlier) == ["7", "8", "9"]
+    drafter = SuffixDrafter()
+    for salt in "ab":
+        drafter.on_request_completion(Request("0", None, list(range(500)), SamplingParams(), cache_salt=salt))
+    sequences = [Sequence(next_seq_id(), SequenceData([7], []), SamplingParams(), 0, cache_salt=salt) for salt in "ab"]
+    drafter.propose(sequences, [1, 1])
+    assert 500 <= sum(len(a) for earlier in drafter._earlier.values() for a in earlier.automata) <= 514

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -43,6 +44,17 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
         loop.step()
         b = loop.add(make_request(3, 2))
         assert who(loop.step(), a, b) == first, policy
+
+
+def test_who_waits_for_the_cache_lets_others_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it needs is on its way: until then it is as if it were not there."""
+    loop = ChunkLoop(budget=8, max_model_len=LONG)
+    a, b = loop.add(make_request(6, 2)), loop.add(make_request(3, 2))
+    held = {a.sequences[0]}
+    monkeypatch.setattr(loop.manager, "should_wait", lambda sequence: sequence in held)
+    assert who(loop.step(), a, b) == {"b": 3}
+    held.clear()
+    assert who(loop.step(), a, b) == {"b": 1, "a": 6}
 
 
 def test_nobody_starves_behind_short_ones() -> None:

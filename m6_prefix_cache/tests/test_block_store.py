@@ -70,22 +70,48 @@ def test_the_oldest_go_where_room_is_short(tmp_path: Path) -> None:
     store = BlockStore(tmp_path, "model", 3 * (44 + 100))
     for number in range(3):
         assert store.put(name_of(number), TOKENS, bytes(100))
-    assert store.get(name_of(0), TOKENS, 100) is not None               # used: the second is the oldest now
+    assert store.get(name_of(0), TOKENS, 100) is not None
+    store.touch([name_of(0)])                                           # used: the second is the oldest now
     assert store.put(name_of(3), TOKENS, bytes(100))
     assert [name_of(n) in store for n in range(4)] == [True, False, True, True]
     assert len(list(store.folder.iterdir())) == 3
     assert not store.put(name_of(9), TOKENS, bytes(1000)), "larger than all the room"
-    smaller = BlockStore(tmp_path, "model", 44 + 100)
-    assert len(smaller) == 1
+    smaller = BlockStore(tmp_path, "model", 2 * (44 + 100))
+    assert [name_of(n) in smaller for n in range(4)] == [True, False, False, True], "files remember their use"
+
+
+def test_the_limit_is_that_of_the_folder(tmp_path: Path) -> None:
+    """What another model has left there counts, and goes first if it is older."""
+    other = BlockStore(tmp_path, "another", 3 * (44 + 100))
+    for number in range(3):
+        other.put(name_of(number), TOKENS, bytes(100))
+    store = BlockStore(tmp_path, "model", 3 * (44 + 100))
+    assert (len(store), store.num_bytes) == (0, 3 * 144)
+    assert store.put(name_of(0), TOKENS, bytes(100))
+    assert (len(store), store.num_bytes) == (1, 3 * 144)
+    assert [(other.folder / name_of(n).hex()).exists() for n in range(3)] == [False, True, True]
+
+
+def test_a_file_that_has_gone_is_no_fault(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another process, or another thread, needed the room."""
+    store = BlockStore(tmp_path, "model", ROOM)
+    store.put(name_of(1), TOKENS, b"abc")
+    (store.folder / name_of(1).hex()).unlink()
+    assert store.get(name_of(1), TOKENS, 3) is None
+    assert len(store) == store.num_bytes == 0
+    assert not caplog.records
 
 
 def test_half_written_files_are_taken_away(tmp_path: Path) -> None:
     store = BlockStore(tmp_path, "model", ROOM)
-    (store.folder / "tmp123.partial").write_bytes(b"half")
-    (store.folder / "README").write_bytes(b"somebody else's")
+    old = store.folder / "tmp123.partial"
+    old.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    for name in ("new.partial", "README", "cafe"):
+        (store.folder / name).write_bytes(b"somebody else's")
     again = BlockStore(tmp_path, "model", ROOM)
-    assert len(again) == 0
-    assert sorted(path.name for path in store.folder.iterdir()) == ["README"]
+    assert len(again) == again.num_bytes == 0
+    assert sorted(path.name for path in store.folder.iterdir()) == ["README", "cafe", "new.partial"]
 
 
 def test_a_full_disk_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture,
@@ -114,7 +140,25 @@ def test_a_folder_that_cannot_be(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert "cannot be used" in caplog.text
 
 
-def test_reading_is_measured(tmp_path: Path) -> None:
-    store = BlockStore(tmp_path, "model", ROOM)
+def test_reading_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By files that are there, which the operating system is asked to forget first; or by one that is written for it."""
+    store, dropped = BlockStore(tmp_path, "model", ROOM), list[str]()
+    monkeypatch.setattr("m6_prefix_cache.block_store.drop_from_memory", lambda path: dropped.append(path.name))
     assert 0 < store.seconds_per_block(1000) < 1
+    assert dropped[0].endswith(".partial")
     assert not list(store.folder.iterdir())
+    store.put(name_of(1), TOKENS, bytes(1000))
+    dropped.clear()
+    assert 0 < store.seconds_per_block(1000) < 1
+    assert dropped == [name_of(1).hex()]
+    monkeypatch.setattr("m6_prefix_cache.block_store._seconds_per_byte", lambda path: 0.001)
+    assert store.seconds_per_block(4000) == 4
+
+
+def test_the_pace_is_kept(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path, "model", ROOM)
+    assert store.pace is None
+    store.write_pace(0.0025)
+    assert BlockStore(tmp_path, "model", ROOM).pace == 0.0025
+    (store.folder / "seconds-per-token").write_text("soon", encoding="ascii")
+    assert store.pace is None

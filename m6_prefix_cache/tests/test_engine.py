@@ -12,6 +12,7 @@ from m0_basics.sampling_params import BeamSearchParams
 from m0_basics.tools.testing.fixtures import TinyModels
 from m2_continuous_batching.engine import engine_of
 from m2_continuous_batching.plugins.metrics import MetricsCollector
+from m2_continuous_batching.policies import SchedulingParams
 from m3_paged_kv.plugins.kv_quant import BlockQuantisation
 from m6_prefix_cache import LLM
 from m6_prefix_cache.prefix_stats import PrefixCacheStats
@@ -188,3 +189,35 @@ def test_recomputed_tokens_are_no_hits(model: str) -> None:
     assert collector.totals.num_preemptions > 0
     assert stats_of(llm).num_hit_tokens == 0
     assert stats_of(llm).num_queried_tokens == 4 * 32
+
+
+def test_the_cache_can_be_emptied(model: str) -> None:
+    """vLLM's `reset_prefix_cache`: not while requests are unfinished."""
+    llm = LLM(model, **BASE)
+    ask(llm, [PROMPT])
+    request = llm.input_processor.process({"prompt_token_ids": [1, 2]}, GREEDY)
+    llm.engine.add_request(request)
+    llm.engine.step()
+    assert not llm.reset_prefix_cache()
+    llm.engine.abort_request(request.request_id)
+    assert ask(llm, [PROMPT])[1] == [31]
+    assert llm.reset_prefix_cache()
+    assert ask(llm, [PROMPT])[1] == [0]
+
+
+@pytest.mark.parametrize("num_cached", [0, 2])
+def test_a_cap_with_a_policy_that_displaces(model: str, num_cached: int) -> None:
+    """What a newcomer has found by one who leaves for it stays until it has started."""
+    llm = LLM(model, policy="priority", max_num_seqs=1, max_cached_blocks=num_cached, **BASE)
+    for length in (32, 30):
+        long = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+        first, urgent = (llm.input_processor.process({"prompt_token_ids": PROMPT[:length]}, long) for _ in range(2))
+        llm.engine.add_request(first, SchedulingParams(priority=5))
+        for _ in range(3):
+            llm.engine.step()
+        llm.engine.add_request(urgent, SchedulingParams(priority=0))
+        while llm.engine.has_unfinished_requests():
+            llm.engine.step()
+        [expected] = ask(m5.LLM(model, **BASE), [PROMPT[:length]], long)[0]
+        assert [r.sequences[0].output_token_ids for r in (first, urgent)] == [expected, expected]
+        assert llm.manager.pool.num_cached <= num_cached

@@ -42,13 +42,17 @@ def mark(sequence: Sequence, position: int) -> Mark:
 
 
 class PrefixMachine(RuleBasedStateMachine):
-    """Start, run in pieces, grow, fork, preempt, resume, free, in any order; few tokens, so that much is shared."""
+    """Queue, start, displace, run in pieces, grow, fork, fail, preempt, resume, free, in any order; few tokens, so that
+    much is shared."""
 
     @initialize(num_blocks=st.integers(3, 14), block_size=st.integers(1, 4), num_host_blocks=st.integers(0, 8),
-                kind=st.sampled_from(["radix", "hash"]), max_cached=st.none() | st.integers(0, 6))
+                kind=st.sampled_from(["radix", "hash"]), max_cached=st.none() | st.integers(0, 6), ahead=st.booleans())
     def begin(self, num_blocks: int, block_size: int, num_host_blocks: int, kind: str,
-              max_cached: int | None) -> None:
-        self.manager = make_manager(num_blocks, block_size, kind, num_host_blocks, max_cached)
+              max_cached: int | None, ahead: bool) -> None:
+        self.manager = make_manager(num_blocks, block_size, kind, num_host_blocks, max_cached, ahead)
+        self.newest: dict[int, int] = {}                # by seq_id: where its newest step starts
+        self.first: set[int] = set()                    # of sequences that have had one step
+        self.queued: list[Sequence] = []
         self.kind, self.size = kind, block_size
         self.memory: dict[int, Mark] = {}
         self.running: list[Sequence] = []
@@ -70,6 +74,7 @@ class PrefixMachine(RuleBasedStateMachine):
         for position in range(start, start + num_tokens):
             self.memory[self.slot(sequence, position)] = mark(sequence, position)
         sequence.num_computed_tokens = start + num_tokens
+        self.newest[sequence.seq_id] = start
 
     def begin_to_run(self, sequence: Sequence, piece: int) -> bool:
         start = self.manager.get_num_computed_tokens(sequence)
@@ -79,10 +84,14 @@ class PrefixMachine(RuleBasedStateMachine):
         started = self.manager.allocate_slots(sequence, start, num_tokens)
         assert started == fits or not self.running
         if started:
-            sequence.status = SequenceStatus.RUNNING
-            self.running.append(sequence)
-            self.run_step(sequence, start, num_tokens)
+            self.run_first(sequence, start, num_tokens)
         return started
+
+    def run_first(self, sequence: Sequence, start: int, num_tokens: int) -> None:
+        sequence.status = SequenceStatus.RUNNING
+        self.running.append(sequence)
+        self.first.add(sequence.seq_id)
+        self.run_step(sequence, start, num_tokens)
 
     # ---- rules
 
@@ -97,6 +106,50 @@ class PrefixMachine(RuleBasedStateMachine):
         if not self.begin_to_run(sequence, piece):
             assert not alone, "nobody may be locked out"
 
+    @precondition(lambda self: len(self.queued) < 4)
+    @rule(tokens=st.lists(st.integers(1, 2), min_size=1, max_size=20), salt=st.sampled_from(SALTS))
+    def queue(self, tokens: list[int], salt: str) -> None:
+        if self.manager.can_ever_hold(len(tokens)):
+            self.queued.append(make_sequence(tokens, salt))
+
+    @rule(num=st.integers(0, 4))
+    def want(self, num: int) -> None:
+        """The queue's first so many are looked at."""
+        matches = [self.manager.match(sequence) for sequence in self.queued[:num]]
+        self.manager.pool.wanted = {b for m in matches for b in (*m.blocks, m.partial) if b is not None}
+
+    @precondition(lambda self: self.queued)
+    @rule(data=st.data(), piece=st.integers(1, 24), num_victims=st.integers(0, 3))
+    def displace(self, data: st.DataObject, piece: int, num_victims: int) -> None:
+        """As `Queues.admit`: where it fits once others have left, they leave, and it starts where it was to start."""
+        sequence = data.draw(st.sampled_from(self.queued))
+        victims = self.running[:num_victims]
+        start = self.manager.get_num_computed_tokens(sequence)
+        num_tokens = min(piece, sequence.num_tokens - start)
+        if victims and self.manager.fits_without(sequence, start, num_tokens, victims):
+            for victim in victims:
+                self.send_away(victim)
+            assert self.manager.allocate_slots(sequence, start, num_tokens)
+            self.run_first(sequence, start, num_tokens)
+        elif victims or not self.begin_to_run(sequence, piece):
+            return
+        self.queued.remove(sequence)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        """Steps are chosen ahead, and the newest one of a sequence fails: what it was to write is rubbish."""
+        sequence = data.draw(st.sampled_from(self.running))
+        start = self.newest.get(sequence.seq_id)
+        if start is None or not self.manager.steps_ahead:
+            return
+        for position in range(start, sequence.num_computed_tokens):
+            self.memory[self.slot(sequence, position)] = "rubbish", ()
+        sequence.num_computed_tokens = start
+        self.running.remove(sequence)
+        sequence.status = SequenceStatus.FINISHED_ABORTED
+        self.manager.free(sequence)
+
     @precondition(lambda self: self.running)
     @rule(data=st.data(), piece=st.integers(1, 8), token=st.integers(1, 2))
     def go_on(self, data: st.DataObject, piece: int, token: int) -> None:
@@ -109,6 +162,7 @@ class PrefixMachine(RuleBasedStateMachine):
         start = sequence.num_computed_tokens
         num_tokens = min(piece, sequence.num_tokens - start)
         if self.manager.allocate_slots(sequence, start, num_tokens):
+            self.first.discard(sequence.seq_id)
             self.run_step(sequence, start, num_tokens)
         else:
             assert len(self.running) > 1 or self.manager.pool.num_free < num_tokens
@@ -122,11 +176,15 @@ class PrefixMachine(RuleBasedStateMachine):
         child.num_computed_tokens = parent.num_computed_tokens
         child.append_token_id(token)
         self.running.append(child)
+        self.newest.pop(parent.seq_id, None)            # it has run: its token is known
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
     def preempt(self, data: st.DataObject) -> None:
-        sequence = data.draw(st.sampled_from(self.running))
+        self.send_away(data.draw(st.sampled_from(self.running)))
+        self.manager.pool.trim()                        # as at the end of each choice of a step
+
+    def send_away(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         sequence.status = self.manager.preempt(sequence)
         if sequence.status is SequenceStatus.WAITING:
@@ -150,6 +208,9 @@ class PrefixMachine(RuleBasedStateMachine):
         (self.running if was_running else self.away).remove(sequence)
         sequence.status = SequenceStatus.FINISHED_STOPPED
         self.manager.free(sequence)
+        if self.manager.steps_ahead:                    # the newest step does not count, nor what the first one brought
+            num_known = min(num_known, self.newest.get(sequence.seq_id, 0) // self.size)
+            num_known = 0 if sequence.seq_id in self.first else num_known
         if was_running and self.manager.pool.max_cached_blocks == self.manager.pool.num_blocks:
             again = make_sequence([*sequence.data.token_ids, 1], sequence.cache_salt)
             assert len(self.manager.match(again).blocks) >= num_known, "what it computed is found by the next"
@@ -186,6 +247,17 @@ class PrefixMachine(RuleBasedStateMachine):
                 assert pending or self.memory[self.slot(sequence, position)] == mark(sequence, position)
 
     @invariant()
+    def who_waits_is_told_what_a_fresh_search_finds(self) -> None:
+        """The search goes on from what was found before."""
+        for sequence in getattr(self, "queued", ()):
+            found = self.manager.match(sequence)
+            fresh = self.manager.index.match(sequence, sequence.num_tokens - 1)
+            assert found.blocks == fresh.blocks
+            if self.manager._may_copy(sequence):
+                assert (found.partial, found.num_partial) == (fresh.partial, fresh.num_partial)
+            assert list(found.serials) == [self.manager.index.serial(block) for block in found.blocks]
+
+    @invariant()
     def holders_are_counted(self) -> None:
         if not hasattr(self, "manager"):
             return
@@ -215,6 +287,8 @@ class PrefixMachine(RuleBasedStateMachine):
             assert self.manager.pool.num_free == self.manager.pool.num_blocks
             assert not self.manager._announced
             assert not self.manager._num_indexed
+            assert self.manager.reset()
+            assert len(self.manager.index) == 0
 
 
 def takewhile_equal(a: list[Mark | None], b: list[Mark]) -> list[Mark]:

@@ -4,14 +4,7 @@ from __future__ import annotations
 from m0_basics.tools.bench import EngineContender, Workload
 from m0_basics.tools.bench.contender import Served
 
-from ..kv_cache_manager import PrefixKVCacheManager
 from ..llm import LLM
-
-
-def forget(llm: LLM) -> None:
-    """Empty the prefix cache of an engine that has nothing to do."""
-    if isinstance(llm.manager, PrefixKVCacheManager):
-        llm.manager.pool.clear()
 
 
 class ColdContender(EngineContender):
@@ -20,5 +13,5 @@ class ColdContender(EngineContender):
     llm: LLM
 
     def serve(self, workload: Workload) -> Served:
-        forget(self.llm)
+        self.llm.reset_prefix_cache()
         return super().serve(workload)

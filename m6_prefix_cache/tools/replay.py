@@ -67,7 +67,7 @@ def hits(trace: Items[Visit], num_blocks: int, way: str, window: int = 64) -> in
             waiting.append((_entry(trace[number], num_run, number), number))
         if way == "longest-match":
             for entry, _ in waiting:
-                entry.num_ready = manager.match(entry.sequence).num_tokens(BLOCK_SIZE)
+                policy.num_ready[entry.sequence.seq_id] = manager.match(entry.sequence).num_tokens(BLOCK_SIZE)
             waiting.sort(key=lambda pair: policy.key(pair[0]))
         entry, number = waiting.pop(0)
         if way != "lru":

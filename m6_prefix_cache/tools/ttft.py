@@ -43,27 +43,29 @@ def by_share(contenders: Sequence[EngineContender], length: int, rounds: int, vo
 
 def on_traces(contenders: Sequence[EngineContender], num_visits: int, rounds: int, vocab_size: int,
               longest: int) -> list[dict[str, Any]]:
-    """For each trace, its visits one after the other: median and P99 of TTFT in ms, prompt tokens found."""
+    """For each trace, its visits one after the other: median TTFT in ms, the share of prompt tokens found."""
     entries = []
     for name in TRACES:
-        ttfts: dict[str, list[float]] = {c.name: [] for c in contenders}
+        ttfts: dict[str, list[float]] = {c.name: [] for c in contenders}    # the median of each round's visits
         shares: dict[str, list[float]] = {c.name: [] for c in contenders}
         for number in range(rounds):
             visits = [v for v in make_trace(name, num_visits, seed=number) if len(v.prompt) + 16 < longest]
+            prompts = [[t % vocab_size for t in visit.prompt] for visit in visits]
             for contender in contenders:
-                found, num_tokens = 0, 0
-                for visit in visits:
-                    prompt = [t % vocab_size for t in visit.prompt]
-                    output = contender.llm.generate([{"prompt_token_ids": prompt}], _params(), use_tqdm=False)[0]
+                own, found = list[float](), 0
+                for prompt in prompts:
+                    [output] = contender.llm.generate([{"prompt_token_ids": prompt}], _params(), use_tqdm=False)
                     metrics = output.metrics
                     assert metrics is not None
                     assert metrics.first_token_time is not None
-                    ttfts[contender.name].append(1e3 * (metrics.first_token_time - metrics.arrival_time))
-                    found, num_tokens = found + output.num_cached_tokens, num_tokens + len(prompt)
-                shares[contender.name].append(found / num_tokens)
-        base = median(ttfts[contenders[0].name])
+                    own.append(1e3 * (metrics.first_token_time - metrics.arrival_time))
+                    found += output.num_cached_tokens
+                ttfts[contender.name].append(median(own))
+                shares[contender.name].append(found / sum(map(len, prompts)))
+        base = ttfts[contenders[0].name]
         entries.append({"trace": name, "num_visits": num_visits, "contenders": {
-            c.name: {"ttft_ms": median(ttfts[c.name]), "gain": base / median(ttfts[c.name]),
+            c.name: {"ttft_ms": median(ttfts[c.name]),
+                     "gain": median(b / o for b, o in zip(base, ttfts[c.name], strict=True)),
                      "hit_share": median(shares[c.name])} for c in contenders}})
     return entries
 

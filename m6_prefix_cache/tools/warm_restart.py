@@ -9,7 +9,6 @@ Each way is forced; then the engine decides for itself, by what a read took when
 """
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -22,12 +21,11 @@ from m0_basics.sampling_params import SamplingParams
 from m0_basics.tools.bench import Series, line_plot
 
 from ..block_hash import BlockHash
-from ..block_store import BlockStore
+from ..block_store import BlockStore, drop_from_memory
 from ..disk_tier import DiskTier
 from ..kv_cache_manager import PrefixKVCacheManager
 from ..llm import LLM
 from ..prefix_index import Tokens
-from .cold import forget
 
 LENGTHS = (17, 65, 257, 513, 1025, 1921)        # the last token is run in any case: whole blocks before it
 SLOW_DISKS = (100.0, 20.0)                      # MB/s
@@ -59,7 +57,7 @@ def measure(options: dict[str, Any], rounds: int, lengths: Sequence[int] = LENGT
         llm = LLM(**options | {"prefix_cache_dir": folder})
         text = [rng.randrange(min(100, llm.spec.vocab_size - 1), llm.spec.vocab_size) for _ in range(max(lengths))]
         _ask(llm, text)
-        _disk_of(llm).close()                               # the server ends
+        _disk_of(llm)                                       # the server ends
         llm = LLM(**options | {"prefix_cache_dir": folder})     # and comes back
         disk = _disk_of(llm)
         stores = {f"{speed:.0f} MB/s": SlowStore(disk.store.folder.parent, disk.store.folder.name,
@@ -70,7 +68,6 @@ def measure(options: dict[str, Any], rounds: int, lengths: Sequence[int] = LENGT
                  "read_block_ms": 1e3 * disk.seconds_to_read,
                  "pays_from": {way: next((e["tokens"] for e in entries if e["ms"][way] < e["ms"][RECOMPUTE]), None)
                                for way in entries[0]["ms"] if way != RECOMPUTE}}
-        disk.close()
     return found
 
 
@@ -85,23 +82,24 @@ class _Ways:
         always: dict[str, BlockStore] = {IN_MEMORY: self.own_store, DISK: self.own_store, **self.slow}
         times: dict[str, list[float]] = {way: [] for way in (RECOMPUTE, *always)}
         for _ in range(rounds):
-            times[RECOMPUTE].append(self._time(prompt, self.own_store, lambda _: 0.0))
+            times[RECOMPUTE].append(self._time(prompt, self.own_store, lambda *_: 0.0))
             for way, store in always.items():
                 if way == DISK:
-                    _drop_from_memory(self.own_store)
-                times[way].append(self._time(prompt, store, lambda _: float("inf")))
+                    for path in self.own_store.folder.iterdir():
+                        drop_from_memory(path)
+                times[way].append(self._time(prompt, store, lambda *_: float("inf")))
         chosen = {}
-        for way, store in {IN_MEMORY: self.own_store, **self.slow}.items():
+        for way, store in {DISK: self.own_store, **self.slow}.items():
             before = self.disk.num_read_blocks
+            self.disk.seconds_to_read = store.seconds_per_block(self.disk.num_bytes)
             self._time(prompt, store, self.own_estimate)
             chosen[way] = "read" if self.disk.num_read_blocks > before else RECOMPUTE
         return {"tokens": len(prompt), "ms": {way: median(own) for way, own in times.items()}, "chosen": chosen}
 
-    def _time(self, prompt: list[int], store: BlockStore, estimate: Callable[[int], float | None]) -> float:
+    def _time(self, prompt: list[int], store: BlockStore, estimate: Callable[[int, int], float | None]) -> float:
         """Milliseconds to the first token, with nothing on the device."""
-        forget(self.llm)
+        self.llm.reset_prefix_cache()
         self.disk.store, self.disk.seconds_to_compute = store, estimate
-        self.disk.seconds_to_read = store.seconds_per_block(self.disk.num_bytes)
         return _ask(self.llm, prompt)
 
 
@@ -116,22 +114,9 @@ def _ask(llm: LLM, prompt: list[int]) -> float:
 
 def _disk_of(llm: LLM) -> DiskTier:
     assert isinstance(llm.manager, PrefixKVCacheManager)
-    assert llm.manager.disk is not None
-    llm.manager.disk.flush()
-    return llm.manager.disk
-
-
-def _drop_from_memory(store: BlockStore) -> None:
-    """Ask the operating system to forget what it holds of the files (Linux; elsewhere they stay in memory)."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for path in store.folder.iterdir():
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(handle)
+    assert isinstance(llm.manager.below, DiskTier)
+    llm.manager.below.flush()
+    return llm.manager.below
 
 
 def draw(found: dict[str, Any], path: Path) -> Path:
