@@ -48,15 +48,16 @@ class QueueWatch(SchedulerPlugin):
     def __init__(self, manager: PrefixKVCacheManager, policy: SchedulingPolicy) -> None:
         self.manager = manager
         self.policy = policy if isinstance(policy, LongestMatchPolicy) else None
-        self._seen, self._num_skipped = (0, 0), 0
+        self._seen, self._num_skipped = (0, 0, 0), 0
 
     def before_step(self, scheduler: Scheduler) -> None:
         waiting, running = scheduler.waiting, scheduler.running
-        if (self._seen != (len(waiting), len(running)) or self._num_skipped == _LOOK_EVERY) and waiting:
+        seen = len(waiting), len(running), sum(entry.sequence.seq_id for entry in waiting)
+        self._num_skipped += 1
+        if waiting and (seen != self._seen or self._num_skipped >= _LOOK_EVERY):
             self._look(waiting)
             self._num_skipped = 0
-        self._seen = len(waiting), len(running)
-        self._num_skipped += 1
+        self._seen = seen
         for entry in waiting[:scheduler.queues.max_num_seqs - len(running)]:
             self.manager.prefetch(entry.sequence)
         if not running:

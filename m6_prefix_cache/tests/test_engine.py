@@ -172,7 +172,7 @@ def test_options_are_checked(model: str, options: dict[str, Any], named: str) ->
 
 
 def test_when_everything_is_held_the_engine_goes_on(model: str) -> None:
-    """SGLang#36855: nothing can be evicted, and nobody may starve for it."""
+    """Nothing can be evicted, and nobody may starve for it."""
     llm = LLM(model, **BASE | {"num_blocks": 16}, swap_space=0)
     prompts = [[*PROMPT, 60 + i] for i in range(8)]
     long = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
