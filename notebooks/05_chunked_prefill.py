@@ -20,6 +20,7 @@
 # checks all guesses in one step, and we colour what was right.
 
 # %%
+import itertools
 import random
 import time
 from html import escape
@@ -74,7 +75,7 @@ def add(llm: LLM | m4.LLM, prompt: dict[str, list[int]], length: int) -> Request
 # %% [markdown]
 # ## 1. Two streams, and a long prompt in the middle
 #
-# Two requests are being answered. After eight tokens a prompt of 600 tokens arrives. First the engine of milestone 4,
+# Two requests are being answered. After some tokens a long prompt arrives. First the engine of the milestone before,
 # then this one, on the same work.
 
 # %%
@@ -154,11 +155,12 @@ for round_number in range(3):
     while llm.engine.has_unfinished_requests():
         llm.engine.step()
 
+_, predictions = check.predictions()
 figure, axes = plt.subplots(figsize=(6, 5.4))
 for kind, colour, mixed in (("only decodes", BLUE, False), ("with a chunk", ORANGE, True)):
-    points = [(1e3 * p, 1e3 * s) for shape, p, s in check.steps if (shape.num_tokens > shape.num_rows) == mixed]
+    points = [(1e3 * p, 1e3 * s) for shape, p, s in predictions if (shape.num_tokens > shape.num_rows) == mixed]
     axes.scatter(*zip(*points, strict=True), s=18, color=colour, label=kind, alpha=0.7)
-limit = 1e3 * max(s for _, _, s in check.steps)
+limit = 1e3 * max(s for _, _, s in predictions)
 axes.plot([0, limit], [0, limit], color=GREY, linewidth=1)
 axes.set(xlabel="predicted, ms", ylabel="measured, ms", xscale="log", yscale="log")
 axes.set_title("Each step, before and after it ran", loc="left")
@@ -232,7 +234,24 @@ show(story)
 
 # %% [markdown]
 # The story repeats nothing, so guesses are wrong, and soon none are made: the length of a draft follows what was right so
-# far. A try now and then remains.
+# far. A try now and then remains. The same, step by step: what each one brought, and what it ran in vain.
+
+# %%
+figure, axes = plt.subplots(2, 1, figsize=(13, 4.6), sharey=True)
+for row, (name, w) in zip(axes, (("notes to repeat", watch), ("a story", story)), strict=True):
+    right = [sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(g, said, strict=False)))
+             for g, said in w.steps]
+    wrong = [len(g) - r for (g, _), r in zip(w.steps, right, strict=True)]
+    numbers = range(len(w.steps))
+    row.bar(numbers, [1] * len(right), color=LIGHT, label="a token of its own")
+    row.bar(numbers, right, bottom=1, color=GREEN, label="guesses that were right")
+    row.bar(numbers, [-n for n in wrong], color=RED, label="refused")
+    row.axhline(0, color=INK, linewidth=0.6)
+    row.set(ylabel="tokens")
+    row.set_title(name, loc="left")
+axes[1].set(xlabel="step")
+axes[0].legend(ncols=3, loc="upper right")
+plt.show()
 
 # %% [markdown]
 # ## 4. How far to guess

@@ -233,10 +233,11 @@ def test_a_request_that_the_end_cuts_before_its_first_byte(tiny_model, caplog):
         server._uvicorn.should_exit = True
         client.join()
         release.set()
+        # The line is written after the answer, by another thread than the client's.
+        wait_until(lambda: any(r.getMessage().startswith("POST /v1/completions 503 ") for r in caplog.records))
     [(status, headers, text)] = result
     assert (status, headers["X-Request-Id"], headers["Retry-After"]) == (503, "mine", "1")
     assert json.loads(text)["error"]["message"] == "the server is shutting down"
-    assert any(r.getMessage().startswith("POST /v1/completions 503 ") for r in caplog.records)
 
 
 def test_slash_and_scheme(locked):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +22,6 @@ from m0_basics.tools.bench import (
     Workload,
     line_plot,
 )
-from m0_basics.tools.bench.contender import Served
 from m2_continuous_batching.engine import engine_of
 
 from ..llm import LLM
@@ -52,21 +52,10 @@ class Budget:
         scheduler.token_budget = self.num_tokens or scheduler.max_num_batched_tokens
 
 
-class BudgetContender(EngineContender):
-    """One engine of many budgets."""
-
-    def __init__(self, llm: LLM, budget: Budget) -> None:
-        super().__init__(budget.name, llm)
-        self._limit = lambda: budget.apply(llm)
-
-    def serve(self, workload: Workload) -> Served:
-        self._limit()
-        return super().serve(workload)
-
-
-def budgets(llm: LLM) -> list[BudgetContender]:
+def budgets(llm: LLM) -> list[EngineContender]:
     """This engine, once for each budget."""
-    return [BudgetContender(llm, b) for b in (*map(Budget, SLOWDOWNS), *(Budget(num_tokens=n) for n in FIXED))]
+    each = (*map(Budget, SLOWDOWNS), *(Budget(num_tokens=n) for n in FIXED))
+    return [EngineContender(budget.name, llm, before_run=partial(budget.apply, llm)) for budget in each]
 
 
 def measure(contenders: Sequence[Contender], decoding: Contender, workload: Workload, rounds: int) -> dict[str, Any]:
