@@ -11,7 +11,6 @@ from m0_basics.tools.documents.factbook import read_json_file, read_result
 from m0_basics.tools.testing.fixtures import TinyModels
 from m6_prefix_cache import LLM, benchmark
 from m6_prefix_cache.tools import bookkeeping, warm_restart
-from m6_prefix_cache.tools.cold import ColdContender
 from m6_prefix_cache.tools.facts import bench_results
 
 OPTIONS = {"dtype": "float32", "block_size": 8}
@@ -44,7 +43,7 @@ def test_a_cold_contender_finds_only_what_its_own_round_brings(tiny_model: TinyM
     llm = LLM(str(tiny_model("qwen3")), **OPTIONS, max_model_len=128)
     workload = get_workload("equal-1:prompt_len=40,output_len=2").fit_vocabulary(llm.spec.vocab_size)
     counts = []
-    for contender in (ColdContender("cold", llm), EngineContender("warm", llm)):
+    for contender in (EngineContender("cold", llm, before_run=llm.reset_prefix_cache), EngineContender("warm", llm)):
         contender.run(workload)
         before = llm.manager.index.version
         contender.run(workload)
