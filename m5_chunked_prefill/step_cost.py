@@ -99,7 +99,7 @@ class StepCost(SchedulerPlugin):
         self._apart = 0.0
 
     def leave_out(self, seconds: float) -> None:
-        """So many seconds of the step under way are not the model's: of guessing, say, whose time its drafter counts."""
+        """So many seconds of the step under way are not the model's: of guessing, say, which is counted elsewhere."""
         self._apart += seconds
 
     def observe(self, shape: StepShape, seconds: float) -> None:

@@ -172,7 +172,7 @@ class BlockStore:
         """Whole or not at all, also for a process that writes the same file at the same time."""
         partial = self._write_partial(content)
         try:
-            os.replace(partial, path)
+            partial.replace(path)
         except OSError:
             partial.unlink(missing_ok=True)
             raise

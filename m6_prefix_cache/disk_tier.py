@@ -4,8 +4,8 @@
     waits     disk ──a thread──> host blocks                                    others run meanwhile
     starts    host blocks, held as a swapped sequence holds its own ──> device, with the step's other copies
 
-A prefix is read only where that is quicker than computing it. What reading takes is measured when the tier opens, and
-corrected by each read; what computing takes is known from the steps that ran, at first from those of the process before.
+A prefix is read only where that is quicker than computing it. What reading takes is measured when the tier opens and
+corrected by each read; what computing takes is known from steps that ran, at first from those of the process before.
 """
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class DiskTier(LowerTier):
     """Between a store of files, the host's blocks, and the device's."""
 
     def __init__(self, store: BlockStore, hasher: BlockHasher, host_pool: Pool, cache: HostCache | PinnedHostCache,
-                 shape: tuple[int, int, int], dtype: torch.dtype, seconds_to_compute: Callable[[int, int], float | None],
-                 leave_out: Callable[[float], None]) -> None:
+                 shape: tuple[int, int, int], dtype: torch.dtype,
+                 seconds_to_compute: Callable[[int, int], float | None], leave_out: Callable[[float], None]) -> None:
         """`shape` [2, L, E] and `dtype` of a block. `seconds_to_compute(start, n)`: n tokens behind `start` others,
         None if unknown. `leave_out`: is told of seconds of a step that were spent on waiting for the disk."""
         self.store, self.hasher, self.host_pool, self.cache = store, hasher, host_pool, cache

@@ -144,7 +144,7 @@ axes.set_ylabel("layer")
 axes.set_title("How far keys and values are apart. Right of the line nothing can be used again", loc="left")
 figure.colorbar(image, ax=axes, label="relative difference")
 plt.show()
-del readable, model, ours, theirs       # the memory is wanted for other engines
+readable = model = ours = theirs = None     # the memory is wanted for other engines
 
 # %% [markdown]
 # **Answer.** In the first layer they are equal: its keys and values know a token and its position, nothing else. From
@@ -520,7 +520,7 @@ plt.show()
 # everybody, so they stay.
 
 # %%
-del small, stories, evictions
+small = stories = evictions = None
 
 # %% [markdown]
 # ## 5. The first token, sooner

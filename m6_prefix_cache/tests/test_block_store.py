@@ -122,7 +122,7 @@ def test_a_full_disk_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFi
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(Path, "replace", full)
     with caplog.at_level(logging.WARNING):
         assert not store.put(name_of(2), TOKENS, b"abc")
         assert not store.put(name_of(3), TOKENS, b"abc")
@@ -141,7 +141,7 @@ def test_a_folder_that_cannot_be(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
 
 def test_reading_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By files that are there, which the operating system is asked to forget first; or by one that is written for it."""
+    """By files that are there, which the operating system is asked to forget first; or by one written for it."""
     store, dropped = BlockStore(tmp_path, "model", ROOM), list[str]()
     monkeypatch.setattr("m6_prefix_cache.block_store.drop_from_memory", lambda path: dropped.append(path.name))
     assert 0 < store.seconds_per_block(1000) < 1

@@ -225,7 +225,7 @@ def test_a_hit_of_all_whole_blocks(lab: Lab) -> None:
 
 
 def test_one_user_cannot_make_another_find_his_text(monkeypatch: pytest.MonkeyPatch, lab: Lab) -> None:
-    """CVE-2025-25183: hash(None) was the same in every process, so collisions could be made. Here all hashes collide."""
+    """CVE-2025-25183: hash(None) is the same in every process, so collisions could be made. Here all hashes collide."""
     monkeypatch.setattr(BlockHasher, "next_hash", staticmethod(lambda parent, tokens: b"the same for all"))
     llm = lab.make(prefix_index="hash")
     prompts = [PROMPT, [*PROMPT[:8], *PROMPT[20:]], [9] * 40]

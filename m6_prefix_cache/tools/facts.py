@@ -32,7 +32,8 @@ FULL_LAYERS, KV_HEADS, HEAD_WIDTH = 12, 2, 256
 def savings() -> dict[str, Fact]:
     """Operations of a prompt of 1,200 tokens, and of its last part alone, by the share that is known."""
     whole = calc.step_flops(SMALL, [Work(1200, 1200)], causal=True, num_logits=1).total
-    facts = {"block.example.whole": Fact(1200 // BLOCK), "block.kv_bytes": Fact(BLOCK * calc.kv_bytes_per_token(SMALL), "B"),
+    facts = {"block.example.whole": Fact(1200 // BLOCK),
+             "block.kv_bytes": Fact(BLOCK * calc.kv_bytes_per_token(SMALL), "B"),
              "block.llama.kv_bytes": Fact(BLOCK * calc.kv_bytes_per_token(LLAMA), "B")}
     for percent in (50, 80, 95):
         own = 1200 - 1200 * percent // 100
@@ -55,9 +56,9 @@ def tiers() -> dict[str, Fact]:
         for name, speed in (("host", PCIE), ("network", NETWORK), ("nvme", NVME)):
             facts[f"tier.{length}.{name}.ms"] = Fact(1e3 * num_bytes / speed, "ms")
     held = AGENT * calc.kv_bytes_per_token(LLAMA)
+    again = calc.step_flops(LLAMA, [Work(AGENT, AGENT)], causal=True, num_logits=0).total
     return facts | {"agent.kv_bytes": Fact(held, "B"), "agent.host.ms": Fact(1e3 * held / PCIE, "ms"),
-                    "agent.compute.ms": Fact(1e3 * calc.step_flops(LLAMA, [Work(AGENT, AGENT)], causal=True, num_logits=0)
-                                             .total / (EFFICIENCY * H100.peak("bfloat16")), "ms")}
+                    "agent.compute.ms": Fact(1e3 * again / (EFFICIENCY * H100.peak("bfloat16")), "ms")}
 
 
 def cascade() -> dict[str, Fact]:

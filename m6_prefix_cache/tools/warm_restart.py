@@ -64,11 +64,10 @@ def measure(options: dict[str, Any], rounds: int, lengths: Sequence[int] = LENGT
                                                  disk.store.max_bytes, 1e6 * speed) for speed in slow}
         ways = _Ways(llm, disk, stores)
         entries = [ways.entry(text[:length], rounds) for length in lengths]
-        found = {"lengths": entries, "block_bytes": disk.num_bytes, "block_tokens": disk.hasher.block_size,
-                 "read_block_ms": 1e3 * disk.seconds_to_read,
-                 "pays_from": {way: next((e["tokens"] for e in entries if e["ms"][way] < e["ms"][RECOMPUTE]), None)
-                               for way in entries[0]["ms"] if way != RECOMPUTE}}
-    return found
+        return {"lengths": entries, "block_bytes": disk.num_bytes, "block_tokens": disk.hasher.block_size,
+                "read_block_ms": 1e3 * disk.seconds_to_read,
+                "pays_from": {way: next((e["tokens"] for e in entries if e["ms"][way] < e["ms"][RECOMPUTE]), None)
+                              for way in entries[0]["ms"] if way != RECOMPUTE}}
 
 
 class _Ways:
