@@ -40,7 +40,7 @@ def disk_of(llm: LLM) -> DiskTier:
 
 def host_pool_of(llm: LLM) -> BlockPool:
     assert isinstance(llm.manager, PrefixKVCacheManager)
-    pool = host_pool_of(llm)
+    pool = llm.manager.paged.swapped.host_pool
     assert isinstance(pool, BlockPool)
     return pool
 
@@ -233,12 +233,17 @@ def test_an_abort_of_a_resumed_sequence_keeps_nothing_that_is_not_there(model: s
     requests = [first.input_processor.process({"prompt_token_ids": [i, *PROMPT]}, long) for i in range(4)]
     for request in requests:
         first.engine.add_request(request)
+    swapped, num_aborted = set[str](), 0
     while any(not r.is_finished for r in requests):
         first.engine.step()
         for request in requests:
-            sequence = request.sequences[0]
-            if request.num_preemptions and sequence.status is SequenceStatus.RUNNING:
-                first.engine.abort_request(request.request_id)
+            status = request.sequences[0].status
+            if status is SequenceStatus.SWAPPED:
+                swapped.add(request.request_id)
+            elif request.request_id in swapped and status is SequenceStatus.RUNNING:
+                first.engine.abort_request(request.request_id)          # as soon as it is chosen for a step
+                num_aborted += 1
+    assert num_aborted > 0
     disk_of(first).flush()
     plain = m5.LLM(model, **BASE)
     again = start(model, tmp_path)
