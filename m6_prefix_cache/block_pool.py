@@ -26,7 +26,7 @@ class CachedBlockPool(Pool):
         self.index = index
         self.max_cached_blocks = num_blocks if max_cached_blocks is None else max_cached_blocks
         self.num_evicted = 0                            # in all
-        self._wanted: Set[int] = frozenset()
+        self._wanted: set[int] = set()
         self._free = list(range(num_blocks - 1, -1, -1))
         self._cached = OrderedDict[int, None]()         # the least recently used first
         self._spared = OrderedDict[int, None]()         # older than all of these, but wanted
@@ -48,7 +48,7 @@ class CachedBlockPool(Pool):
 
     @wanted.setter
     def wanted(self, blocks: Set[int]) -> None:
-        self._wanted = blocks
+        self._wanted = set(blocks)
         for block in reversed(self._spared):            # back to where they stood: they are the oldest
             self._cached[block] = None
             self._cached.move_to_end(block, last=False)
@@ -107,6 +107,7 @@ class CachedBlockPool(Pool):
             self._spared[block] = None
         else:
             block, _ = self._spared.popitem(last=False)
+        self._wanted.discard(block)                     # what it holds next is not what was wanted
         self.index.remove(block)
         self.num_evicted += 1
         return block

@@ -133,7 +133,7 @@ def test_a_failed_step_leaves_nothing_to_find(model: str, ahead: bool, monkeypat
     def fail_once(inputs: Any) -> Any:
         calls.append(1)
         if len(calls) == 1:
-            llm.cache.k.fill_(7)                            # what it has written until then is rubbish
+            llm.cache.kv_cache.k.fill_(7)                            # what it has written until then is rubbish
             raise RuntimeError("out of luck")
         return execute(inputs)
 

@@ -89,7 +89,6 @@ def test_an_abort_amid_a_prompt_leaves_only_what_was_computed(lab: Lab, index: s
     llm.engine.step()
     llm.engine.abort_request(request_id)
     drain(llm)
-    llm.cache.k[:, manager_of(llm).pool.num_blocks * 8:].fill_(0)
     [output] = llm.generate([{"prompt_token_ids": PROMPT}], GREEDY, use_tqdm=False)
     assert [list(output.outputs[0].token_ids)] == lab.expected([PROMPT])
     assert output.num_cached_tokens <= 12

@@ -267,6 +267,7 @@ class PrefixMachine(RuleBasedStateMachine):
         assert all(pool.ref_count(block) == holders[block] for block in range(pool.num_blocks))
         assert pool.num_free + sum(count > 0 for count in holders.values()) == pool.num_blocks
         assert pool.num_cached <= pool.max_cached_blocks
+        assert all(block in pool.index for block in (*pool._spared, *pool._cached)), "none is kept in vain"
 
     @invariant()
     def the_index_tells_the_truth(self) -> None:
@@ -430,6 +431,18 @@ class TestByHand:
         assert len(manager.match(make_sequence([1] * 9)).blocks) == 2
         assert not manager.match(make_sequence([2] * 9)).blocks
         assert len(manager.match(make_sequence([3] * 9)).blocks) == 2
+
+    def test_a_wish_ends_with_what_it_was_for(self, kind: str) -> None:
+        """The wanted blocks are needed, and hold another text by now: its leaves go first."""
+        manager = make_manager(num_blocks=4, kind=kind)
+        run_whole(manager, first := make_sequence([1] * 8))
+        manager.free(first)
+        manager.pool.wanted = set(manager.match(make_sequence([1] * 9)).blocks)
+        run_whole(manager, second := make_sequence(list(range(16))))
+        manager.free(second)
+        for num_left in (3, 2, 1):
+            manager.pool.allocate()
+            assert len(manager.match(make_sequence([*range(16), 0])).blocks) == num_left
 
     def test_leaves_go_before_what_they_stand_on(self, kind: str) -> None:
         """vllm-metal#500: a chain whose root went first kept blocks that nobody could find."""
