@@ -12,7 +12,9 @@ from m0_basics.base_llm import BaseLLM
 from m0_basics.sampling_params import SamplingParams
 from m0_basics.tools.testing.fixtures import TinyModels
 from m2_continuous_batching.engine import engine_of
+from m2_continuous_batching.policies import SchedulingParams
 from m6_prefix_cache import LLM
+from m6_prefix_cache.disk_tier import DiskTier
 
 LONGEST = 72
 OPTIONS: dict[str, Any] = {"max_model_len": LONGEST, "block_size": 4}
@@ -48,8 +50,8 @@ def run(llm: BaseLLM, jobs: list[Job]) -> list[Any]:
     engine, process = engine_of(llm), llm.input_processor.process
     requests = [process({"prompt_token_ids": text, **({"cache_salt": salt} if salt else {})}, params)
                 for text, params, salt, _ in jobs]
-    for request in requests:
-        engine.add_request(request)
+    for i, request in enumerate(requests):
+        engine.add_request(request, SchedulingParams(priority=-i))      # later ones may displace earlier ones
     results: dict[str, Any] = {}
     step = 0
     while engine.has_unfinished_requests():
@@ -67,7 +69,8 @@ def run(llm: BaseLLM, jobs: list[Job]) -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_was_computed_before_changes_no_token(tiny_model: TinyModels, dtype: str) -> None:
+def test_what_was_computed_before_changes_no_token(tiny_model: TinyModels, dtype: str,
+                                                   tmp_path_factory: pytest.TempPathFactory) -> None:
     model = str(tiny_model("qwen3"))
     plain = m5.LLM(model, dtype=dtype, num_blocks=512, **OPTIONS)
 
@@ -75,15 +78,26 @@ def test_what_was_computed_before_changes_no_token(tiny_model: TinyModels, dtype
     @given(rounds=conversations(), budget=st.none() | st.integers(1, 30), num_blocks=st.integers(LONGEST // 4, 48),
            swap_space=st.sampled_from([0, 0.01]), index=st.sampled_from(["radix", "hash"]),
            max_cached=st.none() | st.integers(0, 8), method=st.sampled_from(["none", "suffix"]),
-           ahead=st.booleans())
+           ahead=st.booleans(), policy=st.sampled_from(["longest-match", "priority", "fcfs", "round-robin:3"]),
+           max_num_seqs=st.integers(2, 6), on_disk=st.booleans())
     def check(rounds: list[list[Job]], budget: int | None, num_blocks: int, swap_space: float, index: str,
-              max_cached: int | None, method: str, ahead: bool) -> None:
-        llm = LLM(model, dtype=dtype, max_num_batched_tokens=budget, num_blocks=num_blocks, swap_space=swap_space,
-                  prefix_index=index, max_cached_blocks=max_cached, speculative_method=method, max_num_seqs=6,
-                  async_scheduling=ahead and method == "none", adaptive_drafts=method == "none", **OPTIONS)
+              max_cached: int | None, method: str, ahead: bool, policy: str, max_num_seqs: int, on_disk: bool) -> None:
+        options = {"dtype": dtype, "max_num_batched_tokens": budget, "num_blocks": num_blocks, "swap_space": swap_space,
+                   "prefix_index": index, "max_cached_blocks": max_cached, "speculative_method": method,
+                   "max_num_seqs": max_num_seqs, "async_scheduling": ahead and method == "none", "policy": policy,
+                   "adaptive_drafts": method == "none", **OPTIONS}
+        if on_disk and swap_space:
+            options["prefix_cache_dir"] = str(tmp_path_factory.mktemp("blocks"))
+        llm = LLM(model, **options)
         for jobs in rounds:
             assert run(llm, jobs) == run(plain, jobs)
             assert llm.manager.usage == 0
             assert llm.manager.pool.num_free == num_blocks
+            if "prefix_cache_dir" in options:               # it ends, and comes back
+                assert isinstance(llm.manager.below, DiskTier)
+                llm.manager.below.flush()
+                llm = LLM(model, **options)
+                assert isinstance(llm.manager.below, DiskTier)
+                llm.manager.below.seconds_to_read = 0.0     # always quicker than computing
 
     check()
