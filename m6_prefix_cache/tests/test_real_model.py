@@ -15,7 +15,7 @@ pytestmark = pytest.mark.real_model
 
 @pytest.mark.parametrize("options", [
     {"num_blocks": 128, "max_num_batched_tokens": 12},
-    {"num_blocks": 24, "block_size": 16, "prefix_index": "hash"}], ids=["tree, small chunks", "hashes, swapped"])
+    {"num_blocks": 64, "block_size": 8, "prefix_index": "hash"}], ids=["tree, small chunks", "hashes, swapped"])
 def test_100_tokens_of_8_prompts(default_model_reference: RealReference, options: dict[str, Any]) -> None:
     llm = LLM(dtype="float32", max_model_len=256, **options)
     for _ in range(2):

@@ -49,8 +49,8 @@ def on_traces(contenders: Sequence[EngineContender], num_visits: int, rounds: in
         ttfts: dict[str, list[float]] = {c.name: [] for c in contenders}    # the median of each round's visits
         shares: dict[str, list[float]] = {c.name: [] for c in contenders}
         for number in range(rounds):
-            visits = [v for v in make_trace(name, num_visits, seed=number) if len(v.prompt) + 16 < longest]
-            prompts = [[t % vocab_size for t in visit.prompt] for visit in visits]
+            visits = make_trace(name, num_visits, seed=number)
+            prompts = [[t % vocab_size for t in visit.prompt[:longest - 1]] for visit in visits]
             for contender in contenders:
                 own, found = list[float](), 0
                 for prompt in prompts:
