@@ -1,6 +1,6 @@
 """F6.2 to F6.5, F6.7: what broke in other engines with a prefix cache. Each test names whose fault it was; the inputs
 are our own. The right answer is always milestone 5's, which computes every prompt whole. Those that stand beside what
-they are about are named there: test_engine.py, test_kv_cache_manager.py, test_indexes.py, test_server.py."""
+they are about are named there: test_engine.py, test_prefixes_by_hand.py, test_indexes.py, test_server.py."""
 from __future__ import annotations
 
 from typing import Any

@@ -5,7 +5,8 @@ import random
 
 from m0_basics.tools.testing.idea import run_idea
 from m6_prefix_cache import idea
-from m6_prefix_cache.tests.test_kv_cache_manager import make_manager, make_sequence, run_whole
+from m6_prefix_cache.tests.test_kv_cache_manager import make_manager, make_sequence
+from m6_prefix_cache.tests.test_prefixes_by_hand import run_whole
 
 
 def test_it_runs_by_itself() -> None:
