@@ -28,7 +28,7 @@ from ..llm import LLM
 from ..prefix_index import Tokens
 
 LENGTHS = (17, 65, 257, 513, 1025, 1921)        # the last token is run in any case: whole blocks before it
-SLOW_DISKS = (100.0, 20.0)                      # MB/s
+SLOW_DISKS = (100.0, 10.0)                      # MB/s
 RECOMPUTE, IN_MEMORY, DISK = "recompute", "in memory", "disk"
 
 
