@@ -24,7 +24,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(RUN) -m m4_flash_attn chat "In one sentence: why does a language model need a KV cache?" --max-tokens 96
+	$(RUN) -m m5_chunked_prefill chat "In one sentence: why does a language model need a KV cache?" --max-tokens 96
 
 quick: setup lint
 	$(PYTEST) -m "not gpu and not real_model and not slow"

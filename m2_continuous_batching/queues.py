@@ -96,13 +96,14 @@ class Queues:
             self._wait(entry)
 
     def admit(self, entry: QueuedSequence, start: int, num_tokens: int, in_step: Collection[QueuedSequence],
-              ) -> tuple[Admission, list[QueuedSequence]]:
+              num_more: int = 0) -> tuple[Admission, list[QueuedSequence]]:
         """Let a waiting sequence run tokens [start, start + num_tokens), if there is a place and room in the cache.
 
-        Where the policy lets it, running sequences that are not `in_step` give way, the fewest that help. Returns what
-        became of it, and the victims.
+        There has to be room for `num_more` tokens behind them as well; it is not taken yet. Where the policy lets it,
+        running sequences that are not `in_step` give way, the fewest that help. Returns what became of it, and the
+        victims.
         """
-        victims = self._victims_for(entry, start, num_tokens, in_step)
+        victims = self._victims_for(entry, start, num_tokens, num_more, in_step)
         if isinstance(victims, Admission):
             return victims, []
         for victim in victims:
@@ -113,12 +114,14 @@ class Queues:
         self.start(entry, start)
         return Admission.ADMITTED, victims
 
-    def _victims_for(self, entry: QueuedSequence, start: int, num_tokens: int, in_step: Collection[QueuedSequence],
-                     ) -> list[QueuedSequence] | Admission:
+    def _victims_for(self, entry: QueuedSequence, start: int, num_tokens: int, num_more: int,
+                     in_step: Collection[QueuedSequence]) -> list[QueuedSequence] | Admission:
         """Who has to leave for a newcomer: nobody, and its slots are allocated by now; or why it has to wait."""
         has_place = self.has_place(entry)
-        if has_place and self.kv_cache_manager.allocate_slots(entry.sequence, start, num_tokens):
+        fits_now = not num_more or self._fits_without(entry, start, num_tokens + num_more, [])
+        if has_place and fits_now and self.kv_cache_manager.allocate_slots(entry.sequence, start, num_tokens):
             return []
+        num_tokens += num_more
         candidates = [e for e in self.running if e not in in_step and self.policy.may_displace(entry, e)]
         candidates.sort(key=self.policy.key, reverse=True)
         if not self._fits_without(entry, start, num_tokens, candidates):

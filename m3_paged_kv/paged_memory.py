@@ -28,12 +28,16 @@ class PagedMemory:
     num_host_blocks: int
 
 
-def allocate_memory(config: EngineConfig, model: CausalLM, plugins: Sequence[CachePlugin]) -> PagedMemory:
-    """The memory that `config` asks for, behind a loaded model. Raises ConfigError where it does not fit."""
+def allocate_memory(config: EngineConfig, model: CausalLM, plugins: Sequence[CachePlugin],
+                    other_bytes: int = 0) -> PagedMemory:
+    """The memory that `config` asks for, behind a loaded model. Raises ConfigError where it does not fit.
+
+    `other_bytes`: what somebody else will allocate on the device for each block.
+    """
     memory, limits, spec = config.cache_config, config.scheduler_config, model.spec
     dtype = DTYPES.get(memory.kv_cache_dtype, model.dtype)
     block_bytes = slot_cache_bytes(spec, memory.block_size, dtype, plugins)
-    num_blocks = num_blocks_for(memory, block_bytes, model.device, limits.longest, limits.max_num_seqs)
+    num_blocks = num_blocks_for(memory, block_bytes + other_bytes, model.device, limits.longest, limits.max_num_seqs)
     # What a cache plugin keeps for a slot stays on the device: such sequences are recomputed instead of swapped.
     num_host_blocks = 0 if plugins else int(memory.swap_space * 2**30) // block_bytes
     cache = SlotCache(spec, num_blocks * memory.block_size, dtype, model.device, plugins, memory.block_size)

@@ -25,6 +25,7 @@ from m0_basics.tools.bench import (
     line_plot,
     throughput_bars,
 )
+from m0_basics.tools.bench.figures import grouped_bars
 from m0_basics.tools.bench.report import command_line
 
 WORK = Workload("two", (BenchRequest((5, 6), 4), BenchRequest((7,), 6)), "ten output tokens")
@@ -269,3 +270,16 @@ def test_benchmark_of_m0_in_its_quick_form(tiny_model, tmp_path, capsys):
     assert BenchReport.load(tmp_path / "bench.json").comparisons == report.comparisons
     assert {p.name for p in tmp_path.glob("*.png")} == {"one_request.png", "growth.png", "total_flops.png"}
     assert "transformers-no-cache" in capsys.readouterr().out
+
+
+def test_groups_of_bars_have_a_bar_for_each_name(tmp_path, monkeypatch):
+    """Also where a group lacks one: its place stays empty, and the others keep theirs."""
+    drawn = []
+    monkeypatch.setattr("m0_basics.tools.bench.figures._write", lambda figure, path: drawn.append(figure) or path)
+    grouped_bars({"a": {"x": 1.0, "y": 2.0}, "b": {"y": 3.0}}, tmp_path / "bars.png", title="t", ylabel="l", line=1.0)
+    [axes] = drawn[0].axes
+    heights = [[bar.get_height() for bar in bars] for bars in axes.containers]
+    assert heights == [[1.0, 0.0], [2.0, 3.0]]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["x", "y"]
+    assert axes.lines[0].get_ydata()[0] == 1.0

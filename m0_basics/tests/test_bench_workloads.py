@@ -130,3 +130,16 @@ def test_fit_vocabulary_keeps_lengths(vocab_size):
         (len(r.prompt_token_ids), r.output_len) for r in workload.requests]
     largest = max(i for r in workload.requests for i in r.prompt_token_ids)
     assert (fitted is workload) == (largest < vocab_size)
+
+
+def test_mixed_is_streams_and_long_prompts_that_come_meanwhile():
+    """Streams from the start; lengths grow by equal factors, one at a time."""
+    workload = get_workload("mixed-3:num_long=4,long_min=100,long_max=800,first=1,every=2", stream_prompt=8,
+                            stream_output=9)
+    streams, long = workload.requests[:3], workload.requests[3:]
+    assert all((len(r.prompt_token_ids), r.output_len, r.arrival_time) == (8, 9, 0.0) for r in streams)
+    assert [len(r.prompt_token_ids) for r in long] == [100, 200, 400, 800]
+    assert [r.arrival_time for r in long] == [1, 3, 5, 7]
+    assert {r.output_len for r in long} == {1}
+    assert get_workload("mixed-3").requests == get_workload("mixed-3").requests
+    assert get_workload("mixed-3:seed=1").requests != get_workload("mixed-3").requests

@@ -9,8 +9,8 @@ Nothing is patched: the engine calls its plugins, in the order in which they wer
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,6 +49,16 @@ class StepStats:
         return self.end_time - self.start_time
 
 
+@dataclass(frozen=True)
+class CounterValue:
+    """A number that only grows, as the server's /metrics shows it: under `name`, with "_total" behind it."""
+
+    name: str
+    text: str                       # what it counts
+    value: float
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
 class SchedulerPlugin(ABC):
     """Called by the engine around each step. May reorder `scheduler.waiting` and set `scheduler.token_budget`."""
 
@@ -60,6 +70,10 @@ class SchedulerPlugin(ABC):
 
     def on_request_completion(self, request: Request) -> None:  # noqa: B027
         """Once for each request that finishes or is aborted, with its final state."""
+
+    def counters(self) -> Sequence[CounterValue]:
+        """What it has counted so far, for the server's /metrics. Called from another thread than the engine's."""
+        return ()
 
 
 class AttentionPlugin(ABC):

@@ -5,7 +5,7 @@ are read from the scheduler at the moment of the scrape: an engine that has gone
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -55,6 +55,10 @@ class PrometheusMetrics(SchedulerPlugin):
                                                    _TOKENS)
         self._success = client.Counter("vllm:request_success", "Requests that have ended, by reason.",
                                        ("model_name", "finished_reason"), registry=self.registry)
+
+    def show_counters_of(self, plugins: Sequence[SchedulerPlugin]) -> None:
+        """Add what an engine's plugins count. A name may come with its first number: all are asked at each scrape."""
+        self.registry.register(_PluginCounters(plugins, self._model_name))
 
     def render(self) -> tuple[bytes, str]:
         """What /metrics returns, and its content type."""
@@ -111,6 +115,27 @@ class PrometheusMetrics(SchedulerPlugin):
         histogram = self._client.Histogram(f"vllm:{name}", text, ("model_name",), registry=self.registry,
                                            buckets=buckets)
         return histogram.labels(self._model_name)
+
+
+class _PluginCounters:
+    """Reads what plugins count at the moment of the scrape."""
+
+    def __init__(self, plugins: Sequence[SchedulerPlugin], model_name: str) -> None:
+        self._family = require("prometheus_client.core", "the server's /metrics", extra="serve").CounterMetricFamily
+        self._plugins, self._model_name = plugins, model_name
+
+    def describe(self) -> list[Any]:
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        families: dict[str, Any] = {}
+        for plugin in self._plugins:
+            for counter in plugin.counters():
+                labels = {"model_name": self._model_name, **counter.labels}
+                if counter.name not in families:
+                    families[counter.name] = self._family(f"vllm:{counter.name}", counter.text, labels=tuple(labels))
+                families[counter.name].add_metric(tuple(labels.values()), counter.value)
+        yield from families.values()
 
 
 def _reason(request: Request) -> str:

@@ -16,6 +16,7 @@ from m0_basics.base_llm import BaseLLM
 from m0_basics.config import DEFAULT_MODEL, reject, require
 from m0_basics.tools.cli.options import flags_of, with_flags
 
+from ..engine import engine_of
 from ..llm import LLM
 from ..server.config import ServerConfig
 
@@ -59,8 +60,9 @@ def online_commands(llm_class: type[BaseLLM]) -> list[Callable[..., None]]:
         sock = run.bind(host, port)         # first: a port that is taken should not cost the loading of a model
         metrics = PrometheusMetrics(name)
         make_llm: Any = llm_class
-        engine = AsyncLLMEngine(make_llm(plugins=[metrics], **engine_options), max_queued_requests,
-                                config.max_compile_s)
+        llm = make_llm(plugins=[metrics], **engine_options)
+        metrics.show_counters_of(engine_of(llm).plugins)
+        engine = AsyncLLMEngine(llm, max_queued_requests, config.max_compile_s)
         url = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
         run.serve(build_app(engine, metrics, config), engine, sock, grace,
                   lambda: typer.echo(_greeting(url, name, api_key is not None)), max_connections)

@@ -111,6 +111,9 @@ def roofline() -> dict[str, Fact]:
         cases |= {"prefill.512": [Work(512, 512)], "prefill.256": [Work(256, 256)], "prefill.2048": [Work(2048, 2048)],
                   "prefill.8192": [Work(8192, 8192)], "mixed.32+256": [Work(1, CONTEXT)] * 32 + [Work(256, 256)]}
         cases |= {f"verify.{b}x5": [Work(5, CONTEXT + 4)] * b for b in (1, 32, 64, 256)}      # four guesses each
+        for context in (512, 2048):                                 # the same, by what they look back at
+            cases |= {f"decode.192.{context}": [Work(1, context)] * 192,
+                      f"verify.192x5.{context}": [Work(5, context + 4)] * 192}
         for case, works in cases.items():
             flops, traffic = calc.step_flops(spec, works, True, _num_logits(works)), calc.step_bytes(spec, works)
             bound = roofline_time(flops.total, traffic.total, H100)
@@ -123,6 +126,10 @@ def roofline() -> dict[str, Fact]:
         apart = float(facts[f"{short}.decode.32.ms"].value) + float(facts[f"{short}.prefill.256.ms"].value)
         decode_1, decode_32 = (float(facts[f"{short}.decode.{b}.ms"].value) for b in (1, 32))
         slower = float(facts[f"{short}.verify.256x5.ms"].value) / float(facts[f"{short}.decode.256.ms"].value)
+        for context in (512, 2048):
+            verify, plain = (float(facts[f"{short}.{case}.{context}.ms"].value)
+                             for case in ("verify.192x5", "decode.192"))
+            facts[f"{short}.verify.192x5.{context}.slower"] = Fact(verify / plain, "ratio")
         facts |= {f"{short}.apart.32+256.ms": Fact(apart, "ms"), f"{short}.verify.256x5.slower": Fact(slower, "ratio"),
                   f"{short}.batch_32_slower": Fact(decode_32 / decode_1 - 1, "ratio"),
                   f"{short}.batch_32_gain": Fact(32 * decode_1 / decode_32, "ratio"),

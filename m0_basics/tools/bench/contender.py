@@ -118,17 +118,21 @@ class EngineContender(Contender):
     """Any milestone's `LLM`, driven step by step as its own `generate` does. The times are the engine's."""
 
     def __init__(self, name: str, llm: BaseLLM, note: str = "",
-                 add_request: Callable[[int, Request], None] | None = None) -> None:
+                 add_request: Callable[[int, Request], None] | None = None,
+                 before_run: Callable[[], object] = lambda: None) -> None:
         """The LLM stays the caller's: several contenders may share its weights, and closing this frees nothing.
 
         `add_request(index, request)` puts the workload's request number `index` into the engine, for engines that
-        are told more about a request than the seam says; default: `engine.add_request(request)`.
+        are told more about a request than the seam says; default: `engine.add_request(request)`. `before_run`: what to
+        do to the engine before each run, the clock not running yet.
         """
         super().__init__(name, note)
         self.llm = llm
         self.add_request = add_request or (lambda _, request: llm.engine.add_request(request))
+        self.before_run = before_run
 
     def serve(self, workload: Workload) -> Served:
+        self.before_run()
         requests: dict[str, Request] = {}       # in the workload's order: dicts keep it
         arrivals = Arrivals(workload)
         try:

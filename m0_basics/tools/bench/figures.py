@@ -1,4 +1,4 @@
-"""Two pictures that every benchmark draws: bars of throughput, and lines of one quantity over another."""
+"""The pictures that benchmarks draw: bars of throughput, bars in groups, lines of one quantity over another."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -59,6 +59,25 @@ def line_plot(series: Mapping[str, Series], path: Path, *, title: str, xlabel: s
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
+    axes.legend()
+    return _write(figure, path)
+
+
+def grouped_bars(groups: Mapping[str, Mapping[str, float]], path: Path, *, title: str, ylabel: str,
+                 line: float | None = None) -> Path:
+    """Draw a group of bars for each key, one bar for each name in it; a dashed `line` at that height."""
+    figure, axes = _new_figure(width=2 + 1.5 * len(groups))
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    width = 0.8 / max(1, len(names))
+    for i, name in enumerate(names):
+        places = [g + (i - (len(names) - 1) / 2) * width for g in range(len(groups))]
+        bars = axes.bar(places, [group.get(name, 0.0) for group in groups.values()], width, label=name)
+        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+    if line is not None:
+        axes.axhline(line, linestyle="--", color="#555555", linewidth=1)
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set_title(title)
+    axes.set_ylabel(ylabel)
     axes.legend()
     return _write(figure, path)
 

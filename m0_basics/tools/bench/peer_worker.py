@@ -27,7 +27,8 @@ class VLLM:
         self._params, self._kind = vllm.SamplingParams, RequestOutputKind.DELTA
         # The prefix cache is off: rounds repeat the same prompts, and would be served from it.
         llm = vllm.LLM(settings["model"], dtype=settings["dtype"], max_model_len=settings["max_model_len"],
-                       max_num_seqs=settings["max_num_seqs"], max_num_batched_tokens=2048,
+                       max_num_seqs=settings["max_num_seqs"],
+                       max_num_batched_tokens=settings.get("max_num_batched_tokens", 2048),
                        enable_prefix_caching=False, skip_tokenizer_init=settings["skip_tokenizer_init"])
         self._engine = llm.llm_engine
         self._runs = 0

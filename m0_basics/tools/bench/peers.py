@@ -1,8 +1,9 @@
 """What a user could pick instead, as contenders: transformers in this process, vLLM and llama.cpp in their own."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,10 +31,11 @@ PEERS = (*TRANSFORMERS_PEERS, *ENGINES)
 
 
 def make_peers(names: Sequence[str], peer_python: Sequence[Path], llm: BaseLLM, max_model_len: int,
-               dtype: str | None = None) -> list[Contender]:
+               dtype: str | None = None, settings: Mapping[str, Any] | None = None) -> list[Contender]:
     """Contenders that run `llm`'s model on its device, in `dtype` or, where that is None, in its precision.
 
-    With "auto" they take what is fast for them, which need not be what is fast for `llm`.
+    With "auto" they take what is fast for them, which need not be what is fast for `llm`. `settings` go to those that
+    run in an interpreter of their own (see peer_worker.py).
 
     `names` are of PEERS; "vllm" and "llama.cpp" need an interpreter that has them among `peer_python`, and every
     peer that such an interpreter has takes part. `max_model_len` sizes the peers' caches, in tokens. Raises
@@ -58,7 +60,7 @@ def make_peers(names: Sequence[str], peer_python: Sequence[Path], llm: BaseLLM, 
         for number, (engine, python) in enumerate(found):
             same = [e for e, _ in found[:number]].count(engine)
             name = f"{engine}-{same + 1}" if same else engine
-            peers.append(_start(name, engine, python, model, precision, max_model_len))
+            peers.append(_start(name, engine, python, model, precision, max_model_len, settings or {}))
     except BaseException:
         for peer in peers:
             peer.close()
@@ -66,8 +68,9 @@ def make_peers(names: Sequence[str], peer_python: Sequence[Path], llm: BaseLLM, 
     return peers
 
 
-def _start(name: str, engine: str, python: Path, model: str, dtype: torch.dtype, max_model_len: int) -> Contender:
-    settings: dict[str, str | int] = {"engine": engine, "max_model_len": max_model_len}
+def _start(name: str, engine: str, python: Path, model: str, dtype: torch.dtype, max_model_len: int,
+           more: Mapping[str, Any]) -> Contender:
+    settings: dict[str, Any] = {"engine": engine, "max_model_len": max_model_len, **more}
     if engine == "llama.cpp":
         file = default_model_file() if model.lower() == DEFAULT_MODEL else Path(model).expanduser()
         if file.suffix != ".gguf":

@@ -119,6 +119,26 @@ def poisson(num_requests: int = 64, rate: float = 4.0, seed: int = 0, vocab_size
     return Workload("poisson", requests, f"{base.description}; {rate:g} arrivals per second")
 
 
+def mixed(num_streams: int = 8, seed: int = 0, vocab_size: int = 49_000, stream_prompt: int = 32,
+          stream_output: int = 320, num_long: int = 4, long_min: int = 512, long_max: int = 6000, long_output: int = 1,
+          first: float = 1.0, every: float = 1.5) -> Workload:
+    """Streams that decode from the start on, and long prompts that arrive meanwhile, one `every` so many seconds.
+
+    Their lengths grow from `long_min` to `long_max` by equal factors; the first comes at second `first`.
+    """
+    rng = random.Random(f"mixed {seed}")
+
+    def request(prompt_len: int, output_len: int, arrival: float) -> BenchRequest:
+        return BenchRequest(tuple(rng.randrange(_FIRST_TOKEN, vocab_size) for _ in range(prompt_len)), output_len,
+                            arrival)
+
+    growth = (long_max / long_min) ** (1 / max(1, num_long - 1))
+    streams = [request(stream_prompt, stream_output, 0.0) for _ in range(num_streams)]
+    long = [request(round(long_min * growth**i), long_output, first + i * every) for i in range(num_long)]
+    return Workload("mixed", (*streams, *long), f"{num_streams} streams; prompts of {long_min} to {long_max} tokens "
+                                                "arrive while they decode")
+
+
 # Family -> its builder, and the parameter that a number behind the name stands for: `ragged-64`, `decode-256`.
 FAMILIES: dict[str, tuple[Callable[..., Workload], str]] = {
     "ragged": (ragged, "num_requests"),
@@ -126,6 +146,7 @@ FAMILIES: dict[str, tuple[Callable[..., Workload], str]] = {
     "decode": (decode, "output_len"),
     "equal": (equal, "num_requests"),
     "poisson": (poisson, "num_requests"),
+    "mixed": (mixed, "num_streams"),
 }
 
 
@@ -156,7 +177,7 @@ def get_workload(text: str, **params: int | float) -> Workload:
     named = {number: match[2]} if match[2] else {}
     types = get_type_hints(build)
     checked = {key: _number(key, value, types.get(key), build) for key, value in (named | given).items()}
-    for low, high in (("prompt_min", "prompt_max"), ("output_min", "output_max")):
+    for low, high in (("prompt_min", "prompt_max"), ("output_min", "output_max"), ("long_min", "long_max")):
         bounds = {k: p.default for k, p in inspect.signature(build).parameters.items()} | checked
         if low in bounds and bounds[low] > bounds[high]:
             raise reject(low, bounds[low], f"at most {high}, {bounds[high]}")

@@ -68,7 +68,7 @@ def build_app(package: str) -> typer.Typer:
     engine_for_requests = engine_flags(llm_class.config_class, without=sampling)     # --seed is the request's here
 
     def add(command: Callable[..., None], **groups: Any) -> None:
-        app.command(command.__name__, help=command.__doc__)(with_flags(command, groups))
+        app.command(command.__name__.replace("_", "-"), help=command.__doc__)(with_flags(command, groups))
 
     def generate(
         engine_options: dict[str, Any],

@@ -1,0 +1,1 @@
+"""Measuring, drawing and documenting this milestone, from outside of its engine."""

@@ -1,0 +1,304 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Chunked prefill: a step is so many tokens, of anybody
+#
+# A long prompt is read in one step, and everybody who was being answered stands still. We watch that happen to the real
+# model. Then the prompt comes in pieces beside the others' tokens, and we watch again: same tokens, short steps.
+#
+# A piece behind a decode can also be a guess. In the second half somebody guesses what the model will say, the model
+# checks all guesses in one step, and we colour what was right.
+
+# %%
+import itertools
+import random
+import time
+from html import escape
+from itertools import pairwise
+
+import matplotlib.pyplot as plt
+import torch
+from IPython.display import HTML
+from matplotlib.patches import Patch
+
+import m4_flash_attn as m4
+from m0_basics.request import Request
+from m2_continuous_batching.plugins.base import SchedulerPlugin, StepStats
+from m2_continuous_batching.scheduler import Scheduler
+from m5_chunked_prefill import LLM, SamplingParams
+from m5_chunked_prefill.rejection import kept_by_rejection, kept_by_same_draw
+from m5_chunked_prefill.speculation import plan
+from m5_chunked_prefill.tools.copy_tasks import tasks
+from m5_chunked_prefill.tools.cost_check import CostCheck
+from m5_chunked_prefill.tools.facts import expected_tokens
+
+INK, BLUE, ORANGE, GREEN, RED, GREY, LIGHT = (
+    "#22313f", "#2f6f9f", "#e08a3c", "#4c9a6a", "#b5483a", "#9aa5b1", "#e8ecf0")
+plt.rcParams.update({
+    "figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 11, "axes.titlesize": 12,
+    "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
+    "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "legend.frameon": False})
+
+torch.set_num_threads(1)        # steadier times on a machine that has other work
+COMMON = {"device": "cpu", "max_model_len": 1024}
+NAMES = {"stream 1": BLUE, "stream 2": GREEN, "long prompt": ORANGE}
+
+
+class StepWatch(SchedulerPlugin):
+    """Who ran how many tokens in each step, and when it ended."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[float, float, dict[int, int]]] = []
+
+    def after_step(self, scheduler: Scheduler, stats: StepStats) -> None:
+        self.steps.append((stats.start_time, stats.end_time,
+                           {s.sequence.seq_id: s.num_tokens for s in stats.output.scheduled}))
+
+
+def add(llm: LLM | m4.LLM, prompt: dict[str, list[int]], length: int) -> Request:
+    params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+    request = llm.input_processor.process(prompt, params)
+    llm.engine.add_request(request)
+    return request
+
+# %% [markdown]
+# ## 1. Two streams, and a long prompt in the middle
+#
+# Two requests are being answered. After some tokens a long prompt arrives. First the engine of the milestone before,
+# then this one, on the same work.
+
+# %%
+rng = random.Random(0)
+LONG = [rng.randrange(1000, 40_000) for _ in range(600)]
+SHORT = [[rng.randrange(1000, 40_000) for _ in range(12)] for _ in range(2)]
+
+
+def serve(llm_class: type, **options: object) -> tuple[StepWatch, dict[str, Request]]:
+    """Two streams of 40 tokens; the long prompt comes after the eighth step."""
+    watch = StepWatch()
+    llm = llm_class(plugins=[watch], **COMMON, **options)
+    add(llm, {"prompt_token_ids": SHORT[0][:4]}, 24)
+    while llm.engine.has_unfinished_requests():         # warm: the engine learns what its steps cost
+        llm.engine.step()
+    watch.steps.clear()
+    requests = {f"stream {i + 1}": add(llm, {"prompt_token_ids": ids}, 40) for i, ids in enumerate(SHORT)}
+    for _ in range(8):
+        llm.engine.step()
+    requests["long prompt"] = add(llm, {"prompt_token_ids": LONG}, 8)
+    while llm.engine.has_unfinished_requests():
+        llm.engine.step()
+    return watch, requests
+
+
+def draw_steps(axes: plt.Axes, watch: StepWatch, requests: dict[str, Request]) -> None:
+    """Each step as a bar: its width is its time, its height its tokens, coloured by whose they are."""
+    names = {r.sequences[0].seq_id: name for name, r in requests.items()}
+    origin = watch.steps[0][0]
+    for start, end, tokens in watch.steps:
+        bottom = 0
+        for seq_id, number in sorted(tokens.items(), key=lambda item: names[item[0]], reverse=True):
+            axes.bar(1e3 * (start - origin), number, 1e3 * (end - start), bottom=bottom, align="edge",
+                     color=NAMES[names[seq_id]], edgecolor="white", linewidth=0.4)
+            bottom += number
+    axes.set_yscale("symlog", linthresh=4)
+    axes.set_ylabel("tokens of a step")
+
+
+def longest_wait(request: Request) -> float:
+    return 1e3 * max(b - a for a, b in pairwise(request.metrics.token_times))
+
+
+figure, both = plt.subplots(2, 1, figsize=(13, 6.4), sharex=True)
+outputs = []
+for axes, (title, (watch, requests)) in zip(both, {
+        "milestone 4: the whole prompt in one step": serve(m4.LLM),
+        "milestone 5: decodes first, then a piece of the prompt": serve(LLM)}.items(), strict=True):
+    draw_steps(axes, watch, requests)
+    axes.set_title(f"{title}. The first stream's longest wait: {longest_wait(requests['stream 1']):.0f} ms", loc="left")
+    outputs.append([r.sequences[0].output_token_ids for r in requests.values()])
+both[1].set_xlabel("milliseconds")
+figure.legend(handles=[Patch(color=c, label=n) for n, c in NAMES.items()], loc="outside lower center", ncols=3)
+plt.show()
+print("the same tokens from both:", outputs[0] == outputs[1])
+
+# %% [markdown]
+# Above, one wide bar: nobody else is in it. Below, the streams are in every step, and the prompt takes what is left of a
+# step that may take three times as long as one that only decodes. All of the prompt's tokens are still computed, and
+# the streams beside them: so the prompt itself comes later. What changed is who waits.
+
+# %% [markdown]
+# ## 2. What a step costs
+#
+# How does the engine know how many tokens fit? It fits a model of a step's time to the steps that ran. We let a second
+# observer do the same and compare each prediction with what came.
+
+# %%
+check = CostCheck()
+llm = LLM(plugins=[check], **COMMON, max_step_slowdown=4.0)
+for round_number in range(3):
+    for length in (60, 90, 120):
+        add(llm, {"prompt_token_ids": LONG[:length]}, 24)
+    for _ in range(10):
+        llm.engine.step()
+    add(llm, {"prompt_token_ids": LONG[:300 + 50 * round_number]}, 4)
+    while llm.engine.has_unfinished_requests():
+        llm.engine.step()
+
+_, predictions = check.predictions()
+figure, axes = plt.subplots(figsize=(6, 5.4))
+for kind, colour, mixed in (("only decodes", BLUE, False), ("with a chunk", ORANGE, True)):
+    points = [(1e3 * p, 1e3 * s) for shape, p, s in predictions if (shape.num_tokens > shape.num_rows) == mixed]
+    axes.scatter(*zip(*points, strict=True), s=18, color=colour, label=kind, alpha=0.7)
+limit = 1e3 * max(s for _, _, s in predictions)
+axes.plot([0, limit], [0, limit], color=GREY, linewidth=1)
+axes.set(xlabel="predicted, ms", ylabel="measured, ms", xscale="log", yscale="log")
+axes.set_title("Each step, before and after it ran", loc="left")
+axes.legend()
+plt.show()
+for kind, numbers in check.summary().items():
+    if isinstance(numbers, dict):
+        print(f"{kind:7} steps: {numbers['num_steps']:3}, half of them predicted within {numbers['error_median']:.0%}")
+
+# %% [markdown]
+# ## 3. Guesses, right and wrong, on real text
+#
+# The model is asked to repeat some notes. A suffix automaton finds the longest end of the text that occurred before, and
+# guesses what followed it there. Green: tokens that came as guesses and were right. Red: guesses that were refused, in the
+# place where the model said something else. The rest the model wrote token by token.
+
+
+# %%
+class GuessWatch(SchedulerPlugin):
+    """For each step of one sequence: what was guessed, and what the model said."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[list[int], list[int]]] = []
+
+    def after_step(self, scheduler: Scheduler, stats: StepStats) -> None:
+        for s in stats.output.scheduled:
+            if s.sequence.output_token_ids:
+                first = max(s.start + 1, s.sequence.num_prompt_tokens)
+                self.steps.append((list(s.draft_token_ids), s.sequence.data.token_slice(first, s.sequence.num_tokens)))
+
+
+def show(watch: GuessWatch) -> HTML:
+    """The answer, coloured."""
+    tokenizer, parts = llm.get_tokenizer(), []
+
+    def piece(ids: list[int], style: str) -> str:
+        text = escape(tokenizer.decode(ids)).replace("\n", "<br>")
+        return f'<span style="{style}">{text}</span>' if ids else ""
+
+    for guesses, said in watch.steps:
+        right = next((i for i, g in enumerate(guesses) if i >= len(said) or g != said[i]), len(guesses))
+        parts += [piece(said[:right], "background:#cfe8d8"), piece(said[right:], ""),
+                  piece(guesses[right:], "background:#f3cfc9;text-decoration:line-through;font-size:75%")]
+    return HTML(f'<div style="line-height:1.7;max-width:900px;color:{INK}">{"".join(parts)}</div>')
+
+
+def answer(kind: str, length: int = 110) -> tuple[GuessWatch, float]:
+    """The model's answer with drafts; returns what was guessed, and tokens per second."""
+    watch = GuessWatch()
+    llm.engine.plugins.append(watch)
+    [task] = tasks(kind, 1, seed=7)
+    params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+    start = time.perf_counter()
+    llm.generate([{"prompt_token_ids": task.token_ids(llm.get_tokenizer())}], params, use_tqdm=False)
+    llm.engine.plugins.remove(watch)
+    return watch, length / (time.perf_counter() - start)
+
+
+llm = LLM(**COMMON, speculative_method="suffix")
+answer("story", 24)                     # warm
+watch, with_guesses = answer("quote")
+show(watch)
+
+# %%
+story, _ = answer("story")
+for name, w in (("notes to repeat", watch), ("a story", story)):
+    drafted = sum(len(g) for g, _ in w.steps)
+    tokens = sum(len(said) for _, said in w.steps)
+    print(f"{name:16} {tokens} tokens in {len(w.steps)} steps, {drafted} guesses")
+show(story)
+
+# %% [markdown]
+# The story repeats nothing, so guesses are wrong, and soon none are made: the length of a draft follows what was right so
+# far. A try now and then remains. The same, step by step: what each one brought, and what it ran in vain.
+
+# %%
+figure, axes = plt.subplots(2, 1, figsize=(13, 4.6), sharey=True)
+for row, (name, w) in zip(axes, (("notes to repeat", watch), ("a story", story)), strict=True):
+    right = [sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(g, said, strict=False)))
+             for g, said in w.steps]
+    wrong = [len(g) - r for (g, _), r in zip(w.steps, right, strict=True)]
+    numbers = range(len(w.steps))
+    row.bar(numbers, [1] * len(right), color=LIGHT, label="a token of its own")
+    row.bar(numbers, right, bottom=1, color=GREEN, label="guesses that were right")
+    row.bar(numbers, [-n for n in wrong], color=RED, label="refused")
+    row.axhline(0, color=INK, linewidth=0.6)
+    row.set(ylabel="tokens")
+    row.set_title(name, loc="left")
+axes[1].set(xlabel="step")
+axes[0].legend(ncols=3, loc="upper right")
+plt.show()
+
+# %% [markdown]
+# ## 4. How far to guess
+#
+# If each guess is right with probability p, the j-th of a draft counts only when all before it were right: it adds p^j
+# tokens. Every row costs something, too. `plan` takes guesses in the order of what they add, and stops where tokens per
+# second would fall.
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.4))
+lengths = range(17)
+for p, colour in ((0.5, RED), (0.8, ORANGE), (0.9, BLUE), (0.97, GREEN)):
+    left.plot(lengths, [expected_tokens(p, k) for k in lengths], color=colour, label=f"p = {p}")
+left.set(xlabel="guesses", ylabel="tokens of a step")
+left.set_title("What a draft brings", loc="left")
+left.legend()
+for row_cost, colour in ((0.02, GREEN), (0.1, BLUE), (0.3, RED)):
+    chances = [i / 50 for i in range(1, 50)]
+    right.plot(chances, [plan([p], [16], 16, lambda n, depth, c=row_cost: 1 + c * n)[0] for p in chances], color=colour,
+               label=f"a row costs {row_cost:.0%} of a step")
+right.set(xlabel="chance that a guess is right", ylabel="guesses that pay")
+right.set_title("How far it pays to guess", loc="left")
+right.legend()
+plt.show()
+
+# %% [markdown]
+# ## 5. Two ways to be exact
+#
+# The textbook refuses a guess at random so that what remains has the target's distribution. This engine draws with a
+# number that depends on seed and position alone, and keeps a guess that is the same as the draw. Both are exact. They
+# keep different shares: here for pairs of distributions that are nearly alike, and less and less so.
+
+# %%
+torch.manual_seed(0)
+logits, other = 2 * torch.randn(40), 2 * torch.randn(40)
+mixes = [i / 20 for i in range(21)]
+pairs = [(torch.softmax(logits, 0), torch.softmax((1 - m) * logits + m * other, 0)) for m in mixes]
+plt.figure(figsize=(7, 4))
+plt.plot(mixes, [kept_by_rejection(p, q) for p, q in pairs], color=BLUE, label="rejection sampling")
+plt.plot(mixes, [kept_by_same_draw(p, q) for p, q in pairs], color=ORANGE, label="the same draw")
+plt.xlabel("how far the drafter is from the target")
+plt.ylabel("share of guesses kept")
+plt.ylim(0)
+plt.title("What each way keeps", loc="left")
+plt.legend()
+plt.show()
+
+# %% [markdown]
+# Rejection keeps more where a *model* drafts at a temperature. The same draw needs no probabilities of the drafter, so it
+# works with look-ups, and the answer does not depend on whether anybody guessed.
