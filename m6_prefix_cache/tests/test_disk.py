@@ -28,7 +28,7 @@ PROMPT = list(range(20, 62))
 
 def start(model: str, folder: Path, **options: Any) -> LLM:
     llm = LLM(model, prefix_cache_dir=str(folder), **BASE | options)
-    disk_of(llm).seconds_to_read = 0.0                      # a tiny model computes faster than any disk reads
+    disk_of(llm).seconds_to_read = -1.0                     # a tiny model computes faster than any disk reads
     return llm
 
 

@@ -98,6 +98,6 @@ def test_what_was_computed_before_changes_no_token(tiny_model: TinyModels, dtype
                 llm.manager.below.flush()
                 llm = LLM(model, **options)
                 assert isinstance(llm.manager.below, DiskTier)
-                llm.manager.below.seconds_to_read = 0.0     # always quicker than computing
+                llm.manager.below.seconds_to_read = -1.0    # always quicker than computing
 
     check()
