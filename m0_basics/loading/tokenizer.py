@@ -20,6 +20,7 @@ Message = Mapping[str, Any]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "chat_template.jinja")
 _LONG = 1000                # tokens
+_MOST_BYTES = 4             # of a character in UTF-8
 _MARK = "<the last message goes on here>"
 _ARGUMENTS = {"messages", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
 
@@ -133,18 +134,29 @@ class Tokenizer:
         return whole[len(before):] if whole.startswith(before) else self.decode(token_ids, skip_special_tokens)
 
     def context(self, prompt_token_ids: Sequence[int], skip_special_tokens: bool = True) -> list[int]:
-        """The tokens of a prompt that decide how its output begins: the last one with a text, and those after it.
+        """The tokens of a prompt that decide how its output begins: those of its last characters, and what follows.
 
-        Tokens that are no whole character are left out: what completes them belongs to the output alone.
+        Tokens that are no whole character, not with those before them either, are left out: what completes them belongs
+        to the output alone.
         """
-        after: list[int] = []                           # without a text, such as special tokens
-        for token_id in reversed(prompt_token_ids):
-            text = self.decode_one(token_id, skip_special_tokens)
-            if "\ufffd" not in text:
-                after.append(token_id)
-                if text:
+        after, end = list[int](), len(prompt_token_ids)     # without a text, such as special tokens
+        while end:
+            for start in range(end - 1, max(-1, end - 1 - _MOST_BYTES), -1):
+                text = self._decode_part(prompt_token_ids[start:end], skip_special_tokens)
+                if "\ufffd" not in text:
+                    after = [*prompt_token_ids[start:end], *after]
+                    if text:
+                        return after
+                    end = start
                     break
-        return after[::-1]
+            else:
+                end -= 1
+        return after
+
+    def _decode_part(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        if len(token_ids) == 1:             # most often
+            return self.decode_one(token_ids[0], skip_special_tokens)
+        return self.decode(token_ids, skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
         """What a token, special or not, adds in the middle of a text: with its space, where it begins a word."""

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from m0_basics.config import DEFAULT_MODEL, ModelConfig
@@ -135,6 +135,7 @@ class TestIncrementalDetokenizer:
     @pytest.mark.parametrize("kind", ["always", "first", "never", "byte level"])
     @EXAMPLES
     @given(prompt=st.lists(TOKENS, max_size=5), output=st.lists(TOKENS, max_size=8), skip=st.booleans())
+    @example(prompt=[195, 129], output=[257], skip=False)           # a character of two bytes, then a word's space
     def test_the_prompt_is_the_context(self, kind: str, prompt: list[int], output: list[int], skip: bool) -> None:
         """What the output adds is what transformers' text of both has more than its text of the prompt."""
         tokenizer = byte_level() if kind == "byte level" else sentencepiece(kind)
