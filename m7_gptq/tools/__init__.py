@@ -1,0 +1,1 @@
+"""What measures, draws or teaches this milestone from outside."""
