@@ -30,7 +30,7 @@ class QuantizedMatrix:
     bits: int                           # 2, 3, 4 or 8
     zeros: Tensor | None = None         # uint8 [N, G], or None where there are
     minimums: Tensor | None = None      # float32 [N, G]: exactly one of the two is given
-    order: Tensor | None = None         # int64 [K], a permutation: codes[:, k] belongs to input order[k]; None: k itself
+    order: Tensor | None = None         # int64 [K]: codes[:, k] belongs to input order[k]; None: k
 
     def __post_init__(self) -> None:
         (rows, columns), groups = self.codes.shape, self.scales.shape[1]
@@ -96,7 +96,7 @@ def can_stack(parts: Sequence[QuantizedMatrix]) -> bool:
 
 
 def stack(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
-    """Matrices that `can_stack`, one below the other. Where bits differ, the result has the most of them: no value changes."""
+    """Matrices that `can_stack`, one below the other. Where bits differ, the most of them count: no value changes."""
     assert can_stack(parts)
     first = parts[0]
     if len(parts) == 1:

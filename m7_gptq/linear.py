@@ -9,7 +9,7 @@ from .grid import QuantizedMatrix
 
 
 class QuantizedLinear(nn.Module):
-    """y = x W^T + b, with W on its grid. What loading makes of a packed layer; `fuse_packed` exchanges it for a kernel."""
+    """y = x W^T + b, with W on its grid. What loading makes; `fuse_packed` exchanges it for a kernel."""
 
     def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None, dtype: torch.dtype) -> None:
         """bias [N] or None; `dtype`: the model's, of x and y."""
