@@ -64,7 +64,8 @@ def memory() -> dict[str, Fact]:
         full, bits = calc.weight_bytes(spec), disk_bits(4, GROUPS[name])
         layers, everything = model_bytes(spec, bits, False), model_bytes(spec, bits, True)
         facts |= {f"bytes.{name}.bf16": Fact(full, "B"), f"bytes.{name}.layers4": Fact(layers, "B"),
-                  f"bytes.{name}.all4": Fact(everything, "B"), f"saved.{name}.layers4": Fact(1 - layers / full, "ratio"),
+                  f"bytes.{name}.all4": Fact(everything, "B"),
+                  f"saved.{name}.layers4": Fact(1 - layers / full, "ratio"),
                   f"saved.{name}.all4": Fact(1 - everything / full, "ratio"),
                   f"bytes.{name}.8bit": Fact(model_bytes(spec, 8, False), "B")}
     for name, size in (("llama_8b", 24e9), ("llama_70b", 80e9)):
