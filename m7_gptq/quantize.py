@@ -1,0 +1,239 @@
+"""A whole model, layer by layer: each linear layer is quantised at the moment its calibration inputs arrive.
+
+The windows run through the model once, one decoder layer after the other. A hook in front of each linear layer sums up
+the inputs, quantises the weights, and puts their new values in place; the layer then runs on with those. So whatever
+comes later is calibrated on what the quantised model will really feed it.
+
+Where input and output matrix are one, it comes first, since every layer's inputs start in it.
+"""
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from m0_basics.config import ConfigError
+from m0_basics.loading.weights import hf_parts, part_rows
+from m0_basics.model import CausalLM
+
+from .calibration import Batch, InputStatistics, collect, corrected_weight, hidden_states
+from .gptq import factorise, output_error, quantize_with
+from .grid import QuantizedMatrix
+from .rtn import QuantizeOptions, round_to_nearest
+
+Matrices = dict[str, QuantizedMatrix]
+
+
+class MatrixStore(Protocol):
+    """Where finished parts of a model are kept, so that an interrupted run goes on after the last of them.
+
+    Parts: "model.layers.0", "model.layers.1", ..., "lm_head". A part's matrices have Hugging Face's names.
+    """
+
+    def get(self, part: str) -> Matrices | None:
+        """What `put` was given for `part`; None where it was not."""
+
+    def put(self, part: str, matrices: Matrices) -> None:
+        """Keep the matrices of one finished part."""
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """How one linear layer came out. Errors: squared, of its outputs on the calibration inputs, as a share of them.
+
+    Where nothing was calibrated (rounding to nearest), there are no errors.
+    """
+
+    name: str                               # the engine's: "layers.0.self_attn.qkv_proj"
+    error: float | None = None
+    nearest_error: float | None = None      # of rounding to nearest on grids from smallest to largest weight
+    damp_percent: float | None = None       # what the Cholesky factor took
+    num_dead: int = 0                       # inputs that were always 0
+    seconds: float = 0.0
+
+
+@dataclass
+class QuantizedModel:
+    """What `quantize_model` returns. The model that it was given holds the same values, dequantised."""
+
+    options: QuantizeOptions
+    matrices: Matrices = field(default_factory=dict)    # by Hugging Face's names of linear layers
+    report: list[MatrixReport] = field(default_factory=list)        # of the parts quantised in this run
+    num_tokens: int = 0                     # of calibration
+    seconds: float = 0.0
+
+
+def quantize_model(model: CausalLM, windows: Tensor | None, options: QuantizeOptions, *,
+                   store: MatrixStore | None = None, on_part: Callable[[str, list[MatrixReport]], None] | None = None,
+                   use_tqdm: bool = False) -> QuantizedModel:
+    """Quantise every linear layer of a plain float32 model; its weights become the dequantised ones, in place.
+
+    `windows`: token ids [num, length] to calibrate on; rounding to nearest needs none. `store` is asked for each part,
+    and given each finished one; `on_part` hears of it. Raises ConfigError that names the layer and what is wrong.
+    """
+    _check(model, windows, options)
+    result = QuantizedModel(options, num_tokens=0 if windows is None else windows.numel())
+    start = time.perf_counter()
+    parts = _Parts(model, options, store, on_part, result)
+    with torch.no_grad(), tqdm(total=len(model.layers) + options.lm_head, disable=not use_tqdm, unit="part",
+                               desc=f"{options.method}, {options.bits} bits") as bar:
+        for _ in _round(model, parts) if options.method == "rtn" or windows is None else _calibrate(
+                model, windows, parts):
+            bar.update()
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+def _check(model: CausalLM, windows: Tensor | None, options: QuantizeOptions) -> None:
+    if model.dtype is not torch.float32:
+        raise ConfigError(f"dtype={str(model.dtype).removeprefix('torch.')} is not quantised; allowed: float32")
+    for name, linear in model.named_modules():
+        if isinstance(linear, nn.Linear):
+            _naming(name, options.group_of, linear.in_features)
+    if options.method == "rtn":
+        return
+    if windows is None or windows.numel() == 0:
+        raise ConfigError("there is no calibration text; allowed: at least one window of it, or method='rtn'")
+    if windows.shape[1] > model.max_model_len:
+        raise ConfigError(f"calibration windows of {windows.shape[1]} tokens exceed max_model_len; "
+                          f"allowed: at most {model.max_model_len}")
+    if int(windows.min()) < 0 or int(windows.max()) >= model.spec.vocab_size:
+        raise ConfigError(f"the calibration text holds token {int(windows.max())}; "
+                          f"allowed: 0 to {model.spec.vocab_size - 1}")
+
+
+def _round(model: CausalLM, parts: _Parts) -> Iterator[None]:
+    """Round every matrix to nearest: no text, no order."""
+    for i, layer in enumerate(model.layers):
+        with parts.part(f"layers.{i}", layer) as todo:
+            for name, linear in todo:
+                parts.quantise(name, linear)
+        yield
+    if parts.options.lm_head:
+        with parts.part("lm_head", model.lm_head) as todo:
+            for name, linear in todo:
+                parts.quantise(name, linear)
+        yield
+
+
+def _calibrate(model: CausalLM, windows: Tensor, parts: _Parts) -> Iterator[None]:
+    """Quantise every matrix as its inputs arrive."""
+    options, tied = parts.options, model.lm_head.weight is model.embed_tokens.weight
+    batch, ids = Batch(model, *windows.shape), windows.flatten()
+    full = model.embed_tokens(ids) if options.gptaq else None       # the stream of the full-precision model
+    if options.lm_head and tied:
+        with parts.part("lm_head", model.lm_head) as todo:
+            for name, linear in todo:
+                parts.quantise(name, linear, collect(hidden_states(model, windows).flatten(0, 1), None, 1, 0))
+        yield
+    x = model.embed_tokens(ids)
+    for i, layer in enumerate(model.layers):
+        seen = dict[str, Tensor]()
+        if full is not None:
+            full = _watch(copy.deepcopy(layer), batch, full, seen.__setitem__)
+        with parts.part(f"layers.{i}", layer) as todo:
+            linears = dict(todo)
+
+            def arrived(name: str, inputs: Tensor, i: int = i, linears: dict[str, nn.Linear] = linears,
+                        seen: dict[str, Tensor] = seen) -> None:
+                if (linear := linears.get(f"layers.{i}.{name}")) is not None:
+                    sink = options.sink if name.endswith("qkv_proj") else 0.0
+                    parts.quantise(f"layers.{i}.{name}", linear,
+                                   collect(inputs, seen.pop(name, None), batch.length, sink))
+
+            x = _watch(layer, batch, x, arrived)
+        yield
+    if options.lm_head and not tied:
+        with parts.part("lm_head", model.lm_head) as todo:
+            for name, linear in todo:
+                full_x = None if full is None else model.norm(full)
+                parts.quantise(name, linear, collect(model.norm(x), full_x, batch.length, 0))
+        yield
+
+
+def _watch(layer: nn.Module, batch: Batch, x: Tensor, arrived: Callable[[str, Tensor], None]) -> Tensor:
+    """Run one decoder layer on x [T, hidden]; `arrived(name, inputs)` comes before each of its linear layers runs."""
+    hooks = [module.register_forward_pre_hook(lambda _, inputs, name=name: arrived(name, inputs[0]))
+             for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    try:
+        out: Tensor = layer(x, batch.rotary, batch.backend, batch.metadata)
+        return out
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Parts:
+    """Quantises matrices, and keeps the finished parts."""
+
+    def __init__(self, model: CausalLM, options: QuantizeOptions, store: MatrixStore | None,
+                 on_part: Callable[[str, list[MatrixReport]], None] | None, result: QuantizedModel) -> None:
+        self.model, self.options, self.store, self.on_part, self.result = model, options, store, on_part, result
+
+    @contextmanager
+    def part(self, name: str, module: nn.Module) -> Iterator[list[tuple[str, nn.Linear]]]:
+        """Yield the linear layers of a part that are to be quantised: none, where the store has them already."""
+        key = name if name == "lm_head" else f"model.{name}"
+        linears = [(f"{name}.{inner}" if inner else name, linear) for inner, linear in module.named_modules()
+                   if isinstance(linear, nn.Linear)]
+        names = [part for linear_name, _ in linears for part in hf_parts(linear_name)]
+        known = None if self.store is None else self.store.get(key)
+        first_report = len(self.result.report)
+        if known is not None:
+            if sorted(known) != sorted(names):
+                raise ConfigError(f"{key}: the store holds {', '.join(sorted(known))}; allowed: {', '.join(names)}")
+            for linear_name, linear in linears:
+                self._assign(linear, torch.cat([known[part].dequantise() for part in hf_parts(linear_name)]))
+            self.result.matrices |= known
+        yield [] if known is not None else linears
+        if known is None:
+            if self.store is not None:
+                self.store.put(key, {part: self.result.matrices[part] for part in names})
+            if self.on_part is not None:
+                self.on_part(key, self.result.report[first_report:])
+
+    def quantise(self, name: str, linear: nn.Linear, inputs: InputStatistics | None = None) -> None:
+        """One linear layer: into the result, its values in place."""
+        start = time.perf_counter()
+        matrix, report = _naming(name, _quantise_one, name, linear.weight, inputs, self.options)
+        parts = hf_parts(name)
+        rows = [0, *itertools.accumulate(part_rows(parts, matrix.shape[0], self.model.spec))]
+        for part, (first, last) in zip(parts, itertools.pairwise(rows), strict=True):
+            self.result.matrices[part] = matrix.rows(first, last)
+        self._assign(linear, matrix.dequantise())
+        self.result.report.append(replace(report, seconds=time.perf_counter() - start))
+
+    @staticmethod
+    def _assign(linear: nn.Linear, values: Tensor) -> None:
+        if values.shape != linear.weight.shape:
+            raise ConfigError(f"the store holds a matrix of {tuple(values.shape)}; "
+                              f"allowed: {tuple(linear.weight.shape)}")
+        linear.weight.copy_(values)
+
+
+def _quantise_one(name: str, weight: Tensor, inputs: InputStatistics | None,
+                  options: QuantizeOptions) -> tuple[QuantizedMatrix, MatrixReport]:
+    if inputs is None:
+        return round_to_nearest(weight, options), MatrixReport(name)
+    factor = factorise(inputs.hessian, options)
+    matrix = quantize_with(corrected_weight(weight, inputs, factor.damp_percent, options.gptaq), factor, options)
+    nearest = round_to_nearest(weight, replace(options, search=False))
+    return matrix, MatrixReport(name, output_error(weight, matrix.dequantise(), inputs.hessian),
+                                output_error(weight, nearest.dequantise(), inputs.hessian),
+                                factor.damp_percent, factor.num_dead)
+
+
+def _naming(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function; a ConfigError that it raises says which layer it was about."""
+    try:
+        return function(*arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
