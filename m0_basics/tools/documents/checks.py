@@ -1,6 +1,7 @@
 """Keeps documents true: every marked number is compared with its fact, every named piece of code is looked up.
 
-A number is marked by an invisible comment right behind it:
+A number is marked by an invisible comment right behind it, or by a row of the map beside the document (`quotes.py`,
+which weaves the rows into the text as such comments):
 
     SmolLM2 keeps 23,040<!-- fact: smollm2.kv_bytes_per_token --> bytes per token,
     1.68<!-- fact: llama2_13b.kv_bytes.2048 /1e9 --> GB for 2048 of them in the larger model.
@@ -18,11 +19,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from .factbook import Fact
+from .quotes import FENCE, INLINE_CODE, MARKER, lost_quotes, map_file, mask_code, read_document, write_document
 
-MARKER = re.compile(r"<!--\s*fact:\s*(?P<name>[^\s>]+)\s*(?P<factor>[*/]\s*[^\s>]+?)?\s*-->")
 _NUMBER = re.compile(r"(?P<number>(?:(?<!\w)[-+−])?\d[\d,]*(?:\.\d+)?)(?P<percent>\s?%)?(?P<close>[*_`]*)$")
-_FENCE = re.compile(r"^[ ]{0,3}(`{3,}|~{3,})[^\n]*\n.*?(?:^[ ]{0,3}\1[`~]*[ ]*$|\Z)", re.MULTILINE | re.DOTALL)
-_INLINE_CODE = re.compile(r"(`+)(?!`)(.+?)(?<!`)\1(?!`)")
 _CODE_REFERENCE = re.compile(r"(?P<path>[\w./-]+\.py)::(?P<symbol>[\w.]+)(?:\(\))?")
 
 
@@ -40,8 +39,10 @@ class Marker:
 
 def check_document(path: Path, facts: Mapping[str, Fact]) -> list[str]:
     """Problems of the marked numbers in a Markdown file, as "file:line: problem"; empty if all are true."""
-    markers = find_markers(path.read_text(encoding="utf-8"))
-    return [f"{path.name}:{m.line}: {problem}" for m in markers if (problem := _problem(m, facts))]
+    markers = find_markers(read_document(path))
+    problems = [f"{path.name}:{m.line}: {problem}" for m in markers if (problem := _problem(m, facts))]
+    return problems + [f"{path.name}: {q.words!r} is no longer followed by {q.number!r}, the fact {q.fact}: mend the "
+                       f"text, or that row of {map_file(path).name}" for q in lost_quotes(path)]
 
 
 def update_document(path: Path, facts: Mapping[str, Fact]) -> int:
@@ -49,7 +50,7 @@ def update_document(path: Path, facts: Mapping[str, Fact]) -> int:
 
     For use after measuring again. Read the sentences around them: prose does not update itself.
     """
-    text = path.read_text(encoding="utf-8")
+    text = read_document(path)
     changed = 0
     for marker in reversed(list(find_markers(text))):
         fact = facts.get(marker.name)
@@ -61,7 +62,8 @@ def update_document(path: Path, facts: Mapping[str, Fact]) -> int:
         new = f"{_target(marker, fact):{separator}.{decimals}f}"
         text = text[:marker.start] + new + text[marker.end:]
         changed += 1
-    path.write_text(text, encoding="utf-8")
+    if changed:
+        write_document(path, text)
     return changed
 
 
@@ -80,17 +82,6 @@ def find_markers(text: str) -> Iterator[Marker]:
         start, end = (offset + shown.start("number"), offset + shown.end("number")) if shown else (0, 0)
         label = before[start:].strip() if shown else before[-40:]
         yield Marker(text.count("\n", 0, match.start()) + 1, match["name"], _factor(match["factor"]), label, start, end)
-
-
-def mask_code(text: str) -> str:
-    """The text with fenced blocks, and inline code that holds a comment, blanked out; every offset stays."""
-    def blank(match: re.Match[str]) -> str:
-        return re.sub(r"[^\n]", " ", match[0])
-
-    def blank_comment(match: re.Match[str]) -> str:
-        return blank(match) if "<!--" in match[2] else match[0]
-
-    return _INLINE_CODE.sub(blank_comment, _FENCE.sub(blank, text))
 
 
 def _factor(text: str | None) -> float:
@@ -135,9 +126,9 @@ def check_code_references(path: Path, root: Path) -> list[str]:
 
     Paths are taken from `root`, or from the document's own folder.
     """
-    text = _FENCE.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), path.read_text(encoding="utf-8"))
+    text = FENCE.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), path.read_text(encoding="utf-8"))
     problems = []
-    for span in _INLINE_CODE.finditer(text):
+    for span in INLINE_CODE.finditer(text):
         line = text.count("\n", 0, span.start()) + 1
         for reference in _CODE_REFERENCE.finditer(span[2]):
             file = next((f for f in (root / reference["path"], path.parent / reference["path"]) if f.is_file()), None)

@@ -4,6 +4,7 @@
     **30 seconds** ...
     **Deep answer** ...            (and five more sections, always all seven, in one order)
 
+`tidy.py` folds the answers away, so that a reader can try first: what folds is no part of a section.
 The Chinese file repeats the English one's entries: same ids, same levels, same facts behind the numbers.
 """
 from __future__ import annotations
@@ -13,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checks import check_code_references, check_document, fact_names, mask_code
+from .checks import check_code_references, check_document, fact_names
 from .factbook import Fact
+from .quotes import mask_code, read_document
 
 LEVELS = ("Junior", "Mid", "Senior", "Expert")
 SECTIONS = ("short", "deep", "follow_ups", "wrong", "code", "numbers", "must_have")
@@ -22,8 +24,9 @@ LABELS: dict[str, tuple[str, ...]] = {      # in the order of SECTIONS
     "en": ("30 seconds", "Deep answer", "Follow-ups", "Common wrong answer", "Code", "Numbers", "Must have"),
     "zh-CN": ("30 秒版", "深入回答", "追问", "常见误区", "代码", "数据", "得分点"),
 }
-_HEADING = re.compile(r"^#{1,3}\s.*$", re.MULTILINE)
-_ENTRY = re.compile(r"###\s+(?P<prefix>[a-z][a-z0-9]*)-q(?P<number>\d{2,})\s+·\s+(?P<level>\S+)\s+·\s+(?P<question>.+)")
+HEADING = re.compile(r"^#{1,3}\s.*$", re.MULTILINE)
+FOLD = re.compile(r"^(?:</?details[^>\n]*>|<summary>.*</summary>)[ ]*$", re.MULTILINE)
+ENTRY = re.compile(r"###\s+(?P<prefix>[a-z][a-z0-9]*)-q(?P<number>\d{2,})\s+·\s+(?P<level>\S+)\s+·\s+(?P<question>.+)")
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,17 @@ def language(path: Path) -> str:
 
 
 def parse_interview(path: Path) -> list[Entry]:
-    """The entries of a document, in order. Headings that are not entries are skipped; `check_interview` names them."""
-    text = path.read_text(encoding="utf-8")
+    """The entries of a document, in order, a marker behind each number that is a fact.
+
+    Headings that are not entries are skipped; `check_interview` names them.
+    """
+    text = read_document(path)
     names = dict(zip(LABELS[language(path)], SECTIONS, strict=True))
     masked = mask_code(text)
-    headings = list(_HEADING.finditer(masked))
+    headings = list(HEADING.finditer(masked))
     entries = []
     for heading, stop in zip(headings, [*(h.start() for h in headings[1:]), len(text)], strict=True):
-        if match := _ENTRY.fullmatch(heading[0].strip()):
+        if match := ENTRY.fullmatch(heading[0].strip()):
             found = _sections(text[heading.end():stop], masked[heading.end():stop], names)
             line = text.count("\n", 0, heading.start()) + 1
             entries.append(Entry(f"{match['prefix']}-q{match['number']}", match["level"], match["question"].strip(),
@@ -66,6 +72,8 @@ def parse_interview(path: Path) -> list[Entry]:
 
 def _sections(text: str, masked: str, names: Mapping[str, str]) -> list[tuple[str, str]]:
     label = re.compile(rf"^\*\*({'|'.join(map(re.escape, names))})\*\*[ ]*[:：.]?", re.MULTILINE)
+    for fold in FOLD.finditer(masked):
+        text = text[:fold.start()] + " " * len(fold[0]) + text[fold.end():]
     labels = list(label.finditer(masked))
     stops = [*(m.start() for m in labels[1:]), len(text)]
     return [(names[m[1]], text[m.end():stop].strip()) for m, stop in zip(labels, stops, strict=True)]
@@ -76,8 +84,8 @@ def check_interview(path: Path) -> list[str]:
     text, labels = path.read_text(encoding="utf-8"), dict(zip(SECTIONS, LABELS[language(path)], strict=True))
     entries = parse_interview(path)
     problems = [] if entries else [f"{path.name}: there is no entry such as ### m0-q01 · Mid · Question?"]
-    for heading in _HEADING.finditer(mask_code(text)):
-        if heading[0].startswith("### ") and not _ENTRY.fullmatch(heading[0].strip()):
+    for heading in HEADING.finditer(mask_code(text)):
+        if heading[0].startswith("### ") and not ENTRY.fullmatch(heading[0].strip()):
             line = text.count("\n", 0, heading.start()) + 1
             problems.append(f"{path.name}:{line}: the heading is not of the form ### m0-q01 · Mid · Question?")
     previous: Entry | None = None

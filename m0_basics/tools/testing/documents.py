@@ -11,9 +11,11 @@ import re
 from pathlib import Path
 from typing import ClassVar
 
-from m0_basics.tools.documents.checks import check_code_references, check_document, find_markers, mask_code
+from m0_basics.tools.documents.checks import check_code_references, check_document, find_markers
 from m0_basics.tools.documents.factbook import Facts
 from m0_basics.tools.documents.interview import check_interview, check_translation, parse_interview
+from m0_basics.tools.documents.quotes import mask_code
+from m0_basics.tools.documents.tidy import untidy
 
 _LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
 _HEADING = re.compile(r"^#{1,6}\s+(?P<text>.+?)\s*$", re.MULTILINE)
@@ -46,6 +48,10 @@ class DocumentConformance:
 
     def test_links_lead_somewhere(self) -> None:
         assert [problem for document in self.documents for problem in check_links(document)] == []
+
+    def test_answers_are_hidden_and_markers_beside_the_text(self) -> None:
+        """`python -m m0_basics.tools.documents tidy FOLDER` does both."""
+        assert [problem for document in self.documents for problem in untidy(document)] == []
 
     def test_interviews_have_their_form(self) -> None:
         problems = [check(path) for path in self.interviews for check in (check_interview, check_evidence)]
