@@ -1,14 +1,17 @@
 """Configuration of this milestone: how long a step may take, and who guesses ahead."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import m3_paged_kv.config as m3
 import m4_flash_attn.config as m4
 from m0_basics.config import ConfigError, check_int, option, reject
 from m2_continuous_batching.policies import POLICIES
 
-METHODS = ("none", "ngram", "suffix", "draft_model")
+# Who drafts -> whether it takes a speculative_model: never, always, or if it likes.
+METHODS = {"none": "never", "ngram": "never", "suffix": "never", "draft_model": "always"}
 DEFAULT_SLOWDOWN, DEFAULT_NUM_GUESSES = 3.0, 10
 
 
@@ -39,14 +42,15 @@ class SchedulerConfig(m3.SchedulerConfig):
 class SpeculativeConfig:
     """Speculative decoding: who drafts, and how far ahead."""
 
+    methods: ClassVar[Mapping[str, str]] = METHODS
     speculative_method: str = option("none", "Who guesses the next tokens: " + ", ".join(METHODS) + ".")
     speculative_model: str | None = option(None, "The draft model: a folder or file with the same vocabulary.")
     num_speculative_tokens: int | None = option(None, "Most tokens guessed ahead for a sequence (default: 10).")
     adaptive_drafts: bool = option(True, "Draft as many tokens as pay, none where none do; off: always the most.")
 
     def __post_init__(self) -> None:
-        if self.speculative_method not in METHODS:
-            raise reject("speculative_method", self.speculative_method, ", ".join(METHODS))
+        if self.speculative_method not in self.methods:
+            raise reject("speculative_method", self.speculative_method, ", ".join(self.methods))
         check_int("num_speculative_tokens", self.num_speculative_tokens, 1, optional=True)
         if self.speculative_method == "none":
             for name, value in (("num_speculative_tokens", self.num_speculative_tokens),
@@ -54,11 +58,13 @@ class SpeculativeConfig:
                 if value is not None:
                     raise ConfigError(f"{name}={value} is about guesses, and speculative_method is none; allowed: "
                                       f"another speculative_method, or no {name}")
-        if self.speculative_method == "draft_model" and self.speculative_model is None:
-            raise ConfigError("speculative_method=draft_model needs speculative_model: a folder or file with the same "
-                              "vocabulary")
-        if self.speculative_method != "draft_model" and self.speculative_model is not None:
-            raise ConfigError(f"speculative_model={self.speculative_model!r} is for speculative_method=draft_model, "
+        takes_model = self.methods[self.speculative_method]
+        if takes_model == "always" and self.speculative_model is None:
+            raise ConfigError(f"speculative_method={self.speculative_method} needs speculative_model: a folder or file "
+                              "with the same vocabulary")
+        if takes_model == "never" and self.speculative_model is not None:
+            able = " or ".join(name for name, takes in self.methods.items() if takes != "never")
+            raise ConfigError(f"speculative_model={self.speculative_model!r} is for speculative_method={able}, "
                               f"and it is {self.speculative_method}; allowed: no speculative_model")
 
 

@@ -213,14 +213,17 @@ class GGUFWeights(WeightSource):
             return torch.zeros(self.read(name.replace(".bias", ".weight")).shape[0])
         if name not in self.stored:
             raise GGUFError(f"{self.location} lacks the tensor {name}")
-        weight = dequantise(self.stored[name], self.location)
-        if self._config["model_type"] == "llama" and (match := re.search(r"\.([qk])_proj\.", name)):
-            heads = self._config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
-            if weight.shape[0] % (2 * heads):
-                raise GGUFError(f"tensor {self.stored[name].name} of {self.location} has {weight.shape[0]} rows, which "
-                                f"{heads} heads do not divide")
-            weight = unpermute(weight, heads)
-        return weight
+        return self.in_order(name, dequantise(self.stored[name], self.location))
+
+    def in_order(self, name: str, rows: Tensor) -> Tensor:
+        """The rows of the tensor `name`, whatever stands in each, in Hugging Face's order. Raises GGUFError."""
+        if self._config["model_type"] != "llama" or (match := re.search(r"\.([qk])_proj\.", name)) is None:
+            return rows
+        heads = self._config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
+        if rows.shape[0] % (2 * heads):
+            raise GGUFError(f"tensor {self.stored[name].name} of {self.location} has {rows.shape[0]} rows, which "
+                            f"{heads} heads do not divide")
+        return unpermute(rows, heads)
 
 
 def hf_name(name: str) -> str | None:

@@ -59,13 +59,9 @@ def cpu_has_bfloat16() -> bool:
 @lru_cache(maxsize=16)
 def resolve_model(model: str, dtype: torch.dtype) -> Path:
     """Return the Hugging Face folder of `model`, converting or downloading it where needed."""
-    if model.lower() == DEFAULT_MODEL:
-        return convert_gguf(default_model_file(), dtype)
+    if (file := gguf_file(model)) is not None:
+        return convert_gguf(file, dtype)
     path = Path(model).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise LoadError(f"model={model!r} is a file but not a .gguf; allowed: a .gguf file or a folder")
-        return convert_gguf(path, dtype)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise LoadError(f"model={model!r} has no config.json; allowed: a Hugging Face folder")
@@ -74,6 +70,16 @@ def resolve_model(model: str, dtype: torch.dtype) -> Path:
         raise LoadError(f"model={model!r} does not exist; allowed: {DEFAULT_MODEL}, a Hugging Face folder or id "
                         "(owner/name), or a GGUF file")
     return _download(model)
+
+
+def gguf_file(model: str) -> Path | None:
+    """The GGUF file that `model` names; None where it names none. Raises LoadError for a file of another kind."""
+    if model.lower() == DEFAULT_MODEL:
+        return default_model_file()
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix != ".gguf":
+        raise LoadError(f"model={model!r} is a file but not a .gguf; allowed: a .gguf file or a folder")
+    return path if path.is_file() else None
 
 
 def default_model_file() -> Path:

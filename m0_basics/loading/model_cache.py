@@ -41,9 +41,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-inference-lab"
 
 
-def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
-    """Return the Hugging Face folder made from the file at `path` with weights in `dtype`; make it if need be."""
-    name = str(dtype).removeprefix("torch.")
+def convert_gguf(path: Path, dtype: torch.dtype | None) -> Path:
+    """Return the Hugging Face folder made from the file at `path` with weights in `dtype`; make it if need be.
+
+    `dtype` None: configuration and tokenizer alone, for who reads the weights from the file itself.
+    """
+    name = "settings" if dtype is None else str(dtype).removeprefix("torch.")
     try:
         folder = cache_dir() / f"{_sha256(path)[:32]}-v{_FORMAT}-{name}"
     except OSError as error:
@@ -59,8 +62,9 @@ def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
             tokenizer.save(str(scratch / "tokenizer.json"))
             _write_json(scratch / "tokenizer_config.json", tokenizer_config(file.metadata))
             _write_json(scratch / "generation_config.json", {"eos_token_id": eos_token_ids(file.metadata)})
-            _write_shards(scratch, GGUFWeights(file, config, path), dtype)
-            _write_json(scratch / "config.json", config | {"dtype": name})
+            if dtype is not None:
+                _write_shards(scratch, GGUFWeights(file, config, path), dtype)
+            _write_json(scratch / "config.json", config if dtype is None else config | {"dtype": name})
             _write_record(scratch)
             _move(scratch, folder)
     except LoadError:

@@ -1,0 +1,3 @@
+from m0_basics.tools.cli import main
+
+main("m7_gptq")
