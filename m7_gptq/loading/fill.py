@@ -131,6 +131,7 @@ def _fill_ends(model: CausalLM, source: _Remaining, checkpoint: Checkpoint) -> N
     for name, matrix in ((HEAD, head), (EMBEDDING, embedding)):
         if matrix is not None:
             _check(name, matrix.shape, expected, source)
+            read_bias(source, name, expected[0], expected=False)
     stored = source.names()
     if checkpoint.head_is_embedding and f"{EMBEDDING}.weight" in stored:
         source.read(f"{EMBEDDING}.weight")              # the same values, for readers that do not look them up packed
@@ -159,7 +160,7 @@ def round_model(model: CausalLM, config: ModelConfig) -> CausalLM:
         if isinstance(module, nn.Linear):
             matrix = rounded(module.weight)
             model.set_submodule(name, QuantizedLinear(matrix, module.bias, model.dtype))
-            if module is model.lm_head and tied:
+            if name == HEAD and tied:
                 model.embed_tokens = QuantizedEmbedding(matrix, model.dtype)
     return model
 
