@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from m0_basics.base_llm import BaseLLM
 from m0_basics.config import ConfigError, reject
@@ -141,7 +142,20 @@ def build_app(package: str) -> typer.Typer:
             typer.secho(f"prompt {text!r}", bold=True)
             typer.echo(found.report() if found else f"  the same {max_tokens} tokens, or the same tokens up to the end")
 
+    def changes(
+        part: Annotated[str | None, typer.Argument(help="A part of the table, or llm (default: the table).")] = None,
+        write: Annotated[bool, typer.Option("--write", help="Write the page CHANGES.md again.")] = False,
+    ) -> None:
+        """What this milestone changes: its parts beside those that they replace."""
+        from ..documents import changes as page
+        if write:
+            typer.echo(f"{package}/{page.write_page(package).name} is written")
+        else:
+            page.show(package, part, Console())
+
     def facts(
+        names: Annotated[list[str] | None, typer.Argument(
+            help="Only facts whose name holds one of these words (default: all).", show_default=False)] = None,
         measure: Annotated[list[str] | None, typer.Option(
             help="Measure this group again and store it (all: every group); may be repeated.")] = None,
     ) -> None:
@@ -149,13 +163,14 @@ def build_app(package: str) -> typer.Typer:
         book: Facts = importlib.import_module(f"{package}.tools.facts").FACTS
         if measure:
             book.measure(None if "all" in measure else measure)
-        typer.echo(book.to_json())
+        typer.echo(book.to_json(names or ()))
 
     add(generate, engine_options=engine_for_requests, sampling_options=sampling)
     add(chat, engine_options=engine_for_requests, sampling_options=sampling)
     add(bench, engine_options=engine)
     add(divergence, engine_options=engine)
     app.command("facts", help=facts.__doc__)(facts)
+    app.command("changes", help=changes.__doc__)(changes)
     if importlib.util.find_spec(f"{package}.tools.commands") is not None:
         for command in importlib.import_module(f"{package}.tools.commands").COMMANDS:
             add(command, **({"engine_options": engine} if "engine_options" in inspect.signature(command).parameters

@@ -107,9 +107,17 @@ class Facts:
         """Computed facts, stored measurements and results. Raises ConfigError where two share a name."""
         return merge(self.compute(), self.load_measured(), self.load_results())
 
-    def to_json(self) -> str:
-        """All facts as a JSON object: name -> {"value", "unit"}."""
-        return json.dumps({name: asdict(fact) for name, fact in self.all().items()}, indent=1)
+    def to_json(self, words: Iterable[str] = ()) -> str:
+        """Facts as a JSON object, name -> {"value", "unit"}: all, or those whose name holds one of `words`.
+
+        Raises ConfigError where there is none.
+        """
+        words, facts = list(words), self.all()
+        chosen = {name: fact for name, fact in facts.items() if not words or any(word in name for word in words)}
+        if words and not chosen:
+            begins = dict.fromkeys(name.partition(".")[0] for name in facts)
+            raise reject("names", words, f"parts of fact names, which begin with {', '.join(begins)}")
+        return json.dumps({name: asdict(fact) for name, fact in chosen.items()}, indent=1)
 
     def _stored(self) -> dict[str, Any]:
         return read_json_file(self.store) if self.store.is_file() else {}

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import ClassVar
 
+from m0_basics.tools.documents import changes
 from m0_basics.tools.documents.checks import check_code_references, check_document, find_markers
 from m0_basics.tools.documents.factbook import Facts
 from m0_basics.tools.documents.interview import check_interview, check_translation, parse_interview
@@ -52,6 +53,15 @@ class DocumentConformance:
     def test_answers_are_hidden_and_markers_beside_the_text(self) -> None:
         """`python -m m0_basics.tools.documents tidy FOLDER` does both."""
         assert [problem for document in self.documents for problem in untidy(document)] == []
+
+    def test_the_page_of_changes_is_that_of_the_code(self) -> None:
+        """`python -m PACKAGE changes --write` writes it again. The first milestone has none."""
+        page = self.folder / changes.PAGE
+        if changes.previous_milestone(self.folder.name) is None:
+            assert not page.exists() and not changes.read_changes(self.folder.name)
+        else:
+            assert changes.read_changes(self.folder.name)
+            assert page.read_text(encoding="utf-8") == changes.page(self.folder.name)
 
     def test_interviews_have_their_form(self) -> None:
         problems = [check(path) for path in self.interviews for check in (check_interview, check_evidence)]
