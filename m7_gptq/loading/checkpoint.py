@@ -7,7 +7,6 @@ checked too: on a symmetric grid all zero points are known, so they show which o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from m0_basics.loading.files import LoadError
 from m0_basics.loading.weights import WeightSource
 
-from ..grid import QuantizedMatrix, can_stack, same_order, stack
+from ..grid import QuantizedMatrix
 from .pack import PackedMatrix, unpack_matrix
 from .settings import FORMATS, GPTQSettings
 
@@ -49,25 +48,6 @@ def read_matrix(source: WeightSource, part: str, settings: GPTQSettings,
                         f"config.json says {shape[0]} x {shape[1]}")
     matrix = unpack_matrix(packed, settings.bits, settings.version)
     return _with_true_zeros(matrix, source, part, settings)
-
-
-def read_joined(source: WeightSource, parts: Sequence[str], settings: GPTQSettings,
-                shapes: Sequence[tuple[int, int]] | None = None) -> QuantizedMatrix:
-    """The packed layers `parts` (q, k, v; gate, up) one below the other: one product runs them. Raises LoadError."""
-    if plain := [part for part in parts if not is_packed(source, part)]:
-        packed = next((part for part in parts if part not in plain), None)
-        raise LoadError(f"{source.location} holds {plain[0]} unpacked" + (f" and {packed} packed" if packed else "")
-                        + f"; allowed: {' + '.join(parts)} all packed or none")
-    found = [read_matrix(source, part, settings, None if shapes is None else shapes[i]) for i, part in enumerate(parts)]
-    matrices = [matrix for matrix in found if matrix is not None]
-    for part, matrix in zip(parts, matrices, strict=True):
-        if not same_order(matrix, matrices[0]):
-            raise LoadError(f"{source.location}: {parts[0]} and {part} read the same inputs, but their g_idx puts them "
-                            "into different groups; allowed: one g_idx for layers that are joined")
-    if not can_stack(matrices):
-        shown = ", ".join(f"{part} {m.shape[0]} x {m.shape[1]}" for part, m in zip(parts, matrices, strict=True))
-        raise LoadError(f"{source.location}: {shown} cannot be joined; allowed: one number of inputs")
-    return stack(matrices)
 
 
 def read_bias(source: WeightSource, part: str, outputs: int, expected: bool) -> Tensor | None:

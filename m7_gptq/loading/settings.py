@@ -76,11 +76,12 @@ class GPTQSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """For both files: the names of AutoGPTQ, and those that transformers and GPTQModel added."""
+        damping = {} if self.damp_percent is None else {"damp_percent": self.damp_percent}
         return {
             "quant_method": "gptq", "bits": self.bits, "group_size": self.group_size, "desc_act": self.desc_act,
             "sym": self.sym, "lm_head": self.lm_head, "checkpoint_format": self.checkpoint_format,
             "format": self.checkpoint_format, "pack_dtype": "int32", "true_sequential": self.true_sequential,
-            "static_groups": self.static_groups, "damp_percent": self.damp_percent, "meta": dict(self.meta),
+            "static_groups": self.static_groups, **damping, "meta": dict(self.meta),
         }
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from m0_basics.loading.files import LoadError
 from m0_basics.loading.weights import SafetensorsFolder, WeightSource
 from m7_gptq.grid import QuantizedMatrix
-from m7_gptq.loading.checkpoint import PackedLabelWarning, is_packed, read_bias, read_joined, read_matrix
+from m7_gptq.loading.checkpoint import PackedLabelWarning, is_packed, read_bias, read_matrix
 from m7_gptq.loading.pack import pack_matrix
 from m7_gptq.loading.settings import GPTQSettings
 
@@ -142,36 +142,6 @@ def test_a_group_that_does_not_divide():
 def test_a_shape_other_than_the_configuration():
     with pytest.raises(LoadError, match=r"is packed as 32 x 64, config.json says 48 x 64"):
         read_matrix(checkpoint(ASYMMETRIC, q=matrix_of()), Q, ASYMMETRIC, (48, 64))
-
-
-# --- joined layers -------------------------------------------------------------------------------------------------
-
-def test_joined_layers_one_below_the_other():
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
-    parts = {"q": matrix_of(order=order), "k": matrix_of(outputs=16, order=order, seed=1),
-             "v": matrix_of(outputs=16, order=order, seed=2)}
-    joined = read_joined(checkpoint(ASYMMETRIC, **parts), [Q, K, V], ASYMMETRIC, [(32, 64), (16, 64), (16, 64)])
-    assert torch.equal(joined.dequantise(), torch.cat([m.dequantise() for m in parts.values()]))
-
-
-def test_joined_layers_in_different_groups():
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
-    source = checkpoint(ASYMMETRIC, q=matrix_of(), k=matrix_of(order=order), v=matrix_of())
-    with pytest.raises(LoadError, match=r"q_proj and .*k_proj read the same inputs, but their g_idx"):
-        read_joined(source, [Q, K, V], ASYMMETRIC)
-
-
-def test_joined_layers_packed_in_part():
-    source = checkpoint(ASYMMETRIC, q=matrix_of(), v=matrix_of())
-    with pytest.raises(LoadError, match=r"holds .*k_proj unpacked and .*q_proj packed; allowed: .* all packed or none"):
-        read_joined(source, [Q, K, V], ASYMMETRIC)
-
-
-def test_joined_layers_of_different_widths():
-    settings = replace(ASYMMETRIC, group_size=32)
-    source = checkpoint(settings, q=matrix_of(inputs=64), k=matrix_of(inputs=128, groups=4))
-    with pytest.raises(LoadError, match=r"q_proj 32 x 64, .*k_proj 32 x 128 cannot be joined"):
-        read_joined(source, [Q, K], settings)
 
 
 # --- biases --------------------------------------------------------------------------------------------------------
