@@ -1,0 +1,66 @@
+"""The coding round: a statement, thirty minutes on the clock, and hidden tests. It is the exercise mode with a clock.
+
+The tasks are this folder's exercises (`README.md`, section Exercises): `start` blanks a function of `coding/` in the
+workspace, `check` runs its tests on what was written and says how long it took.
+"""
+from __future__ import annotations
+
+import ast
+from datetime import UTC, datetime
+
+import typer
+
+from m0_basics.tools.exercise.book import Exercise, ExerciseBook
+
+from .state import State, now
+
+PACKAGE = "interview"
+MINUTES = 30
+_TAIL = 30              # lines of the tests' output
+
+
+def statement(book: ExerciseBook, exercise: Exercise) -> str:
+    """The task as Markdown: what the module says, then the function's contract."""
+    source = book.source_file(exercise).read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    name = exercise.symbol.split(".")
+    scope: ast.AST = tree
+    for part in name:
+        scope = next(n for n in ast.iter_child_nodes(scope) if getattr(n, "name", None) == part)
+    assert isinstance(scope, ast.FunctionDef)
+    returns = f" -> {ast.unparse(scope.returns)}" if scope.returns else ""
+    head = f"def {scope.name}({ast.unparse(scope.args)}){returns}"
+    contract = ast.get_docstring(scope) or ""
+    return (f"## {exercise.number}. {exercise.task}\n\n{ast.get_docstring(tree)}\n\n```python\n{head}:\n```\n\n"
+            f"```\n{contract}\n```\n")
+
+
+def start(book: ExerciseBook, exercise: Exercise, state: State, force: bool = False) -> tuple[str, str]:
+    """Blank the function and start the clock. Returns the statement, and where to write."""
+    path, line = book.start(exercise, force)
+    state.started[exercise.name] = now()
+    state.save()
+    return statement(book, exercise), f"{path}:{line}"
+
+
+def check(book: ExerciseBook, exercise: Exercise, state: State) -> bool:
+    """Run the hidden tests, print their end and the time used."""
+    result = book.check(exercise)
+    lines = result.output.splitlines()
+    typer.echo("\n".join(lines[-1:] if result.passed else lines[-_TAIL:]))
+    used = minutes_used(state, exercise)
+    clock = "" if used is None else f", {used:.0f} of {MINUTES} minutes" + (" (over time)" if used > MINUTES else "")
+    typer.echo(f"{exercise.name}: {'passed' if result.passed else 'not passed'}{clock}")
+    if result.passed:
+        state.started.pop(exercise.name, None)
+        state.save()
+    return result.passed
+
+
+def minutes_used(state: State, exercise: Exercise) -> float | None:
+    """Minutes since the task was started; None if it was not, or its clock is unreadable."""
+    try:
+        begun = datetime.fromisoformat(state.started[exercise.name])
+        return (datetime.now(UTC) - begun).total_seconds() / 60
+    except (KeyError, ValueError, TypeError):
+        return None

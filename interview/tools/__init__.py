@@ -1,0 +1,1 @@
+"""What works out the numbers of the interview pages."""
