@@ -35,7 +35,7 @@ def disk_bits(bits: int, group_size: int) -> float:
 def formats() -> dict[str, Fact]:
     """Bits per weight, everything counted but what a whole row shares."""
     facts = {f"bits.{bits}.{group}": Fact(disk_bits(bits, group), "bit")
-             for bits, group in ((2, 64), (3, 64), (4, 32), (4, 64), (4, 128), (8, 64))}
+             for bits, group in ((2, 64), (3, 64), (4, 32), (4, 64), (4, 128), (4, 192), (8, 64))}
     facts |= {f"bits.{name.lower()}": Fact(bits_per_weight(name), "bit")
               for name in ("Q4_0", "Q4_1", "Q4_K", "Q6_K", "Q8_0")}
     return facts | {
