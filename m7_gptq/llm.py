@@ -35,7 +35,9 @@ from m6_prefix_cache.prefix_stats import PrefixCacheStats
 
 from .config import EngineConfig
 from .loading.fill import load_model
+from .loading.fingerprint import fingerprint_of
 from .loading.source import load_tokenizer
+from .self_draft import SelfDrafter, load_twin, with_full_weights
 
 
 class LLM(PagedLLM):
@@ -47,8 +49,11 @@ class LLM(PagedLLM):
         """Options are the fields of `EngineConfig`'s layers: quantization, activations, ..."""
         hooks = split_plugins(plugins)
         config = with_auto_dtype(EngineConfig.from_options(model=model, **options), bool(hooks.cache))
+        config = with_full_weights(config)
         weights, tokenizer = load_model(config.model_config), load_tokenizer(config.model_config)
-        fingerprint = ""
+        keeps_blocks = config.cache_config.prefix_cache_dir is not None
+        fingerprint = fingerprint_of(weights, config.model_config.activations) if keeps_blocks else ""
+        twin = load_twin(config, weights)
         config = config.with_max_model_len(weights.spec.max_position_embeddings)
         limits, attention, guessing = config.scheduler_config, config.attention_config, config.speculative_config
 
@@ -56,6 +61,7 @@ class LLM(PagedLLM):
         backend = choose(attention.attention_backend, situation)
         if attention.fused_layers:
             weights = fuse(weights, layer_kernels_for(weights.device, weights.dtype))
+            twin = twin and fuse(twin, layer_kernels_for(twin.device, twin.dtype))
         draft = load_draft(config, weights.spec, tokenizer, hooks.cache)
         memory = allocate_memory(config, weights, hooks.cache, draft.block_bytes if draft else 0)
         cost, observers = StepCost(), list(hooks.scheduler)
@@ -67,8 +73,11 @@ class LLM(PagedLLM):
 
         if isinstance(manager, PrefixKVCacheManager):
             observers = [QueueWatch(manager, policy), *observers, PrefixCacheStats(manager)]
-        speculation = None
-        if (drafter := drafter_for(config, draft, tokenizer, memory.num_blocks)) is not None:
+        speculation, drafter = None, drafter_for(config, draft, tokenizer, memory.num_blocks)
+        if twin is not None:
+            drafting = ModelRunner(twin, backend.make(situation, memory.cache, manager.tables))
+            drafter = SelfDrafter(with_decode_call(drafting), manager, FullSampler(tokenizer))
+        if drafter is not None:
             speculation = Speculation(drafter, cost, guessing.num_speculative_tokens or DEFAULT_NUM_GUESSES,
                                       limits.longest, guessing.adaptive_drafts)
             observers += [drafter, SpeculationStats()]

@@ -149,13 +149,16 @@ def _fill_ends(model: CausalLM, source: _Remaining, checkpoint: Checkpoint) -> N
     model.spec = replace(model.spec, tie_word_embeddings=False)         # for m0's loader: what is left is not tied
 
 
-def round_model(model: CausalLM, config: ModelConfig) -> CausalLM:
-    """Every matrix of a plain model rounded to nearest; embedding and output matrix as one where they are one."""
+def round_model(model: CausalLM, config: ModelConfig, embedding: bool = True) -> CausalLM:
+    """Every matrix of a plain model rounded to nearest; embedding and output matrix as one where they are one.
+
+    Without `embedding` that stays as it is.
+    """
     def rounded(weight: Tensor) -> QuantizedMatrix:
         size = group_size(weight.shape[1], config.quantization_group_size)
         return round_to_nearest(weight.float(), QuantizeOptions(config.quantization_bits, size, method="rtn"))
 
-    tied = model.lm_head.weight is model.embed_tokens.weight
+    tied = model.spec.tie_word_embeddings and embedding
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             matrix = rounded(module.weight)

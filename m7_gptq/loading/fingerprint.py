@@ -15,7 +15,7 @@ from ..linear import QuantizedEmbedding, QuantizedLinear
 
 
 def fingerprint_of(model: CausalLM, activations: str) -> str:
-    """Of a model's shapes, type and every weight, and how activations meet them. To be asked before layers are fused."""
+    """Of a model's shapes, type and every weight, and its activations. To be asked before layers are fused."""
     digest = sha256(f"{fingerprint_of_plain(model)} {activations}".encode())
     for name, matrix in sorted(matrices_of(model)):
         digest.update(f"{name} {matrix.bits}".encode())
