@@ -10,7 +10,7 @@ from ..elementwise import ElementwiseOps, TorchOps
 from ..layers import FusedDecoderLayer, FusedRMSNorm, GatedLinear, LayerKernels, Stacked
 from .cpu import bindings as cpu
 from .cpu.build import BuildError
-from .cpu.decoder import CpuDecoder, can_end_with, can_stack
+from .cpu.decoder import PACKED, CpuDecoder, Products, can_end_with, can_stack
 from .cpu.linear import PackedGatedLinear, PackedLinear, choose
 from .triton import has_triton
 
@@ -59,11 +59,12 @@ def make_ops(device: torch.device, dtype: torch.dtype) -> ElementwiseOps:
     return TorchOps()
 
 
-def stack(layers: list[FusedDecoderLayer], norm: FusedRMSNorm, head: nn.Module) -> Stacked:
+def stack(layers: list[FusedDecoderLayer], norm: FusedRMSNorm, head: nn.Module, products: Products = PACKED) -> Stacked:
     """One call for all layers and the norm where there is a kernel for that, else one by one."""
-    if not can_stack(layers):
+    if not can_stack(layers, products):
         return one_by_one(layers, norm, head)
-    return Stacked([CpuDecoder(layers, norm, head if can_end_with(head, layers) else None)], nn.Identity(), head)
+    last = head if can_end_with(head, layers, products) else None
+    return Stacked([CpuDecoder(layers, norm, last, products)], nn.Identity(), head)
 
 
 def one_by_one(layers: list[FusedDecoderLayer], norm: FusedRMSNorm, head: nn.Module) -> Stacked:

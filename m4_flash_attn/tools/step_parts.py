@@ -26,7 +26,7 @@ from m2_continuous_batching.tools.step_costs import decode_steps
 
 from ..elementwise import ElementwiseOps
 from ..kernels.cpu.attention import CpuAttention
-from ..kernels.cpu.bindings import PagedKernels, Step
+from ..kernels.cpu.bindings import NativeDecoder, PagedKernels, Step
 from ..kernels.cpu.runner import DecodeRunner, can_decode
 from ..kernels.layer_kernels import layer_kernels_for, one_by_one
 from ..layers import FusedDecoderLayer, FusedRMSNorm, LayerKernels, Stacked, fuse
@@ -91,9 +91,9 @@ class TimedKernels(PagedKernels):
                         rotary: tuple[Tensor, Tensor], k_cache: Tensor, v_cache: Tensor) -> None:
         self.watch.time("elementwise", super().rotate_store_kv, step, qkv, norms, eps, rotary, k_cache, v_cache)
 
-    def decoder_layers(self, step: Step, decoder: Any, x: Tensor, rotary: tuple[Tensor, Tensor], k_cache: Tensor,
-                       v_cache: Tensor, logits: Tensor | None) -> None:
-        self.watch.time("layers", super().decoder_layers, step, decoder, x, rotary, k_cache, v_cache, logits)
+    def decoder_layers(self, step: Step, native: NativeDecoder, x: Tensor, rotary: tuple[Tensor, Tensor],
+                       k_cache: Tensor, v_cache: Tensor, logits: Tensor | None) -> None:
+        self.watch.time("layers", super().decoder_layers, step, native, x, rotary, k_cache, v_cache, logits)
 
     def attend(self, step: Step, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         return self.watch.time("attention", super().attend, step, q, k_cache, v_cache)

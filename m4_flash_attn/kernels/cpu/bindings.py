@@ -20,7 +20,7 @@ from .build import library
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_HEAD_DIM = 1024                 # of batch.hpp
-_IN_WORKSPACE = ("attend_paged", "decoder_layers_f32", "decoder_layers_bf16")    # return 0, or the bytes that they lack
+_LAYERS = {torch.float32: "decoder_layers_f32", torch.bfloat16: "decoder_layers_bf16"}
 
 
 class Shape(Structure):
@@ -66,6 +66,14 @@ def packed_step(num_tokens: int, num_sequences: int, packed: StepNumbers) -> Ste
                       address + 4 * packed.block_table_at, address + 4 * packed.slots_at), numbers)
 
 
+@dataclass(frozen=True)
+class NativeDecoder:
+    """A `decoder.Decoder` as a C structure, and the library that was compiled for its kind of weights."""
+
+    structure: Any
+    kernels: CDLL
+
+
 class PagedKernels:
     """Writing to the paged cache and attending over it, for one model and one layout of its cache."""
 
@@ -106,30 +114,30 @@ class PagedKernels:
         """q: T rows that begin with [H_q, D], as [T, H_q, D] or the whole qkv does -> [T, H_q * D]."""
         assert q.shape[1:].numel() >= self.width
         out = torch.empty(step.batch.num_tokens, self.width, dtype=self.dtype)
-        self._in_workspace("attend_paged", self._shape_ref, byref(step.batch), self._rows(step, q), q.stride(0),
-                           self._whole(k_cache), self._whole(v_cache), out.data_ptr())
+        self._in_workspace(self._functions["attend_paged"], self._shape_ref, byref(step.batch), self._rows(step, q),
+                           q.stride(0), self._whole(k_cache), self._whole(v_cache), out.data_ptr())
         return out
 
-    def decoder_layers(self, step: Step, decoder: Any, x: Tensor, rotary: tuple[Tensor, Tensor], k_cache: Tensor,
-                       v_cache: Tensor, logits: Tensor | None) -> None:
-        """x [T, hidden] through a whole `decoder.Decoder`, in place; caches [layers, num_slots, H_kv, D].
+    def decoder_layers(self, step: Step, native: NativeDecoder, x: Tensor, rotary: tuple[Tensor, Tensor],
+                       k_cache: Tensor, v_cache: Tensor, logits: Tensor | None) -> None:
+        """x [T, hidden] through a whole decoder, in place; caches [layers, num_slots, H_kv, D].
 
         Where the decoder has an output matrix, `logits` [T, vocab], float32, may be given to be filled.
         """
+        decoder = native.structure
         assert x.shape == (step.batch.num_tokens, decoder.hidden_size)
         assert k_cache.shape[0] == v_cache.shape[0] == decoder.num_layers
         assert logits is None or logits.shape == (step.batch.num_tokens, decoder.head.columns)
-        self._in_workspace("decoder_layers_bf16" if self._shape.is_bf16 else "decoder_layers_f32", self._shape_ref,
-                           byref(step.batch), byref(decoder), self._whole(x), *self._rotary(step, rotary),
-                           self._whole(k_cache), self._whole(v_cache), k_cache.stride(0),
+        self._in_workspace(_layers_function(native.kernels, self.dtype), self._shape_ref, byref(step.batch),
+                           byref(decoder), self._whole(x), *self._rotary(step, rotary), self._whole(k_cache),
+                           self._whole(v_cache), k_cache.stride(0),
                            None if logits is None else _address(logits, torch.float32))
 
-    def _in_workspace(self, name: str, *arguments: Any) -> None:
+    def _in_workspace(self, function: Any, *arguments: Any) -> None:
         """Call a kernel that works in our memory. Where that is too small, it does nothing and says how much it takes.
 
         So running out of memory is torch's exception, for this step alone.
         """
-        function = self._functions[name]
         while needed := function(*arguments, self._workspace.data_ptr(), self._workspace.nbytes):
             self._workspace = torch.empty(0, dtype=torch.uint8)     # the old one goes before there is a new one
             self._workspace = torch.empty(needed + needed // 8, dtype=torch.uint8)
@@ -186,18 +194,24 @@ def _address(x: Tensor, dtype: torch.dtype) -> int:
 @cache
 def _functions(kernels: CDLL) -> dict[str, Any]:
     shape, batch = POINTER(Shape), POINTER(Batch)
-    layers = [shape, batch, *[c_void_p] * 6, c_int64, c_void_p, c_void_p, c_int64]
     signatures: dict[str, list[Any]] = {
         "store_kv": [shape, batch, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p],
         "rotate_store_kv": [shape, batch, *[c_void_p] * 3, c_float, *[c_void_p] * 4],
         "attend_paged": [shape, batch, c_void_p, c_int64, *[c_void_p] * 4, c_int64],
-        "decoder_layers_f32": layers,
-        "decoder_layers_bf16": layers,
         "add_rms_norm": [c_int32, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_float, c_void_p],
         "silu_mul": [c_int32, c_int64, c_int64, c_void_p, c_void_p]}
     functions = {}
     for name, argtypes in signatures.items():
         functions[name] = getattr(kernels, name)
         functions[name].argtypes = argtypes
-        functions[name].restype = c_int64 if name in _IN_WORKSPACE else None
+        functions[name].restype = c_int64 if name == "attend_paged" else None      # 0, or the bytes that it lacks
     return functions
+
+
+@cache
+def _layers_function(kernels: CDLL, dtype: torch.dtype) -> Any:
+    """All layers in one call, of any library that has them. Returns 0, or the bytes that its workspace lacks."""
+    function = getattr(kernels, _LAYERS[dtype])
+    function.argtypes = [POINTER(Shape), POINTER(Batch), *[c_void_p] * 6, c_int64, c_void_p, c_void_p, c_int64]
+    function.restype = c_int64
+    return function

@@ -6,7 +6,8 @@
 // Called part by part, a step of one token spends a fifth of its time on calls and on waking threads.
 //
 // What multiplies is a policy, so that other weights run through the same layers: linear::Product over some Format, or
-// anything that has its Weights (with `columns` and `depth`), Input and share.
+// anything that has its Weights (with `columns` and `depth`), Input and share. One that makes something else of x first
+// says how much memory that takes (scratch_bytes), and in how many phases it is done.
 #pragma once
 
 #include "attention.hpp"
@@ -31,6 +32,19 @@ template <class Weights> struct Decoder {
     float eps;
 };
 
+// Memory for whatever a product makes of x: as much as the one that takes most. No two run at the same time.
+template <class Linear>
+static int64_t scratch_bytes(const Decoder<typename Linear::Weights>& decoder, bool with_head, int64_t tokens,
+                             int threads) {
+    int64_t most = with_head ? Linear::scratch_bytes(decoder.head, tokens, threads) : 0;
+    for (int i = 0; i < decoder.num_layers; i++) {
+        const auto& layer = decoder.layers[i];
+        for (const auto* weights : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down})
+            most = std::max(most, Linear::scratch_bytes(*weights, tokens, threads));
+    }
+    return most;
+}
+
 // x [T, hidden] is changed in place; caches [layers, num_slots, H_kv, D], `layer_size` elements a layer; logits
 // [T, vocab] or null. They are given where every row goes on to the output matrix: then x is of no use afterwards.
 // Returns 0; or, where the workspace is too small, how many bytes it takes: then nothing was done.
@@ -45,13 +59,15 @@ int64_t run(const Shape& shape, const Batch& batch, const Decoder<typename Linea
     const long tokens = batch.num_tokens, hidden = decoder.hidden_size, intermediate = decoder.layers[0].down.depth;
     const long heads = (long)shape.num_heads * shape.head_dim, qkv_width = decoder.layers[0].qkv.columns;
     const float eps = decoder.eps;
-    const int threads = threads_worth_using(), phases = 8 * decoder.num_layers + 2;
+    const int threads = threads_worth_using(), per_product = Linear::PHASES;
+    const int phases = (4 + 4 * per_product) * decoder.num_layers + 1 + per_product;
     auto* counters = workspace.take<std::atomic<int>>(Team::num_counters(phases, threads));
     Input* normed = workspace.take<Input>(tokens * hidden);
     T* qkv = workspace.take<T>(tokens * qkv_width);
     Input* attended = workspace.take<Input>(tokens * heads);
     T* delta = workspace.take<T>(tokens * hidden);
     Input* activated = workspace.take<Input>(tokens * intermediate);
+    char* scratch = workspace.take<char>(scratch_bytes<Linear>(decoder, logits != nullptr, tokens, threads));
     const attention::Work<T> work(workspace, shape, batch, threads);
     if (!workspace.fits()) return workspace.used;
     Team team(counters, phases, threads);
@@ -62,7 +78,8 @@ int64_t run(const Shape& shape, const Batch& batch, const Decoder<typename Linea
             });
         };
         auto multiply = [&](const Weights& weights, const Input* from, T* to) {
-            Linear::template share<T, false>(member, weights, from, weights.depth, to, weights.columns, tokens);
+            Linear::template share<T, false>(member, weights, from, weights.depth, to, weights.columns, tokens,
+                                             scratch);
         };
         for (int i = 0; i < decoder.num_layers; i++) {
             const Layer<Weights>& layer = decoder.layers[i];
@@ -76,13 +93,14 @@ int64_t run(const Shape& shape, const Batch& batch, const Decoder<typename Linea
             attention::share(member, work, shape, batch, qkv, qkv_width, (const T*)k, (const T*)v, attended);
             multiply(layer.o, attended, delta);
             norm(delta, layer.post_attention_norm, normed);
-            Linear::template share<Input, true>(member, layer.gate_up, normed, hidden, activated, intermediate, tokens);
+            Linear::template share<Input, true>(member, layer.gate_up, normed, hidden, activated, intermediate, tokens,
+                                                scratch);
             multiply(layer.down, activated, delta);
         }
         if (logits) {
             norm(delta, decoder.norm, normed);
             Linear::template share<float, false>(member, decoder.head, normed, hidden, logits, decoder.head.columns,
-                                                 tokens);
+                                                 tokens, scratch);
         } else {
             norm(delta, decoder.norm, x);
         }

@@ -159,28 +159,40 @@ static inline int grain(int64_t num_rows, int64_t depth, int64_t panel_bytes) {
     return panels >= 4 ? (int)std::min<int64_t>(16, panels / 4 * 4) : (int)std::max<int64_t>(1, panels);
 }
 
+// How a product is cut: `panels` of `panel_bytes` each, rows of x of `row_bytes` and `depth` elements each. Calls
+// run(row, num_rows, first, last, fetched) for rows x panels [first, last), where `fetched` is for the thread to keep.
+// All threads of a team call this.
+template <class Run>
+static void share_panels(Member& member, int64_t panels, int64_t panel_bytes, int64_t depth, int64_t row_bytes,
+                         int64_t num_rows, Run&& run) {
+    // Rows are cut where x does not fit the cache, and where there are too few panels for the threads.
+    auto divided = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+    const int64_t fitting = std::clamp<int64_t>(X_BYTES / row_bytes, 12, MAX_ROWS);
+    const int64_t wanted = std::max(divided(num_rows, fitting), divided(4 * int64_t(member.team.num_threads), panels));
+    const int64_t blocks = std::max({int64_t(1), divided(num_rows, MAX_ROWS), std::min(wanted, num_rows / 12)});
+    const char* fetched = nullptr;
+    if (num_rows == 0) return;
+    member.share((int)(blocks * panels), grain((num_rows + blocks - 1) / blocks, depth, panel_bytes),
+                 [&](int64_t item, int64_t end) {
+        while (item < end) {
+            const int64_t b = item / panels, first = item % panels, last = std::min(panels, first + end - item);
+            const int64_t row = num_rows * b / blocks, row_end = num_rows * (b + 1) / blocks;
+            run(row, row_end - row, first, last, fetched);
+            item += last - first;
+        }
+    });
+}
+
 // x [num_rows, K] -> y [num_rows, N]; strides in elements. All threads of a team call this.
 template <class Format, class Out, bool GATED>
 static void share(Member& member, const typename Format::Weights& weights,
                   const typename Format::Arithmetic::element* x, int64_t x_stride, Out* y, int64_t y_stride,
                   int64_t num_rows) {
     const Job<Format, Out, GATED> job{weights, x, x_stride, y, y_stride};
-    const int64_t panels = (weights.columns + job.WIDTH - 1) / job.WIDTH, threads = member.team.num_threads;
-    // Rows are cut where x does not fit the cache, and where there are too few panels for the threads.
-    auto divided = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-    const int64_t fitting = std::clamp<int64_t>(X_BYTES / int64_t(sizeof(*x)) / weights.depth, 12, MAX_ROWS);
-    const int64_t wanted = std::max(divided(num_rows, fitting), divided(4 * threads, panels));
-    const int64_t blocks = std::max({int64_t(1), divided(num_rows, MAX_ROWS), std::min(wanted, num_rows / 12)});
-    const char* fetched = nullptr;
-    if (num_rows == 0) return;
-    member.share((int)(blocks * panels), grain((num_rows + blocks - 1) / blocks, weights.depth, Format::bytes(weights)),
-                 [&](int64_t item, int64_t end) {
-        while (item < end) {
-            const int64_t b = item / panels, first = item % panels, last = std::min(panels, first + end - item);
-            const int64_t row = num_rows * b / blocks, row_end = num_rows * (b + 1) / blocks;
-            job.run(row, row_end - row, first, last, panels, fetched);
-            item += last - first;
-        }
+    const int64_t panels = (weights.columns + job.WIDTH - 1) / job.WIDTH;
+    share_panels(member, panels, Format::bytes(weights), weights.depth, int64_t(sizeof(*x)) * weights.depth, num_rows,
+                 [&](int64_t row, int64_t rows, int64_t first, int64_t last, const char*& fetched) {
+        job.run(row, rows, first, last, panels, fetched);
     });
 }
 
@@ -189,9 +201,12 @@ template <class T, class Format> struct Product {
     typedef typename Format::Weights Weights;
     typedef typename InputOf<T, typename Format::Arithmetic>::type Input;      // what rows of x are kept as
 
+    static constexpr int PHASES = 1;                                            // of Member::share, in a product
+    static int64_t scratch_bytes(const Weights&, int64_t, int) { return 0; }    // for a number of rows, and of threads
+
     template <class Out, bool GATED>
     static void share(Member& member, const Weights& weights, const Input* x, int64_t x_stride, Out* y, int64_t y_stride,
-                      int64_t num_rows) {
+                      int64_t num_rows, char* = nullptr) {
         linear::share<Format, Out, GATED>(member, weights, (const typename Format::Arithmetic::element*)x, x_stride, y,
                                           y_stride, num_rows);
     }

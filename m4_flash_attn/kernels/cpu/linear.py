@@ -105,6 +105,11 @@ def choose(dtype: torch.dtype, out_dtype: torch.dtype) -> Kind:
     return "native"
 
 
+def kernels() -> ctypes.CDLL:
+    """The library that layers are packed for. Raises BuildError."""
+    return library()
+
+
 def pack(weight: Tensor, panel: int) -> Tensor:
     """weight [N, K] -> [ceil(N / panel), ceil(K / s), panel, s], filled up with zeros; s is 2 in bf16, else 1."""
     step = _STEP[weight.dtype]
