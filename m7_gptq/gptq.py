@@ -17,10 +17,10 @@ from torch import Tensor
 from m0_basics.config import ConfigError
 
 from .grid import QuantizedMatrix
-from .rtn import Grid, QuantizeOptions, assemble, check_weight, find_grid
+from .rtn import Grid, QuantizeOptions, Rows, assemble, by_rows, check_weight, find_grid
 
 BLOCK = 128
-_ROWS = 4096                                # rows do not depend on each other: so many at once stay in the cache
+_ROWS = 4096                                # whose errors are measured at once
 _DAMPING_TRIES = 6                          # the last with 10^5 times the damping asked for
 
 
@@ -100,8 +100,8 @@ def quantize_with(weight: Tensor, factor: Factor, options: QuantizeOptions) -> Q
     check_weight(weight)
     num_inputs = weight.shape[1]
     size = options.group_of(num_inputs)
-    parts = [_quantize_rows(rows[:, factor.order].T.contiguous(), factor.upper, size, options)
-             for rows in weight.split(_ROWS)]
+    parts = by_rows(weight, lambda rows: _quantize_rows(rows[:, factor.order].T.contiguous(), factor.upper, size,
+                                                        options))
     if not options.desc_act:
         return assemble(parts, options.bits)
     if not options.act_group_aware:
@@ -111,7 +111,7 @@ def quantize_with(weight: Tensor, factor: Factor, options: QuantizeOptions) -> Q
     return assemble([(codes[back], [grids[g] for g in groups_back]) for codes, grids in parts], options.bits)
 
 
-def _quantize_rows(w: Tensor, upper: Tensor, size: int, options: QuantizeOptions) -> tuple[Tensor, list[Grid]]:
+def _quantize_rows(w: Tensor, upper: Tensor, size: int, options: QuantizeOptions) -> Rows:
     """w [K, rows], overwritten -> codes [K, rows] and the grid of each group."""
     codes, grids = torch.empty_like(w), list[Grid]()
     importance = upper.diagonal().pow(-2)   # an error of 1 at input i costs 1 / U[i, i]^2, once the rest has made up
@@ -130,12 +130,13 @@ def _quantize_rows(w: Tensor, upper: Tensor, size: int, options: QuantizeOptions
     return codes, grids
 
 
-def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
-    """Squared error of the outputs over the calibration tokens, as a share of the outputs' own square."""
+def output_errors(weight: Tensor, quantized: list[Tensor], hessian: Tensor) -> list[float]:
+    """Of each of some versions of `weight` [N, K]: the squared error of the outputs over the calibration tokens, as a
+    share of the outputs' own square."""
     h = hessian.float()
 
     def energy(w: Tensor) -> float:
         return sum(float((part @ h).mul_(part).sum(dtype=torch.float64)) for part in w.split(_ROWS))
 
     total = energy(weight)
-    return energy(weight - quantized) / total if total > 0 else 0.0
+    return [energy(weight - version) / total if total > 0 else 0.0 for version in quantized]

@@ -1,8 +1,8 @@
 """A whole model, layer by layer: each linear layer is quantised at the moment its calibration inputs arrive.
 
-The windows run through the model once, one decoder layer after the other. A hook in front of each linear layer sums up
-the inputs, quantises the weights, and puts their new values in place; the layer then runs on with those. So whatever
-comes later is calibrated on what the quantised model will really feed it.
+The windows run through the model once, one decoder layer after the other. Before a linear layer runs, its inputs are
+summed up, its weights quantised, and their new values put in place; it then runs with those. So whatever comes later is
+calibrated on what the quantised model will really feed it.
 
 Where input and output matrix are one, it comes first, since every layer's inputs start in it.
 """
@@ -22,10 +22,19 @@ from tqdm import tqdm
 
 from m0_basics.config import ConfigError
 from m0_basics.loading.weights import hf_parts, part_rows
-from m0_basics.model import CausalLM
+from m0_basics.model import CausalLM, DecoderLayer
 
-from .calibration import Batch, InputStatistics, collect, corrected_weight, hidden_states
-from .gptq import factorise, output_error, quantize_with
+from .calibration import (
+    Arrived,
+    Batches,
+    InputStatistics,
+    collect,
+    corrected_weight,
+    cut_batches,
+    hidden_states,
+    run_layer,
+)
+from .gptq import factorise, output_errors, quantize_with
 from .grid import QuantizedMatrix
 from .rtn import QuantizeOptions, round_to_nearest
 
@@ -126,49 +135,40 @@ def _round(model: CausalLM, parts: _Parts) -> Iterator[None]:
 
 def _calibrate(model: CausalLM, windows: Tensor, parts: _Parts) -> Iterator[None]:
     """Quantise every matrix as its inputs arrive."""
-    options, tied = parts.options, model.lm_head.weight is model.embed_tokens.weight
-    batch, ids = Batch(model, *windows.shape), windows.flatten()
-    full = model.embed_tokens(ids) if options.gptaq else None       # the stream of the full-precision model
+    options, tied, length = parts.options, model.lm_head.weight is model.embed_tokens.weight, windows.shape[1]
+    batches, ids = cut_batches(model, windows)
+    full = [model.embed_tokens(part) for part in ids] if options.gptaq else None    # the full-precision model's stream
     if options.lm_head and tied:
         with parts.part("lm_head", model.lm_head) as todo:
             for name, linear in todo:
-                parts.quantise(name, linear, collect(hidden_states(model, windows).flatten(0, 1), None, 1, 0))
+                parts.quantise(name, linear, collect([hidden_states(model, windows).flatten(0, 1)], None, length, 0))
         yield
-    x = model.embed_tokens(ids)
+    x = [model.embed_tokens(part) for part in ids]
     for i, layer in enumerate(model.layers):
-        seen = dict[str, Tensor]()
+        assert isinstance(layer, DecoderLayer), "a plain model"
+        seen = dict[str, Batches]()
         if full is not None:
-            full = _watch(copy.deepcopy(layer), batch, full, seen.__setitem__)
+            full = run_layer(copy.deepcopy(layer), full, batches, seen.__setitem__)
         with parts.part(f"layers.{i}", layer) as todo:
-            linears = dict(todo)
-
-            def arrived(name: str, inputs: Tensor, i: int = i, linears: dict[str, nn.Linear] = linears,
-                        seen: dict[str, Tensor] = seen) -> None:
-                if (linear := linears.get(f"layers.{i}.{name}")) is not None:
-                    sink = options.sink if name.endswith("qkv_proj") else 0.0
-                    parts.quantise(f"layers.{i}.{name}", linear,
-                                   collect(inputs, seen.pop(name, None), batch.length, sink))
-
-            x = _watch(layer, batch, x, arrived)
+            x = run_layer(layer, x, batches, _quantise_arrived(parts, f"layers.{i}.", dict(todo), seen, length))
         yield
     if options.lm_head and not tied:
         with parts.part("lm_head", model.lm_head) as todo:
             for name, linear in todo:
-                full_x = None if full is None else model.norm(full)
-                parts.quantise(name, linear, collect(model.norm(x), full_x, batch.length, 0))
+                full_x = None if full is None else [model.norm(part) for part in full]
+                parts.quantise(name, linear, collect([model.norm(part) for part in x], full_x, length, 0))
         yield
 
 
-def _watch(layer: nn.Module, batch: Batch, x: Tensor, arrived: Callable[[str, Tensor], None]) -> Tensor:
-    """Run one decoder layer on x [T, hidden]; `arrived(name, inputs)` comes before each of its linear layers runs."""
-    hooks = [module.register_forward_pre_hook(lambda _, inputs, name=name: arrived(name, inputs[0]))
-             for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
-    try:
-        out: Tensor = layer(x, batch.rotary, batch.backend, batch.metadata)
-        return out
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _quantise_arrived(parts: _Parts, prefix: str, todo: dict[str, nn.Linear], full: dict[str, Batches],
+                      length: int) -> Arrived:
+    """Quantises what is still to do of a decoder layer; `full`: the inputs of the full-precision model."""
+    def arrived(name: str, inputs: Batches) -> None:
+        if (linear := todo.get(prefix + name)) is not None:
+            sink = parts.options.sink if name.endswith("qkv_proj") else 0.0
+            parts.quantise(prefix + name, linear, collect(inputs, full.pop(name, None), length, sink))
+
+    return arrived
 
 
 class _Parts:
@@ -203,7 +203,7 @@ class _Parts:
     def quantise(self, name: str, linear: nn.Linear, inputs: InputStatistics | None = None) -> None:
         """One linear layer: into the result, its values in place."""
         start = time.perf_counter()
-        matrix, report = _naming(name, _quantise_one, name, linear.weight, inputs, self.options)
+        matrix, report = _naming(name, _quantise_one, name, linear.weight.detach(), inputs, self.options)
         parts = hf_parts(name)
         rows = [0, *itertools.accumulate(part_rows(parts, matrix.shape[0], self.model.spec))]
         for part, (first, last) in zip(parts, itertools.pairwise(rows), strict=True):
@@ -226,9 +226,8 @@ def _quantise_one(name: str, weight: Tensor, inputs: InputStatistics | None,
     factor = factorise(inputs.hessian, options)
     matrix = quantize_with(corrected_weight(weight, inputs, factor.damp_percent, options.gptaq), factor, options)
     nearest = round_to_nearest(weight, replace(options, search=False))
-    return matrix, MatrixReport(name, output_error(weight, matrix.dequantise(), inputs.hessian),
-                                output_error(weight, nearest.dequantise(), inputs.hessian),
-                                factor.damp_percent, factor.num_dead)
+    error, nearest_error = output_errors(weight, [matrix.dequantise(), nearest.dequantise()], inputs.hessian)
+    return matrix, MatrixReport(name, error, nearest_error, factor.damp_percent, factor.num_dead)
 
 
 def _naming(name: str, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -8,6 +8,8 @@ N outputs, K inputs, g inputs of a group. Here matrices are transposed, [K, N]: 
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ from .grid import BITS, QuantizedMatrix
 METHODS = ("gptq", "rtn")
 _SMALLEST_SCALE = 2.0 ** -24                # of fp16, in which folders keep scales
 _SPANS = tuple(1.0 - 0.025 * i for i in range(25))          # 1.0 ... 0.4 of the range between smallest and largest
-_ROWS = 4096                                # worked on at once: a group of them stays in the core's cache
+_ROWS = 2048                                # worked on at once: a group of them stays in the core's cache
 
 
 @dataclass(frozen=True)
@@ -115,16 +117,33 @@ def round_to_nearest(weight: Tensor, options: QuantizeOptions) -> QuantizedMatri
     """`weight` [N, K] float32, each weight to its nearest code. Raises ConfigError for weights that have none."""
     check_weight(weight)
     size = options.group_of(weight.shape[1])
-    parts = []
-    for rows in weight.split(_ROWS):
+
+    def rounded(rows: Tensor) -> Rows:
         groups = [(w, find_grid(w, options)) for w in rows.T.contiguous().split(size)]
         codes = torch.cat([grid.codes(w, options.bits) for w, grid in groups])
-        parts.append((codes, [grid for _, grid in groups]))
-    return assemble(parts, options.bits)
+        return codes, [grid for _, grid in groups]
+
+    return assemble(by_rows(weight, rounded), options.bits)
 
 
-def assemble(parts: list[tuple[Tensor, list[Grid]]], bits: int, order: Tensor | None = None) -> QuantizedMatrix:
-    """A matrix of parts with some rows each: codes [K, rows] and the grids of their groups."""
+Rows = tuple[Tensor, list[Grid]]            # of some rows: codes [K, rows], and the grid of each group
+
+
+def by_rows(weight: Tensor, quantise: Callable[[Tensor], Rows]) -> list[Rows]:
+    """`quantise` some rows of `weight` [N, K] after the others: several at a time, each by one thread.
+
+    Rows do not depend on each other, and the operations on them are too small to be shared out one by one.
+    """
+    num_threads = torch.get_num_threads()
+    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            return list(pool.map(quantise, weight.split(_ROWS)))
+        finally:
+            torch.set_num_threads(num_threads)          # this thread's own number stands; later threads ask for it
+
+
+def assemble(parts: list[Rows], bits: int, order: Tensor | None = None) -> QuantizedMatrix:
+    """A matrix of its rows; `order` as in QuantizedMatrix."""
     codes = torch.cat([codes.to(torch.uint8).T for codes, _ in parts])
     scales = torch.cat([torch.stack([grid.scale for grid in grids], dim=1) for _, grids in parts])
     zeros = torch.cat([torch.stack([grid.zero for grid in grids], dim=1) for _, grids in parts])

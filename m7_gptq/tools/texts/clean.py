@@ -29,7 +29,7 @@ _CHINESE_BYTES = 45_000                     # the stories until then, whole para
 def alice(raw: str) -> list[str]:
     """Paragraphs between the headers; verses, which are indented, keep their lines."""
     body = raw[raw.index("CHAPTER I."):raw.index("THE END")]
-    paragraphs = []
+    paragraphs = list[str]()
     for block in re.split(r"\n\s*\n", body.replace("\r", "")):
         lines = [line.strip() for line in block.splitlines() if line.strip()]
         if not lines or set(block) <= set("* \n"):
