@@ -28,7 +28,7 @@ from m0_basics.model import CausalLM
 from ..grid import QuantizedMatrix
 from .pack import pack_matrix
 from .settings import SETTINGS_FILE, GPTQSettings
-from .whole_folder import whole_folder
+from .whole_folder import current_umask, whole_folder
 
 _COPIED = ("generation_config.json", *TOKENIZER_FILES, "vocab.json", "merges.txt")
 _HEAD, _EMBEDDING = "lm_head", "model.embed_tokens.weight"
@@ -96,6 +96,7 @@ def _config(config: dict[str, Any], settings: GPTQSettings, dtype: torch.dtype) 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
     save_file(dict(tensors), str(path), metadata={"format": "pt"})
+    path.chmod(0o666 & ~current_umask())            # it makes files that only their owner reads
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

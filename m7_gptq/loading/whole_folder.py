@@ -138,7 +138,7 @@ def _move(scratch: Path, target: Path, force: bool) -> None:
     if target.exists():
         target.rename(aside)
     try:
-        scratch.chmod(0o777 & ~_umask())                    # mkdtemp made it the owner's alone
+        scratch.chmod(0o777 & ~current_umask())                    # mkdtemp made it the owner's alone
         scratch.rename(target)
     except OSError:
         if aside.exists():
@@ -147,7 +147,8 @@ def _move(scratch: Path, target: Path, force: bool) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _umask() -> int:
+def current_umask() -> int:
+    """Permissions that this process takes away from files it makes."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -151,7 +151,7 @@ class _Bar:
         errors = [f"{report.name.rpartition('.')[2]} {report.error:.2e}" for report in reports
                   if report.error is not None]
         self.progress.console.print(f"{part:18} {'  '.join(errors)}  {sum(r.seconds for r in reports):.1f} s",
-                                    highlight=False)
+                                    highlight=False, soft_wrap=True)
         self.advance()
 
 
