@@ -1,69 +1,77 @@
-"""The idea of this milestone: what counts is a layer's output, so the error of one weight can be made good by others.
+"""The idea of this milestone: 4 bits are enough, if the weights still to be rounded make up for those that were.
 
-    inputs x1 = x2, weights 1.4 and 1.4, whole numbers allowed: wanted is 2.8 x
-    to the nearest      1 and 1                         2 x
-    GPTQ                1; the second becomes 1.8: 2    3 x, nearer, although the second weight is not
+    nearest   every weight to the nearest step of its group's scale, each by itself
+    GPTQ      input by input; what rounding an input's weights does to the outputs, the later inputs undo
 
-Which inputs go together is seen on samples: H = X^T X. Weights are whole numbers of few bits, times a scale for each
-group of neighbours. N outputs, K inputs, T samples. Run me: python m7_gptq/idea.py
+What can be undone is in H = X^T X, how the inputs X go together. Of each input's error e, the weights of input j take
+back e * U[i, j], with U the upper Cholesky factor of H^-1: the least squares answer, for all outputs at once.
+T tokens, N outputs, K inputs; the weights are [N, K]. Run me: python m7_gptq/idea.py
 """
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-BITS, GROUP, DAMPING = 3, 16, 0.05
-TOP = 2 ** BITS - 1
+GROUP, DAMPING = 32, 0.01
 
 
-def grid(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of a group [N, GROUP] -> step and code of 0, [N, 1] each: from the smallest weight to the largest."""
+class Grid(NamedTuple):
+    """Of one group in each row: value = scale * (code - zero)."""
+
+    scale: Tensor           # [N, 1]
+    zero: Tensor            # [N, 1]
+    top: int                # the largest code
+
+    def round(self, w: Tensor) -> Tensor:
+        """w [N, any] -> the nearest values of the grid."""
+        codes = (torch.round(w / self.scale) + self.zero).clamp(0, self.top)    # what is stored: whole numbers
+        return self.scale * (codes - self.zero)
+
+
+def grid_of(w: Tensor, bits: int) -> Grid:
+    """The grid that reaches from the smallest to the largest weight of each row of w [N, GROUP]."""
     low, high = w.amin(1, keepdim=True).clamp(max=0), w.amax(1, keepdim=True).clamp(min=0)
-    scale = ((high - low) / TOP).half().to(w.dtype).clamp(min=2 ** -24)
-    return scale, (-low / scale).round().clamp(0, TOP)
+    scale = (high - low).clamp(min=1e-8) / (2 ** bits - 1)
+    return Grid(scale, torch.round(-low / scale), 2 ** bits - 1)
 
 
-def on_grid(w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """The nearest values that the grid has. Stored are the codes: whole numbers from 0 to TOP."""
-    codes = ((w / scale).round() + zero).clamp(0, TOP)
-    return scale * (codes - zero)
+def nearest(w: Tensor, bits: int) -> Tensor:
+    """w [N, K], each weight by itself."""
+    return torch.cat([grid_of(group, bits).round(group) for group in w.split(GROUP, dim=1)], dim=1)
 
 
-def nearest(weight: Tensor) -> Tensor:
-    """Every weight by itself."""
-    return torch.cat([on_grid(w, *grid(w)) for w in weight.split(GROUP, dim=1)], dim=1)
-
-
-def gptq(weight: Tensor, inputs: Tensor) -> Tensor:
-    """weight [N, K], inputs [T, K] -> [N, K] on the grid, with outputs nearer to `inputs @ weight.T`."""
-    w, h = weight.double().clone(), 2 / len(inputs) * inputs.T.double() @ inputs.double()
-    h.diagonal().add_(DAMPING * h.diagonal().mean())        # samples never tell everything: trust them a little less
+def gptq(w: Tensor, x: Tensor, bits: int) -> Tensor:
+    """w [N, K], with the inputs x [T, K] that it will meet."""
+    w, rounded, h = w.clone(), torch.empty_like(w), x.T @ x
+    h = h + DAMPING * h.diagonal().mean() * torch.eye(len(h))
     u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
-    rounded = torch.empty_like(w)
     for i in range(w.shape[1]):
         if i % GROUP == 0:
-            scale, zero = grid(w[:, i:i + GROUP])           # of the weights as they are by now
-        rounded[:, i:i + 1] = on_grid(w[:, i:i + 1], scale, zero)
+            grid = grid_of(w[:, i:i + GROUP], bits)
+        rounded[:, i] = grid.round(w[:, i:i + 1])[:, 0]
         error = (w[:, i] - rounded[:, i]) / u[i, i]
-        w[:, i:] -= torch.outer(error, u[i, i:])            # column i is done, those behind it make up for it
-    return rounded.to(weight.dtype)
+        w[:, i + 1:] -= error[:, None] * u[i, i + 1:]                   # the inputs to come take it back
+    return rounded
 
 
-def output_error(weight: Tensor, rounded: Tensor, inputs: Tensor) -> float:
+def output_error(w: Tensor, rounded: Tensor, x: Tensor) -> float:
     """Squared error of the outputs, as a share of their own square."""
-    wanted = inputs @ weight.T
-    return float((inputs @ rounded.T - wanted).square().sum() / wanted.square().sum())
+    return float(((w - rounded) @ x.T).square().sum() / (w @ x.T).square().sum())
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    mix = torch.randn(8, 64)                                # 64 inputs that are mixtures of 8 things: they go together
-    samples, unseen = (torch.randn(512, 8) @ mix + 0.5 * torch.randn(512, 64) for _ in range(2))
-    weight = torch.randn(32, 64)
-    for name, rounded in (("to the nearest", nearest(weight)), ("GPTQ", gptq(weight, samples))):
-        print(f"{name:15} weights off by {100 * float((rounded - weight).norm() / weight.norm()):.0f} %, "
-              f"outputs for unseen inputs by {100 * output_error(weight, rounded, unseen) ** 0.5:.1f} %")
-    assert output_error(weight, gptq(weight, samples), unseen) < output_error(weight, nearest(weight), unseen) / 4
-    assert (gptq(weight, samples) - weight).norm() > (nearest(weight) - weight).norm()
-    # Inputs that have nothing to do with each other leave nothing to make up for: then the nearest is the best.
-    assert torch.equal(gptq(weight, torch.eye(64)), nearest(weight))
+    w, mix = torch.randn(64, 128), torch.randn(24, 128)
+    x = torch.randn(1000, 24) @ mix + 0.3 * torch.randn(1000, 128)      # 128 inputs, of which 24 say nearly all
+    seen, unseen = x[:500], x[500:]
+    for bits in (2, 3, 4):
+        by_nearest = output_error(w, nearest(w, bits), unseen)
+        by_gptq = output_error(w, gptq(w, seen, bits), unseen)
+        print(f"{bits} bits: outputs off by {by_nearest:.2%} (nearest), {by_gptq:.2%} (GPTQ), on unseen inputs")
+        assert by_gptq < 0.5 * by_nearest
+    alone = torch.randn(1000, 128)                                      # inputs that have nothing to do with each other
+    by_nearest, by_gptq = output_error(w, nearest(w, 4), alone), output_error(w, gptq(w, alone, 4), alone)
+    print(f"4 bits, unrelated inputs: {by_nearest:.2%} (nearest), {by_gptq:.2%} (GPTQ): nothing can be taken back")
+    assert 0.7 * by_nearest < by_gptq < 1.1 * by_nearest
