@@ -110,7 +110,7 @@ def save(model: CausalLM, folder: Path) -> None:
 
 
 def main(output: Annotated[Path, typer.Option(help="The folder to write.")],
-         steps: Annotated[int, typer.Option(help="Training steps.")] = 1500,
+         steps: Annotated[int, typer.Option(help="Training steps.")] = 800,
          seed: Annotated[int, typer.Option(help="Of the first weights, and of the windows.")] = 0) -> None:
     """Train the tiny byte-level Qwen3 and write it to a folder."""
     def ids(text: str) -> list[int]:

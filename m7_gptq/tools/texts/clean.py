@@ -62,7 +62,7 @@ def call_to_arms(raw: str) -> list[str]:
         text = re.sub(r"[①-⑳⑴-⒇]", "", line).strip(" \u3000")
         if re.match(r"□|注释", text):
             in_notes = True
-        elif in_notes and text and len(text) < 12 and not re.search(r"[。，”：]", text) and not set(text) <= {"-"}:
+        elif in_notes and text and len(text) < 12 and not re.search(r"[。，”：<>]", text) and not set(text) <= {"-"}:
             in_notes = False                # the title of the next story
         if in_notes or not text or set(text) <= {"-"} or text.startswith("迅："):
             continue
