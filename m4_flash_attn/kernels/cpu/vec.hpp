@@ -52,8 +52,12 @@ static inline vf splat(float x) { return x - vf{}; }
 static inline vf load(const float* p) { return load_as<vf>(p); }
 
 static inline vf load(const bf16* p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_as<__m256i>(p)), 16);   // GCC makes halves of the other
+#else
     vu wide = __builtin_convertvector(load_as<vh>(p), vu) << 16;
     return load_as<vf>(&wide);
+#endif
 }
 
 static inline vf load(const widened* p) { return load_as<vf>(p); }

@@ -18,6 +18,8 @@ template <class A> struct Exact : A {
     typedef vf sum;
     static constexpr int BLOCK = 0;         // elements of K after which `partial` sums are added up; 0: never
     static constexpr bool SMALL_CODES_ONLY = false;
+    // Rows of a tile whose sums, of a group and of all, find room in registers; with bf16 the chains must be more.
+    static constexpr int TALLEST = REGISTERS == 32 && A::elements == 2 ? 8 : 6;
     typedef vf partial;
     static inline vf value(sum x) { return x; }
 };
@@ -29,7 +31,7 @@ struct Int8 {
     typedef int8_t element;
     typedef vi operand;
     typedef vi sum;
-    static constexpr int elements = 4;
+    static constexpr int elements = 4, TALLEST = 6;
     static inline operand row(const int8_t* x) { return load_as<int32_t>(x) - vi{}; }
     static inline vf value(sum x) { return __builtin_convertvector(x, vf); }
 

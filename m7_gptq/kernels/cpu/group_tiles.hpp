@@ -27,10 +27,10 @@ template <class A> struct Rows {
     }
 };
 
-// sums [ROWS][PANELS x PANEL] += the groups [g, end) of `group` elements, which are the grids' first. ahead(k) is called
-// every few elements.
+// sums [ROWS][PANELS x PANEL] += the groups [g, end) of `group` elements, which are the grids' first. ahead.group() is
+// called at each, ahead.step(k) every few elements.
 template <class P, int ROWS, int PANELS, class Ahead>
-static inline __attribute__((always_inline)) void tile(const Rows<typename P::Arithmetic>& x, const P* panels,
+static inline __attribute__((always_inline)) void tile(const Rows<typename P::Arithmetic> x, const P* panels,
                                                        const Grid* grids, int64_t group, int64_t g, int64_t end,
                                                        float* sums, Ahead&& ahead) {
     typedef typename P::Arithmetic A;
@@ -60,23 +60,36 @@ static inline __attribute__((always_inline)) void tile(const Rows<typename P::Ar
             }
         }
     };
+    vf y[ROWS][COLUMNS];
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+        for (int c = 0; c < COLUMNS; c++) y[r][c] = load(sums + (r * COLUMNS + c) * VL);
     for (int64_t i = 0; g < end; g++, i++) {
         const int64_t first = g * group, behind = first + group;
+        ahead.group();
         typename A::sum totals[ROWS][COLUMNS] = {};
         if constexpr (A::BLOCK == 0) {
+            // Integers may be added in any order: where chains are few, each code of a byte has its own.
+            constexpr bool SPLIT = INT8 && STEP == 2 * A::elements && ROWS * COLUMNS <= 4;
+            typename A::sum others[SPLIT ? ROWS : 1][SPLIT ? COLUMNS : 1] = {};
             for (int64_t k = first; k < behind; k += STEP) {
-                ahead(k);
+                ahead.step(k);
                 linear::steps<STEP, A::elements>([&](auto index) __attribute__((always_inline)) {
-                    step(index, std::integral_constant<int, 0>{}, k, totals);
+                    if constexpr (SPLIT && index > 0) step(index, std::integral_constant<int, 0>{}, k, others);
+                    else step(index, std::integral_constant<int, 0>{}, k, totals);
                 });
             }
+            if constexpr (SPLIT)
+                for (int r = 0; r < ROWS; r++)
+                    for (int c = 0; c < COLUMNS; c++) totals[r][c] += others[r][c];
         } else {
             for (int64_t block = first; block < behind; block += A::BLOCK) {
                 const int64_t block_end = std::min<int64_t>(block + A::BLOCK, behind);
                 linear::steps<P::PLANES, 1>([&](auto plane) __attribute__((always_inline)) {
                     typename A::partial parts[ROWS][COLUMNS] = {};
                     for (int64_t k = block; k < block_end; k += STEP) {
-                        if (plane == 0) ahead(k);
+                        if (plane == 0) ahead.step(k);
                         linear::steps<STEP, A::elements>([&](auto index) __attribute__((always_inline)) {
                             step(index, plane, k, parts);
                         });
@@ -94,56 +107,71 @@ static inline __attribute__((always_inline)) void tile(const Rows<typename P::Ar
             const vf scale = load(grid.scales + i * PANEL + c % 2 * VL), offset = load(grid.offsets + i * PANEL + c % 2 * VL);
 #pragma GCC unroll 12
             for (int r = 0; r < ROWS; r++) {
-                float* to = sums + (r * COLUMNS + c) * VL;
                 vf value = A::value(totals[r][c]);
                 if constexpr (INT8) value *= splat(x.scales[r * x.groups + g]);
-                const vf with_offset = multiply_add(load(to), offset, splat(x.sums[r * x.groups + g]));
-                store(to, multiply_add(with_offset, value, scale));
+                const vf with_offset = multiply_add(y[r][c], offset, splat(x.sums[r * x.groups + g]));
+                y[r][c] = multiply_add(with_offset, value, scale);
             }
         }
     }
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+        for (int c = 0; c < COLUMNS; c++) store(sums + (r * COLUMNS + c) * VL, y[r][c]);
 }
 
 template <class P>
 using Tile = void (*)(const Rows<typename P::Arithmetic>&, const P&, const Grid&, int64_t, int64_t, int64_t, float*,
                       Fetch&, const char*, int64_t);
 
+// Fetches some lines at every group: as many at each, so that the processor can foresee the loop.
+struct FetchByGroup {
+    Fetch& fetch;
+    const char* goal;
+    int64_t bytes;
+    inline __attribute__((always_inline)) void group() { fetch.until(goal += bytes); }
+    inline __attribute__((always_inline)) void step(int64_t) {}
+};
+
 // A tile of one panel. Meanwhile the fetch goes on from `from`, `bytes` in all.
 template <class P, int ROWS>
 static __attribute__((noinline))
 void tall_tile(const Rows<typename P::Arithmetic>& x, const P& panel, const Grid& grid, int64_t group, int64_t g,
                int64_t end, float* sums, Fetch& fetch, const char* from, int64_t bytes) {
-    const int64_t per_step = bytes * P::STEP / ((end - g) * group) + 1;
-    tile<P, ROWS, 1>(x, &panel, &grid, group, g, end, sums, [&](int64_t) { fetch.until(from += per_step); });
+    tile<P, ROWS, 1>(x, &panel, &grid, group, g, end, sums, FetchByGroup{fetch, from, whole_lines(bytes / (end - g))});
 }
-
-using linear::TALLEST;
 
 template <class P> static Tile<P> tall_tile_of(int64_t rows) {
     static constexpr Tile<P> tiles[] = {
         tall_tile<P, 1>, tall_tile<P, 2>, tall_tile<P, 3>, tall_tile<P, 4>, tall_tile<P, 5>, tall_tile<P, 6>,
-#if defined(__AVX512F__) || defined(__aarch64__)
-        tall_tile<P, 7>, tall_tile<P, 8>, tall_tile<P, 9>, tall_tile<P, 10>, tall_tile<P, 11>, tall_tile<P, 12>,
-#endif
+        tall_tile<P, P::Arithmetic::TALLEST - 1>, tall_tile<P, P::Arithmetic::TALLEST>,
     };
     return tiles[rows - 1];
 }
 
-// ROWS rows x PANELS neighbouring panels, the groups [g, end). Every panel is fetched some way ahead of its use, and
-// behind its end the one that comes PANELS later.
+// Fetches every panel some way ahead of its use, and behind its end the one that comes PANELS later.
+template <class P, int PANELS> struct FetchByStep {
+    const P* panels;
+    int64_t bytes, codes, lead;
+    inline __attribute__((always_inline)) void group() {}
+    inline __attribute__((always_inline)) void step(int64_t k) {
+        constexpr int64_t STEP_BYTES = 2 * 4 * VL;          // of a panel's codes
+        const int64_t at = k * PANEL * P::BITS / 8;
+        const int64_t skip = codes + at + lead < bytes ? lead : lead + (PANELS - 1) * bytes;
+        for (int p = 0; p < PANELS; p++)
+            for (int64_t byte = 0; byte < STEP_BYTES; byte += 64)
+                __builtin_prefetch(panels[p].codes + at + skip + byte, 0, 2);
+    }
+};
+
+// ROWS rows x PANELS neighbouring panels, the groups [g, end).
 template <class P, int ROWS, int PANELS>
 static __attribute__((noinline))
 void wide_tile(const Rows<typename P::Arithmetic>& x, const P* panels, const Grid* grids, const Layout& layout,
                int64_t group, int64_t g, int64_t end, float* sums) {
-    constexpr int64_t STEP_BYTES = 2 * 4 * VL;          // of a panel's codes
-    const int64_t bytes = layout.bytes, lead = std::min(linear::LEAD, bytes) / 64 * 64;
-    tile<P, ROWS, PANELS>(x, panels, grids, group, g, end, sums, [&](int64_t k) {
-        const int64_t at = k * PANEL * P::BITS / 8;
-        const int64_t skip = layout.codes + at + lead < bytes ? lead : lead + (PANELS - 1) * bytes;
-        for (int p = 0; p < PANELS; p++)
-            for (int64_t byte = 0; byte < STEP_BYTES; byte += 64)
-                __builtin_prefetch(panels[p].codes + at + skip + byte, 0, 2);
-    });
+    const int64_t lead = std::min(linear::LEAD, layout.bytes) / 64 * 64;
+    tile<P, ROWS, PANELS>(x, panels, grids, group, g, end, sums,
+                          FetchByStep<P, PANELS>{panels, layout.bytes, layout.codes, lead});
 }
 
 }  // namespace quantized

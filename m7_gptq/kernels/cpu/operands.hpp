@@ -87,11 +87,12 @@ template <class A, int BITS_> struct Packed {
 template <class A> struct Unpacked {
     typedef A Arithmetic;
     static constexpr int STEP = A::elements, PLANES = 1;
-    const char* slice;
-    int64_t first;
+    static constexpr int64_t BYTES = PANEL * 4 / A::elements;       // of an element of K
+    const char* begin;          // where K begins, if it were all there
 
+    Unpacked(const char* slice, int64_t first) : begin(slice - first * BYTES) {}
     template <int I, int PLANE = 0> inline typename A::operand load(int64_t k, int c) const {
-        return load_as<typename A::operand>(slice + (k - first) / A::elements * PANEL * 4 + c * 4 * VL);
+        return load_as<typename A::operand>(begin + k * BYTES + c * 4 * VL);
     }
 };
 

@@ -68,25 +68,44 @@ static inline vf load_halves(const uint16_t* p) {
 
 // The scales and offsets of some groups of a panel as floats: [groups][2 VL] each.
 struct Grid {
-    static constexpr int GROUPS = 16;       // at most
+    static constexpr int GROUPS = 32;       // at most
     alignas(64) float scales[GROUPS * PANEL], offsets[GROUPS * PANEL];
 
     // The groups [first, end).
     __attribute__((noinline)) void read(const Weights& w, const Layout& layout, const char* panel, int64_t first,
                                         int64_t end) {
+        const int64_t count = (end - first) * PANEL;
+        if (w.scale_bytes == 2) {
+            const uint16_t* from = (const uint16_t*)panel + first * PANEL;
+            read_offsets(w, panel + layout.offsets, first, count, [=](int64_t i) { return load_halves(from + i); });
+        } else {
+            const float* from = (const float*)panel + first * PANEL;
+            read_offsets(w, panel + layout.offsets, first, count, [=](int64_t i) { return load(from + i); });
+        }
+    }
+
+  private:
+    template <class Scale>
+    void read_offsets(const Weights& w, const char* from, int64_t first, int64_t count, Scale&& scale) {
         typedef uint8_t vb __attribute__((vector_size(VL)));
-        const char* behind = panel + layout.offsets;
+        from += first * PANEL * w.offsets;
         const vf minus_zero = splat(float(-w.zero));
-        for (int64_t i = 0; i < (end - first) * PANEL; i += VL) {
-            const int64_t at = first * PANEL + i;
-            const vf scale = w.scale_bytes == 2 ? load_halves((const uint16_t*)panel + at) : load((const float*)panel + at);
-            store(scales + i, scale);
-            switch (w.offsets) {
-                case SAME_ZERO: store(offsets + i, scale * minus_zero); break;
-                case ZEROS: store(offsets + i, -scale * __builtin_convertvector(load_as<vb>(behind + at), vf)); break;
-                case HALF_MINIMUMS: store(offsets + i, load_halves((const uint16_t*)behind + at)); break;
-                default: store(offsets + i, load((const float*)behind + at));
-            }
+        switch (w.offsets) {
+            case SAME_ZERO: return fill(count, scale, [=](int64_t, vf s) { return s * minus_zero; });
+            case ZEROS: return fill(count, scale, [=](int64_t i, vf s) {
+                return -s * __builtin_convertvector(load_as<vb>(from + i), vf);
+            });
+            case HALF_MINIMUMS: return fill(count, scale, [=](int64_t i, vf) {
+                return load_halves((const uint16_t*)from + i);
+            });
+            default: return fill(count, scale, [=](int64_t i, vf) { return load((const float*)from + i); });
+        }
+    }
+    template <class Scale, class Offset> void fill(int64_t count, Scale&& scale, Offset&& offset) {
+        for (int64_t i = 0; i < count; i += VL) {
+            const vf s = scale(i);
+            store(scales + i, s);
+            store(offsets + i, offset(i, s));
         }
     }
 };
