@@ -64,6 +64,3 @@ class EngineConfig(m6.EngineConfig):
         if drafts.speculative_method == SELF and model.quantization not in ("auto", "none"):
             raise ConfigError(f"speculative_method=self drafts with packed weights for the full ones, and "
                               f"quantization={model.quantization} packs both; allowed: quantization=auto or none")
-        if not self.attention_config.fused_layers and model.activations == "int8":
-            raise ConfigError("activations=int8 is the fused layers' product, and fused_layers is off; allowed: "
-                              "activations=auto or exact, or fused_layers=True")

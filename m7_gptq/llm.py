@@ -20,8 +20,6 @@ from m4_flash_attn.backends import choose, situation_of
 from m4_flash_attn.cuda_graph import with_graphs
 from m4_flash_attn.kernels.cpu.dtype import with_auto_dtype
 from m4_flash_attn.kernels.cpu.runner import with_decode_call
-from m4_flash_attn.kernels.layer_kernels import layer_kernels_for
-from m4_flash_attn.layers import fuse
 from m5_chunked_prefill.config import DEFAULT_NUM_GUESSES, DEFAULT_SLOWDOWN
 from m5_chunked_prefill.make_drafter import drafter_for, load_draft
 from m5_chunked_prefill.scheduler import ChunkedPrefillScheduler
@@ -34,6 +32,8 @@ from m6_prefix_cache.policy import QueueWatch
 from m6_prefix_cache.prefix_stats import PrefixCacheStats
 
 from .config import EngineConfig
+from .kernels.activations import activations_for
+from .kernels.fuse_packed import fuse_packed
 from .loading.fill import load_model
 from .loading.fingerprint import fingerprint_of
 from .loading.source import load_tokenizer
@@ -51,17 +51,18 @@ class LLM(PagedLLM):
         config = with_auto_dtype(EngineConfig.from_options(model=model, **options), bool(hooks.cache))
         config = with_full_weights(config)
         weights, tokenizer = load_model(config.model_config), load_tokenizer(config.model_config)
-        keeps_blocks = config.cache_config.prefix_cache_dir is not None
-        fingerprint = fingerprint_of(weights, config.model_config.activations) if keeps_blocks else ""
         twin = load_twin(config, weights)
+        activations = activations_for(config, twin or weights)
+        keeps_blocks = config.cache_config.prefix_cache_dir is not None
+        fingerprint = fingerprint_of(weights, activations) if keeps_blocks else ""
         config = config.with_max_model_len(weights.spec.max_position_embeddings)
         limits, attention, guessing = config.scheduler_config, config.attention_config, config.speculative_config
 
         situation = situation_of(config, weights, hooks.cache)
         backend = choose(attention.attention_backend, situation)
         if attention.fused_layers:
-            weights = fuse(weights, layer_kernels_for(weights.device, weights.dtype))
-            twin = twin and fuse(twin, layer_kernels_for(twin.device, twin.dtype))
+            weights = fuse_packed(weights, activations)
+            twin = twin and fuse_packed(twin, activations)
         draft = load_draft(config, weights.spec, tokenizer, hooks.cache)
         memory = allocate_memory(config, weights, hooks.cache, draft.block_bytes if draft else 0)
         cost, observers = StepCost(), list(hooks.scheduler)
@@ -76,7 +77,8 @@ class LLM(PagedLLM):
         speculation, drafter = None, drafter_for(config, draft, tokenizer, memory.num_blocks)
         if twin is not None:
             drafting = ModelRunner(twin, backend.make(situation, memory.cache, manager.tables))
-            drafter = SelfDrafter(with_decode_call(drafting), manager, FullSampler(tokenizer))
+            drafter = SelfDrafter(with_decode_call(drafting), manager, FullSampler(tokenizer),
+                                  memory.host_cache.copy_slots)
         if drafter is not None:
             speculation = Speculation(drafter, cost, guessing.num_speculative_tokens or DEFAULT_NUM_GUESSES,
                                       limits.longest, guessing.adaptive_drafts)

@@ -9,6 +9,7 @@ catch up with, and no token of the cache is the draft's once the step has run. W
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -20,7 +21,7 @@ from m0_basics.model_runner import Runner
 from m0_basics.request import Sequence
 from m0_basics.sampler import Sampler
 from m0_basics.sampling_params import SamplingParams
-from m2_continuous_batching.kv_cache_manager import KVCacheManager
+from m2_continuous_batching.kv_cache_manager import KVCacheManager, SlotCopy
 from m3_paged_kv.block_tables import HasBlocks
 from m5_chunked_prefill.drafter import Drafter, Drafts
 
@@ -35,16 +36,20 @@ _SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads
 class SelfDrafter(Drafter):
     """Runs the packed twin over the target's own cache."""
 
-    def __init__(self, runner: Runner, manager: KVCacheManager, sampler: Sampler) -> None:
-        """The runner's backend reads and writes the cache whose blocks `manager` hands out."""
+    def __init__(self, runner: Runner, manager: KVCacheManager, sampler: Sampler,
+                 copy_slots: Callable[[list[SlotCopy]], None]) -> None:
+        """The runner's backend reads and writes the cache whose blocks `manager` hands out, and `copy_slots` copies."""
         assert isinstance(manager, HasBlocks)
         self.runner, self.manager, self.tables, self.sampler = runner, manager, manager.tables, sampler
+        self.copy_slots = copy_slots
         self.seconds_per_token = 1e-9           # until it is measured; not 0, which would mean looked up
         self._params: WeakKeyDictionary[Sequence, SamplingParams] = WeakKeyDictionary()
 
     def propose(self, sequences: list[Sequence], lengths: list[int]) -> Drafts:
         writing = [(self._view(s), s.num_tokens + length) for s, wanted in zip(sequences, lengths, strict=True)
                    if (length := self._make_room(s, wanted))]
+        if writing:
+            self._make_copies()
         busy = writing
         while busy := [(mine, end) for mine, end in busy if mine.num_tokens < end]:
             self._write([mine for mine, _ in busy])
@@ -53,16 +58,16 @@ class SelfDrafter(Drafter):
                 if s.seq_id in drafts else [] for s in sequences]
 
     def _make_room(self, sequence: Sequence, length: int) -> int:
-        """Blocks for so many guesses, or for fewer: all but the last one run. Returns how many.
-
-        None where the sequence's newest block is still to be copied from another's: it holds nothing yet.
-        """
-        if length and self.tables.copies:
-            to_come = {copy.target // self.tables.block_size for copy in self.tables.copies}
-            length = 0 if to_come.intersection(self.tables[sequence]) else length
+        """Blocks for so many guesses, or for fewer: all but the last one run. Returns how many."""
         while length and not self.manager.allocate_slots(sequence, sequence.num_tokens - 1, length):
             length //= 2
         return length
+
+    def _make_copies(self) -> None:
+        """What the step is about to copy, now: blocks that drafts write into may be a victim's, not yet swapped out,
+        and a fork's first block of its own may be empty yet."""
+        copies, self.tables.copies = self.tables.copies, []
+        self.copy_slots(copies)
 
     def _view(self, sequence: Sequence) -> Sequence:
         """The sequence as the sampler draws for it, to be written on. Nobody reads log-probabilities of guesses, and
