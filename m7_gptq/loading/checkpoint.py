@@ -19,7 +19,7 @@ from ..grid import QuantizedMatrix
 from .pack import PackedMatrix, unpack_matrix
 from .settings import FORMATS, GPTQSettings
 
-_SUSPECT = 0.35                     # of a step: how near to a whole step off centre a mislabelled matrix lies
+_NEAR = 0.5                         # of a step: how near to a whole step off centre most rows lie, if mislabelled
 
 
 class PackedLabelWarning(UserWarning):
@@ -139,9 +139,10 @@ def _with_true_zeros(matrix: QuantizedMatrix, source: WeightSource, part: str,
             return replace(matrix, zeros=torch.full_like(matrix.zeros, middle))
         raise LoadError(f"{source.location}: {part}.qzeros holds zero points from {int(matrix.zeros.min())} to "
                         f"{int(matrix.zeros.max())}; allowed: {middle} everywhere, since sym is true")
-    if settings.bits < 8 and matrix.codes.numel() >= 1024:
-        centre = float(matrix.codes.float().mean() - matrix.zeros.float().mean())
-        if abs(centre + one_off) < _SUSPECT:
+    if settings.bits < 8:
+        centres = matrix.codes.float().mean(1) - matrix.zeros.float().mean(1)           # of each row, in steps
+        low, high = centres.quantile(0.25), centres.quantile(0.75)
+        if max(abs(low + one_off), abs(high + one_off)) < _NEAR:
             _warn(f"checkpoint_format={settings.checkpoint_format!r} of {source.location} may be wrong: the weights "
                   f"lie a whole step off 0, as they do where zero points are stored as {other!r} does")
     return matrix

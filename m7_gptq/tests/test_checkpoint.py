@@ -197,6 +197,16 @@ def test_a_right_label_is_not_doubted(stored, sym):
         assert torch.equal(as_labelled(matrix, stored, stored).dequantise(), matrix.dequantise())
 
 
+@pytest.mark.parametrize("label", ["gptq", "gptq_v2"])
+def test_weights_that_lie_to_one_side_are_not_doubted(label):
+    """Half of the rows have no negative weight: on average they lie off 0, but not all by the same step."""
+    matrix = matrix_of(outputs=64, inputs=128, groups=4)
+    matrix.zeros[::2] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(as_labelled(matrix, label, label).dequantise(), matrix.dequantise())
+
+
 def test_a_symmetric_folder_with_other_zero_points():
     matrix = matrix_of(sym=True)
     matrix.zeros[3, 1] = 5

@@ -209,10 +209,10 @@ def test_the_command(tmp_path, tiny_model):
     app = typer.Typer()
     app.command("quantize", help=COMMAND.__doc__)(with_flags(COMMAND, {}))
     (tmp_path / "text").write_text("the in " * 100)
-    ran = CliRunner().invoke(app, [str(tiny_model("llama")), str(tmp_path / "made"), "--bits", "3",
-                                   "--group-size", "32", "--sym", "--no-desc-act", "--no-lm-head", "--damp-percent", "0.1", "--sink", "0",
-                                   "--calibration", str(tmp_path / "text"), "--num-samples", "2", "--length", "32"],
-                             catch_exceptions=False)
+    arguments = [str(tiny_model("llama")), str(tmp_path / "made"), "--bits", "3", "--group-size", "32", "--sym",
+                 "--no-desc-act", "--no-lm-head", "--damp-percent", "0.1", "--sink", "0", "--calibration",
+                 str(tmp_path / "text"), "--num-samples", "2", "--length", "32"]
+    ran = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert ran.exit_code == 0, ran.output
     settings = read_settings(tmp_path / "made")
     assert (settings.bits, settings.sym, settings.desc_act, settings.lm_head, settings.damp_percent) == (

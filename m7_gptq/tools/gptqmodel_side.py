@@ -34,9 +34,9 @@ def dequantise(job: dict[str, Any]) -> None:
 
     float32: the same formula with the scales in float32, where scale * (code - zero) is exact.
     """
+    gptqmodel: Any = importlib.import_module("gptqmodel")
     import torch
     from safetensors.torch import save_file
-    gptqmodel: Any = importlib.import_module("gptqmodel")
     model = gptqmodel.GPTQModel.load(job["folder"], backend=gptqmodel.BACKEND.TORCH, device="cpu",
                                      dtype=torch.float16)           # by itself it rounds the scales to bfloat16
     values = {}

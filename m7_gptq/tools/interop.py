@@ -39,7 +39,8 @@ _SIDE = Path(__file__).with_name("gptqmodel_side.py")
 _GROUP = 16
 _SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
           "num_key_value_heads": 2, "head_dim": 16}
-# The forms that the tests keep: what GPTQModel wrote, and the weights that it makes of it.
+# The forms that the tests keep: what GPTQModel wrote, and in VALUES the weights that it makes of it.
+VALUES = "gptqmodel_values.safetensors"
 FIXTURES = ("gptqmodel-qwen3-4bits-asym-order-gptq", "gptqmodel-llama-8bits-asym-gptq_v2",
             "gptqmodel-llama-4bits-sym-gptq", "gptqmodel-qwen3-3bits-asym-gptq")
 
@@ -130,12 +131,11 @@ def write_fixtures(scratch: Path, target: Path) -> None:
     for name in FIXTURES:
         kept = target / name.removeprefix("gptqmodel-")
         kept.mkdir(parents=True, exist_ok=True)
-        for file in ("config.json", "quantize_config.json", "generation_config.json", "model.safetensors",
-                     "tokenizer.json", "tokenizer_config.json"):
+        for file in ("config.json", "quantize_config.json", "model.safetensors"):
             shutil.copyfile(scratch / name / file, kept / file)
         values = load_file(str(_values(scratch / name)))
         save_file({part: tensor for part, tensor in values.items() if part.endswith(".half")},
-                  str(kept / "gptqmodel_values.bin"))
+                  str(kept / VALUES), metadata={"format": "pt"})
 
 
 def _one_sided_model(folder: Path, family: str) -> Path:
@@ -195,6 +195,7 @@ def main(
     fixtures: Annotated[Path | None, typer.Option(help="Also write the folders that the tests keep, here.")] = None,
 ) -> None:
     """Compare this lab with GPTQModel on folders that either wrote: a table, and JSON."""
+    Console().print(f"{len(all_forms())} forms; GPTQModel takes some minutes")
     with tempfile.TemporaryDirectory() as folder:
         found = run(gptqmodel_python.absolute(), all_forms(), Path(folder))
         if fixtures is not None:
