@@ -33,7 +33,7 @@ CONFIG: dict[str, Any] = {
     "head_dim": 32, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
     "tie_word_embeddings": True, "attention_bias": False, "eos_token_id": 257, "bos_token_id": 256, "dtype": "float16",
 }
-_LENGTH, _WINDOWS, _RATE = 192, 24, 4e-3    # bytes of a training window, windows of a step, highest learning rate
+_LENGTH, _WINDOWS, _RATE = 128, 16, 4e-3    # bytes of a training window, windows of a step, highest learning rate
 
 
 def byte_tokenizer() -> Any:
@@ -110,7 +110,7 @@ def save(model: CausalLM, folder: Path) -> None:
 
 
 def main(output: Annotated[Path, typer.Option(help="The folder to write.")],
-         steps: Annotated[int, typer.Option(help="Training steps.")] = 800,
+         steps: Annotated[int, typer.Option(help="Training steps.")] = 1200,
          seed: Annotated[int, typer.Option(help="Of the first weights, and of the windows.")] = 0) -> None:
     """Train the tiny byte-level Qwen3 and write it to a folder."""
     def ids(text: str) -> list[int]:
@@ -121,7 +121,7 @@ def main(output: Annotated[Path, typer.Option(help="The folder to write.")],
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     train(model, torch.tensor(ids(calibration_text())), steps, seed)
     save(model.requires_grad_(False), output)
-    held_out = perplexity(plain_logits(model), cut_windows(ids(evaluation_text("test")), 256))
+    held_out = perplexity(plain_logits(model), cut_windows(ids(evaluation_text("test")), _LENGTH))
     print(f"perplexity of a byte of held-out text: {held_out:.3f}")
 
 

@@ -1,0 +1,191 @@
+"""What each step of GPTQ is worth: perplexity on held-out text for rounding to nearest, GPTQ, and its refinements.
+
+    python -m m7_gptq.tools.quality_suite --output m7_gptq/results/quality.json
+
+Every row is one way to quantise the whole model, judged on two texts: "dev", which settings were chosen on, and "test",
+which no choice has seen. Rows are saved as they are finished; started again, the command goes on with the missing ones.
+"""
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any
+
+import typer
+from torch import Tensor
+
+from m0_basics.config import DEFAULT_MODEL, ModelConfig, reject
+from m0_basics.loading.loader import load_model
+from m0_basics.model import CausalLM
+from m0_basics.tools.analysis.machine import describe_machine
+from m0_basics.tools.bench.report import command_line
+
+from ..quantize import QuantizedModel, quantize_model
+from ..rtn import QuantizeOptions
+from .fake_int8 import rounded_inputs
+from .perplexity import perplexity, plain_logits, text_windows
+from .q4_1_trap import q4_1_trap
+from .sink import Watched, value_errors, watch
+from .texts import calibration_text, evaluation_text
+
+PARTS = ("full", "4", "3", "8", "q4_1", "tiny")
+TINY_MODEL = Path(__file__).parents[1] / "tests" / "tiny_qwen3"
+_NEAREST = QuantizeOptions(method="rtn", search=False, desc_act=False, sink=0.0, gptaq=0.0)
+_TEXTBOOK = replace(_NEAREST, method="gptq")
+# From rounding to nearest to the best, one thing more in each row.
+METHODS: dict[str, QuantizeOptions] = {
+    "nearest": _NEAREST,
+    "nearest, searched grids": replace(_NEAREST, search=True),
+    "GPTQ, textbook": _TEXTBOOK,
+    "GPTQ, searched grids": replace(_TEXTBOOK, search=True),
+    "GPTQ, + first token": replace(_TEXTBOOK, search=True, sink=0.1),
+    "GPTQ, + activation order": replace(_TEXTBOOK, search=True, sink=0.1, desc_act=True),
+    "GPTQ, + GPTAQ": QuantizeOptions(),
+}
+DEFAULT = "GPTQ, + GPTAQ"                   # whose options are those of `quantize`
+_WATCHED = 4                                # windows
+
+
+@dataclass
+class Material:
+    """A model, what to calibrate it on, and what to judge it by."""
+
+    model: str                              # a name or folder
+    calibration: Tensor
+    texts: dict[str, Tensor]                # windows by the name of the text
+
+    @classmethod
+    def of(cls, model: str, length: int, num_calibration: int, num_evaluation: int | None) -> Material:
+        """Windows of `length`; at most `num_evaluation` of each text, and a few of the Chinese one."""
+        most = {"dev": num_evaluation, "test": num_evaluation, "chinese": min(8, num_evaluation or 8)}
+        texts = {split: text_windows(model, evaluation_text(split), length, most[split]) for split in most}
+        return cls(model, text_windows(model, calibration_text(), length, num_calibration), texts)
+
+    def load(self) -> CausalLM:
+        """The model as it is, in float32."""
+        return load_model(ModelConfig(model=self.model, dtype="float32", device="cpu"))
+
+    def judge(self, model: CausalLM, *names: str) -> dict[str, float]:
+        """Perplexity on each text, or on those named."""
+        return {name: perplexity(plain_logits(model), self.texts[name]) for name in names or self.texts}
+
+
+class Suite:
+    """The rows of one model, and the file that they are kept in."""
+
+    def __init__(self, material: Material, path: Path, report: Callable[[str], None] = print) -> None:
+        self.material, self.path, self.report = material, path, report
+        self.rows: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        self._full: Watched | None = None
+
+    def row(self, name: str, measure: Callable[[], dict[str, Any]]) -> None:
+        """Measure one row and save it, unless the file has it."""
+        if name in self.rows:
+            return
+        start = time.perf_counter()
+        self.rows[name] = measure()
+        seconds = time.perf_counter() - start
+        self.rows[name]["measured_in_s"] = round(seconds, 1)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self.path.with_suffix(".partial")
+        scratch.write_text(json.dumps(self.rows, indent=1) + "\n")
+        scratch.replace(self.path)
+        shown = self.rows[name].get("perplexity", {})
+        self.report(f"{name:34}" + "".join(f" {text} {value:8.3f}" for text, value in shown.items())
+                    + f"   {seconds:.0f} s")
+
+    def full(self) -> dict[str, Any]:
+        """The model as it is: its perplexity, and where its attention goes."""
+        model = self.material.load()
+        seen = watch(model, self.material.texts["dev"][:_WATCHED], weights=True)
+        return {"perplexity": self.material.judge(model), "mass_of_first_token": seen.mass}
+
+    def quantized(self, options: QuantizeOptions, activations: bool) -> dict[str, Any]:
+        """One way to quantise it; `activations`: with 8-bit activations as well."""
+        windows = self.material.texts["dev"][:_WATCHED]
+        if self._full is None:
+            self._full = watch(self.material.load(), windows)
+        model = self.material.load()
+        result = quantize_model(model, self.material.calibration, options, use_tqdm=True)
+        row = {"options": asdict(options), "seconds": round(result.seconds, 1),
+               "perplexity": self.material.judge(model),
+               "value_error": value_errors(self._full, watch(model, windows)), **_errors(result)}
+        if activations:
+            row["int8_activations"] = {}
+            for name, size in (("by token", None), ("by group of 64", 64)):
+                with rounded_inputs(model, size):
+                    row["int8_activations"][name] = self.material.judge(model, "test")["test"]
+        return row
+
+    def methods(self, bits: int, group_size: int, names: list[str] | None = None) -> None:
+        """Every method at one number of bits."""
+        for name, options in METHODS.items():
+            if names is None or name in names:
+                chosen = replace(options, bits=bits, group_size=group_size)
+                self.row(f"{bits} bits: {name}", partial(
+                    self.quantized, chosen, activations=bits == 4 and name in ("nearest", DEFAULT)))
+
+
+def _errors(result: QuantizedModel) -> dict[str, Any]:
+    """Per matrix, and the mean over them."""
+    layers = [asdict(report) for report in result.report if report.error is not None]
+    return {"layers": layers, "mean_error": mean(layer["error"] for layer in layers),
+            "mean_nearest_error": mean(layer["nearest_error"] for layer in layers)} if layers else {}
+
+
+def about(material: Material) -> dict[str, Any]:
+    """Where the rows come from."""
+    return {"command": command_line(), "created": datetime.now(UTC).isoformat("T", "seconds"),
+            "machine": describe_machine(), "model": Path(material.model).name,
+            "calibration_tokens": material.calibration.numel(),
+            "tokens": {name: windows.numel() for name, windows in material.texts.items()}}
+
+
+def gap_closed(rows: dict[str, Any], bits: int, text: str = "test", method: str = DEFAULT) -> float:
+    """The share of the gap between rounding to nearest and full precision that a method closes."""
+    full, nearest, best = (rows[name]["perplexity"][text] for name in (
+        "full precision", f"{bits} bits: nearest", f"{bits} bits: {method}"))
+    return (nearest - best) / (nearest - full)
+
+
+def run(suite: Suite, tiny: Suite, parts: list[str]) -> None:
+    """The rows of some parts, in an order that shows something early."""
+    if "full" in parts:
+        suite.row("full precision", suite.full)
+    for part, names in (("4", None), ("3", None), ("8", ["nearest"])):
+        if part in parts:
+            suite.methods(int(part), 64, names)
+    if "q4_1" in parts:
+        suite.row("the Q4_1 trap", q4_1_trap)
+    if "tiny" in parts:
+        tiny.row("full precision", tiny.full)
+        for bits in (4, 3, 2):
+            tiny.methods(bits, 64)
+
+
+def main(output: Annotated[Path, typer.Option(help="The JSON file of the rows.")],
+         parts: Annotated[str, typer.Option(help=f"Of {', '.join(PARTS)}.")] = ",".join(PARTS),
+         model: Annotated[str, typer.Option(help="The model: a name, or a folder.")] = DEFAULT_MODEL,
+         calibration: Annotated[int, typer.Option(help="Windows of 512 tokens to calibrate on.")] = 64,
+         evaluation: Annotated[int | None, typer.Option(help="At most so many windows of each text.")] = None) -> None:
+    """Measure perplexity for every method, and save each row as it is done."""
+    chosen = [part.strip() for part in parts.split(",")]
+    if wrong := [part for part in chosen if part not in PARTS]:
+        raise reject("parts", wrong[0], ", ".join(PARTS))
+    start = time.perf_counter()
+    suite = Suite(Material.of(model, 512, calibration, evaluation), output)
+    tiny = Suite(Material.of(str(TINY_MODEL), 128, 128, 128), output.with_name(output.stem + "-tiny.json"))
+    for each in (suite, tiny):
+        each.rows.setdefault("about", about(each.material))
+    run(suite, tiny, chosen)
+    print(f"{time.perf_counter() - start:.0f} s in all")
+
+
+if __name__ == "__main__":
+    typer.run(main)
