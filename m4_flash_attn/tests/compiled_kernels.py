@@ -29,7 +29,7 @@ SHARED_MEMORY = {80: 101_376, 90: 232_448}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32",
             torch.int64: "*i64", torch.uint8: "*u8"}
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 SPEC = ModelSpec("LlamaForCausalLM", 8, 8, 8, 1, 4, 2, 64, 64, rms_norm_eps=1e-5, rope_theta=1e4,
                  tie_word_embeddings=False)
 GROUPS = (1, 2, 3, 4, 7, 8, 15, 16)             # query heads per KV head: a tile of 16 rows holds them

@@ -39,7 +39,7 @@ def look_up(input_ids: Tensor, packed: PackedMatrix, dtype: torch.dtype) -> Tens
     """Rows of the matrix: input_ids [T] int64, contiguous -> [T, K], bit for bit what `dequantise` gives in `dtype`."""
     _, inputs = packed.shape
     num_bytes = inputs * packed.bits // 8
-    out = torch.empty(len(input_ids), inputs, dtype=dtype, device=input_ids.device)
+    out = input_ids.new_empty(len(input_ids), inputs, dtype=dtype)
     order = input_ids if packed.order is None else packed.order     # without an order nothing is read through it
     # No product is joined with a sum into one rounding: `dequantise` rounds twice.
     lookup_kernel[len(input_ids), triton.cdiv(num_bytes, _BLOCK)](

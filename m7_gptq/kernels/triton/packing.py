@@ -55,11 +55,11 @@ def can_pack(matrix: QuantizedMatrix) -> bool:
     return matrix.group_size % strip_inputs(_stored_bits(matrix)) == 0
 
 
-def pack(matrix: QuantizedMatrix, device: torch.device) -> PackedMatrix:
-    """The packed form, on `device`, of a matrix that `can_pack`. It keeps no tensor of `matrix` alive."""
+def pack(matrix: QuantizedMatrix) -> PackedMatrix:
+    """The packed form of a matrix that `can_pack`, on its device. It keeps no tensor of `matrix` but its order."""
     assert can_pack(matrix)
     bits = _stored_bits(matrix)
-    strips = matrix.codes.to(device).unflatten(1, (-1, strip_inputs(bits)))
+    strips = matrix.codes.unflatten(1, (-1, strip_inputs(bits)))
     if bits == 4:
         low, high = strips.split(STRIP, dim=2)
         strips = low | high << 4
@@ -67,9 +67,8 @@ def pack(matrix: QuantizedMatrix, device: torch.device) -> PackedMatrix:
     grids = torch.stack([matrix.scales, points], dim=2)
     halves = grids.half()
     words = halves.view(torch.int32) if torch.equal(halves.float(), grids) else grids.view(torch.int64)
-    return PackedMatrix(_on(strips.transpose(0, 1), device), _on(words.squeeze(2).t(), device),
-                        matrix.zeros is not None, None if matrix.order is None else _on(matrix.order, device), bits,
-                        matrix.group_size)
+    return PackedMatrix(_copy(strips.transpose(0, 1)), _copy(words.squeeze(2).t()), matrix.zeros is not None,
+                        matrix.order, bits, matrix.group_size)
 
 
 def unpack_codes(packed: PackedMatrix) -> Tensor:
@@ -84,6 +83,6 @@ def _stored_bits(matrix: QuantizedMatrix) -> int:
     return 8 if matrix.bits == 8 else 4
 
 
-def _on(tensor: Tensor, device: torch.device) -> Tensor:
-    """A contiguous copy on `device`."""
-    return tensor.to(device, copy=True).contiguous()
+def _copy(tensor: Tensor) -> Tensor:
+    """Contiguous, in memory of its own."""
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -40,10 +40,11 @@ class Block(NamedTuple):
     outputs: int
     num_warps: int
     inputs_ahead: int
+    registers: int | None       # of a thread at most; None: as the assembler finds best
 
 
-_FEW = Block(16, 64, 4, 512)        # the fewest rows of the tensor cores; a decode step reads weights, and waits
-_MANY = Block(32, 128, 8, 384)      # a code becomes a number once for 32 rows
+_FEW = Block(16, 64, 4, 512, None)      # the fewest rows of the tensor cores; a decode step reads weights, and waits
+_MANY = Block(32, 128, 8, 384, 255)     # a code becomes a number once for 32 rows; left alone, the assembler spills some
 _MOST_STAGES = 8
 
 
@@ -232,7 +233,7 @@ def multiply(x: Tensor, packed: PackedMatrix, bias: Tensor | None, out_dtype: to
     x, sums = prepare(x, packed, tile)
     num_tiles, per_split = inputs // tile, tiles_per_split(packed, tile)
     splits = triton.cdiv(num_tiles, per_split)
-    block = _FEW if rows <= _FEW.rows else _MANY
+    block = _FEW if rows <= _FEW.rows or x.dtype is torch.float32 else _MANY    # float32 is not for tensor cores
     tiles_of_out = triton.cdiv(rows, block.rows), triton.cdiv(outputs, block.outputs)
     split = splits > 1 and tiles_of_out[0] * tiles_of_out[1] < programs
     product = (x.new_empty(splits, rows, outputs, dtype=torch.float32) if split
@@ -243,7 +244,8 @@ def multiply(x: Tensor, packed: PackedMatrix, bias: Tensor | None, out_dtype: to
         num_tiles, per_split, splits, BITS=packed.bits, TILE=tile, TILES_PER_GROUP=packed.group_size // tile,
         ZEROS=packed.has_zeros, HAS_BIAS=bias is not None and not split, MERGED=split, STRIP=STRIP,
         BLOCK_M=block.rows, BLOCK_N=block.outputs, COMPUTE=compute_dtype(x.dtype), num_warps=block.num_warps,
-        NUM_STAGES=min(_MOST_STAGES, block.inputs_ahead // tile))
+        NUM_STAGES=min(_MOST_STAGES, block.inputs_ahead // tile),
+        maxnreg=block.registers)
     if not split:
         return TritonOps().silu_mul(product) if gated else product
     width = outputs // 2 if gated else outputs

@@ -11,11 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from m4_flash_attn.kernels.layer_kernels import one_by_one
-from m4_flash_attn.kernels.triton.elementwise import TritonOps
-from m4_flash_attn.layers import GatedLinear, LayerKernels
+from m4_flash_attn.layers import LayerKernels
 from m7_gptq.grid import QuantizedMatrix
-from m7_gptq.linear import QuantizedLinear
+from m7_gptq.linear import QuantizedEmbedding, QuantizedLinear
 
 from .lookup import look_up
 from .packing import PackedMatrix, can_pack, pack
@@ -26,13 +24,12 @@ class TritonQuantizedLinear(nn.Module):
     """y = x W^T + b with exact weights and float32 sums. A row is the same bits in any batch."""
 
     def __init__(self, matrix: QuantizedMatrix | PackedMatrix, bias: Tensor | None, dtype: torch.dtype,
-                 out_dtype: torch.dtype | None = None, device: torch.device | str = "cuda") -> None:
-        """matrix [N, K], one that `can_pack`, or packed already; bias [N] or None. `dtype`: x's and, unless
-        `out_dtype` is another, y's."""
+                 out_dtype: torch.dtype | None = None) -> None:
+        """matrix [N, K] on the GPU, one that `can_pack` or that is packed; bias [N] or None. `dtype`: x's, and y's
+        unless `out_dtype` is another."""
         super().__init__()
-        device = torch.device(device)
-        self.packed = matrix if isinstance(matrix, PackedMatrix) else pack(matrix, device)
-        self.bias = None if bias is None else bias.detach().to(device)
+        self.packed = matrix if isinstance(matrix, PackedMatrix) else pack(matrix)
+        self.bias = None if bias is None else bias.detach()
         self.dtype, self.out_dtype = dtype, out_dtype or dtype
         self.out_features, self.in_features = self.packed.shape
 
@@ -85,19 +82,28 @@ class TritonQuantizedEmbedding(nn.Module):
         return look_up(input_ids.contiguous(), self.packed, self.dtype)
 
 
-def quantized_layer_kernels(device: torch.device) -> LayerKernels:
-    """What layers are made of on a GPU. A matrix that cannot be packed, or that is not quantised, stays as it is."""
-    ops = TritonOps()
+def quantized_layer_kernels(plain: LayerKernels, dtype: torch.dtype) -> LayerKernels:
+    """What the layers of a model in `dtype` are made of on a GPU: quantised ones packed, all others as by `plain`.
 
-    def linear(layer: nn.Module, out_dtype: torch.dtype | None = None) -> nn.Module:
-        if not isinstance(layer, QuantizedLinear) or not can_pack(layer.matrix):
-            return layer
-        return TritonQuantizedLinear(layer.matrix, layer.bias, layer.dtype, out_dtype, device)
+    A matrix that cannot be packed keeps its readable layer.
+    """
+    def packed(linear: nn.Module, out_dtype: torch.dtype | None = None) -> TritonQuantizedLinear | None:
+        if not isinstance(linear, QuantizedLinear) or not can_pack(linear.matrix):
+            return None
+        return TritonQuantizedLinear(linear.matrix, linear.bias, dtype, out_dtype)
 
-    def gate(layer: nn.Module) -> nn.Module:
-        packed = linear(layer)
-        if isinstance(packed, TritonQuantizedLinear):
-            return TritonQuantizedGatedLinear(packed)
-        return GatedLinear(layer, ops)
+    def gate(linear: nn.Module) -> nn.Module:
+        layer = packed(linear)
+        return plain.gate(linear) if layer is None else TritonQuantizedGatedLinear(layer)
 
-    return LayerKernels(ops, linear, gate, lambda layer: linear(layer, torch.float32), one_by_one)
+    return LayerKernels(plain.ops, lambda linear: packed(linear) or plain.pack(linear), gate,
+                        lambda linear: packed(linear, torch.float32) or plain.head(linear), plain.stack)
+
+
+def pack_embedding(embedding: QuantizedEmbedding, head: nn.Module, is_tied: bool) -> nn.Module:
+    """The embedding: over the memory of the packed `head` where both are one matrix, else packed by itself."""
+    if is_tied and isinstance(head, TritonQuantizedLinear):
+        return TritonQuantizedEmbedding(head.packed, embedding.dtype)
+    if not can_pack(embedding.matrix):
+        return embedding
+    return TritonQuantizedEmbedding(pack(embedding.matrix), embedding.dtype)
