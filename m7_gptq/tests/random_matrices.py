@@ -9,7 +9,6 @@ from torch import Tensor
 from m7_gptq.grid import QuantizedMatrix
 from m7_gptq.kernels.triton.packing import PackedMatrix
 
-_SUM = 2.0 ** -21       # of the sum of what was added up, in float32
 _ROUNDING = {torch.float32: 0.0, torch.float16: 2.0 ** -10, torch.bfloat16: 2.0 ** -7}     # the interpreter cuts
 
 
@@ -52,8 +51,10 @@ def without_memory(outputs: int, inputs: int, kind: Kind) -> PackedMatrix:
                         kind.zeros, empty(inputs, dtype=torch.int64) if kind.ordered else None, kind.bits, kind.group)
 
 
-def check_product(y: Tensor, x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None) -> None:
-    """y [M, N] against x W^T + bias in float64: float32's rounding of the sums, and y's own."""
+def check_product(y: Tensor, x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None,
+                  of_sums: float = 2.0 ** -21) -> None:
+    """y [M, N] against x W^T + bias in float64: `of_sums`, the part of all that was added up which float32 sums may
+    lose, and y's own rounding."""
     values, wide = matrix.dequantise().double(), x.double()
     exact = wide @ values.T + (0.0 if bias is None else bias.double())
     # What the kernel adds up: products with codes less zeros, or products with codes and others with minimums.
@@ -61,4 +62,4 @@ def check_product(y: Tensor, x: Tensor, matrix: QuantizedMatrix, bias: Tensor | 
     added = wide.abs() @ parts.dequantise().double().abs().T + (0.0 if bias is None else bias.double().abs())
     assert y.shape == exact.shape
     error = (y.double() - exact).abs()
-    assert bool((error <= _SUM * added + _ROUNDING[y.dtype] * exact.abs()).all()), float((error / added).max())
+    assert bool((error <= of_sums * added + _ROUNDING[y.dtype] * exact.abs()).all()), float((error / added).max())

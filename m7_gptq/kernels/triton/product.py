@@ -44,7 +44,7 @@ class Block(NamedTuple):
 
 
 _FEW = Block(16, 64, 4, 512, None)      # the fewest rows of the tensor cores; a decode step reads weights, and waits
-_MANY = Block(32, 128, 8, 384, 255)     # a code becomes a number once for 32 rows; left alone, the assembler spills some
+_MANY = Block(32, 128, 8, 384, 255)     # a code becomes a number once for 32 rows; unasked, the assembler spills some
 _MOST_STAGES = 8
 
 
