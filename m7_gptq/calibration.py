@@ -149,8 +149,8 @@ def corrected_weight(weight: Tensor, statistics: InputStatistics, damp_percent: 
     if statistics.difference is None:
         return weight
     h = statistics.hessian.double()
-    damp = damp_percent * float(h.diagonal().mean()) or 1.0
-    h.diagonal().add_(damp)
+    diagonal = h.diagonal()
+    diagonal.add_(torch.where(diagonal > 0, damp_percent * diagonal.mean(), 1.0))      # dead inputs: W stays
     wanted = torch.linalg.solve(h, statistics.difference.double(), left=False)
     return weight + share * (weight @ wanted.float())
 

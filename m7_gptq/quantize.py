@@ -114,8 +114,8 @@ def _check(model: CausalLM, windows: Tensor | None, options: QuantizeOptions) ->
     if windows.shape[1] > model.max_model_len:
         raise ConfigError(f"calibration windows of {windows.shape[1]} tokens exceed max_model_len; "
                           f"allowed: at most {model.max_model_len}")
-    if int(windows.min()) < 0 or int(windows.max()) >= model.spec.vocab_size:
-        raise ConfigError(f"the calibration text holds token {int(windows.max())}; "
+    if wrong := [int(t) for t in (windows.min(), windows.max()) if not 0 <= int(t) < model.spec.vocab_size]:
+        raise ConfigError(f"the calibration text holds token {wrong[0]}; "
                           f"allowed: 0 to {model.spec.vocab_size - 1}")
 
 
@@ -192,7 +192,8 @@ class _Parts:
             if sorted(known) != sorted(names):
                 raise ConfigError(f"{key}: the store holds {', '.join(sorted(known))}; allowed: {', '.join(names)}")
             for linear_name, linear in linears:
-                self._assign(linear, torch.cat([known[part].dequantise() for part in hf_parts(linear_name)]))
+                self._assign(linear_name, linear,
+                             torch.cat([known[part].dequantise() for part in hf_parts(linear_name)]))
             self.result.matrices |= known
         yield [] if known is not None else linears
         if known is None:
@@ -209,19 +210,23 @@ class _Parts:
         rows = [0, *itertools.accumulate(part_rows(parts, matrix.shape[0], self.model.spec))]
         for part, (first, last) in zip(parts, itertools.pairwise(rows), strict=True):
             self.result.matrices[part] = matrix.rows(first, last)
-        self._assign(linear, matrix.dequantise())
+        self._assign(name, linear, matrix.dequantise())
         self.result.report.append(replace(report, seconds=time.perf_counter() - start))
 
     @staticmethod
-    def _assign(linear: nn.Linear, values: Tensor) -> None:
+    def _assign(name: str, linear: nn.Linear, values: Tensor) -> None:
         if values.shape != linear.weight.shape:
-            raise ConfigError(f"the store holds a matrix of {tuple(values.shape)}; "
+            raise ConfigError(f"{name}: the store holds a matrix of {tuple(values.shape)}; "
                               f"allowed: {tuple(linear.weight.shape)}")
         linear.weight.copy_(values)
 
 
 def _quantise_one(name: str, weight: Tensor, inputs: InputStatistics | None,
                   options: QuantizeOptions) -> tuple[QuantizedMatrix, MatrixReport]:
+    """By the method asked for: the one place that knows them all (another one, AWQ say, would be a branch here).
+
+    `inputs`: what was summed up of the layer's inputs; None where the method needs no text.
+    """
     if inputs is None:
         return round_to_nearest(weight, options), MatrixReport(name)
     factor = factorise(inputs.hessian, options)

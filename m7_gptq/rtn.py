@@ -40,7 +40,7 @@ class QuantizeOptions:
                                           "finished matrix needs no order of its own")
     damp_percent: float = option(0.05, "added to the Hessian's diagonal, as a share of its mean")
     sink: float = option(0.1, "weight of the first token's own Hessian for q, k and v: the attention sink; 0: none")
-    gptaq: float = option(0.0, "share of the earlier layers' error that a layer is asked to undo, 0 to 1 (GPTAQ)")
+    gptaq: float = option(0.5, "share of the earlier layers' error that a layer is asked to undo, 0 to 1 (GPTAQ)")
     lm_head: bool = option(True, "quantise the output matrix too, and the embedding with it where they are one")
 
     def __post_init__(self) -> None:

@@ -45,7 +45,7 @@ def test_a_byte_is_a_token() -> None:
 def test_it_has_learnt_english() -> None:
     """Text that it was not trained on: far fewer than 256 choices a byte."""
     model = load_model(ModelConfig(model=str(TINY), dtype="float32", device="cpu"))
-    assert perplexity(plain_logits(model), text_windows(str(TINY), evaluation_text("test"), 256, 16)) < 5.5
+    assert perplexity(plain_logits(model), text_windows(str(TINY), evaluation_text("test"), 128, 32)) < 5.5
 
 
 def test_it_goes_on_with_a_sentence() -> None:

@@ -46,7 +46,7 @@ METHODS: dict[str, QuantizeOptions] = {
     "GPTQ, searched grids": replace(_TEXTBOOK, search=True),
     "GPTQ, + first token": replace(_TEXTBOOK, search=True, sink=0.1),
     "GPTQ, + activation order": replace(_TEXTBOOK, search=True, sink=0.1, desc_act=True),
-    "GPTQ, + GPTAQ": QuantizeOptions(),
+    "GPTQ, + GPTAQ": replace(_TEXTBOOK, search=True, sink=0.1, desc_act=True, gptaq=0.5),
 }
 DEFAULT = "GPTQ, + GPTAQ"                   # whose options are those of `quantize`
 _WATCHED = 4                                # windows
@@ -76,12 +76,28 @@ class Material:
         return {name: perplexity(plain_logits(model), self.texts[name]) for name in names or self.texts}
 
 
-class Suite:
-    """The rows of one model, and the file that they are kept in."""
+class Results:
+    """The file that rows are kept in: sections of rows."""
 
-    def __init__(self, material: Material, path: Path, report: Callable[[str], None] = print) -> None:
-        self.material, self.path, self.report = material, path, report
-        self.rows: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.sections: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def save(self) -> None:
+        """Write the file anew, never half."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self.path.with_suffix(".partial")
+        scratch.write_text(json.dumps(self.sections, indent=1) + "\n")
+        scratch.replace(self.path)
+
+
+class Suite:
+    """The rows of one model, a section of the results."""
+
+    def __init__(self, material: Material, results: Results, section: str,
+                 report: Callable[[str], None] = print) -> None:
+        self.material, self.results, self.report = material, results, report
+        self.rows = results.sections.setdefault(section, {})
         self._full: Watched | None = None
 
     def row(self, name: str, measure: Callable[[], dict[str, Any]]) -> None:
@@ -92,10 +108,7 @@ class Suite:
         self.rows[name] = measure()
         seconds = time.perf_counter() - start
         self.rows[name]["measured_in_s"] = round(seconds, 1)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.path.with_suffix(".partial")
-        scratch.write_text(json.dumps(self.rows, indent=1) + "\n")
-        scratch.replace(self.path)
+        self.results.save()
         shown = self.rows[name].get("perplexity", {})
         self.report(f"{name:34}" + "".join(f" {text} {value:8.3f}" for text, value in shown.items())
                     + f"   {seconds:.0f} s")
@@ -179,10 +192,11 @@ def main(output: Annotated[Path, typer.Option(help="The JSON file of the rows.")
     if wrong := [part for part in chosen if part not in PARTS]:
         raise reject("parts", wrong[0], ", ".join(PARTS))
     start = time.perf_counter()
-    suite = Suite(Material.of(model, 512, calibration, evaluation), output)
-    tiny = Suite(Material.of(str(TINY_MODEL), 128, 128, 128), output.with_name(output.stem + "-tiny.json"))
-    for each in (suite, tiny):
-        each.rows.setdefault("about", about(each.material))
+    results = Results(output)
+    suite = Suite(Material.of(model, 512, calibration, evaluation), results, "rows")
+    tiny = Suite(Material.of(str(TINY_MODEL), 128, 128, 128), results, "tiny")
+    for name, each in (("about", suite), ("about_tiny", tiny)):
+        results.sections.setdefault(name, about(each.material))
     run(suite, tiny, chosen)
     print(f"{time.perf_counter() - start:.0f} s in all")
 
