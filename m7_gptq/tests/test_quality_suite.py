@@ -30,7 +30,7 @@ def test_rows_are_saved_and_not_measured_again(material: Material, tmp_path: Pat
     suite.row("full precision", suite.full)
     for name in ("nearest", DEFAULT):
         suite.methods(3, 64, [name])
-    assert len(lines) == 3 and "dev" in lines[0]
+    assert len(lines) == 3 and "test" in lines[0]
     rows = json.loads(path.read_text())["rows"]
     again = Suite(material, Results(path), "rows", lines.append)
     again.row("full precision", lambda: pytest.fail("measured again"))
@@ -69,7 +69,8 @@ def test_all_parts_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert eight == pytest.approx(full, rel=0.01)
     int8 = suite.rows["4 bits: nearest"]["int8_activations"]
     exact = suite.rows["4 bits: nearest"]["perplexity"]["test"]
-    assert set(int8) == {"by token", "by group of 64"} and all(abs(v / exact - 1) < 0.1 for v in int8.values())
+    assert set(int8) == {"by token", "by group of 64"} and all(
+        abs(texts["test"] / exact - 1) < 0.1 for texts in int8.values())
 
 
 def test_activations_on_their_grid() -> None:

@@ -2,14 +2,15 @@
 
     python -m m7_gptq.tools.quality_suite --output m7_gptq/results/quality.json
 
-Every row is one way to quantise the whole model, judged on two texts: "dev", which settings were chosen on, and "test",
-which no choice has seen. Rows are saved as they are finished; started again, the command goes on with the missing ones.
+Every row is one way to quantise the whole model, judged on "test", a text that no choice has seen, and "chinese",
+unlike anything that was calibrated on. Settings were chosen with `--texts dev`. Rows are saved as they are finished;
+started again, the command goes on with the missing ones.
 """
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -49,7 +50,6 @@ METHODS: dict[str, QuantizeOptions] = {
     "GPTQ, + GPTAQ": replace(_TEXTBOOK, search=True, sink=0.1, desc_act=True, gptaq=0.5),
 }
 DEFAULT = "GPTQ, + GPTAQ"                   # whose options are those of `quantize`
-_WATCHED = 4                                # windows
 
 
 @dataclass
@@ -59,21 +59,24 @@ class Material:
     model: str                              # a name or folder
     calibration: Tensor
     texts: dict[str, Tensor]                # windows by the name of the text
+    watched: Tensor                         # a few windows to look at attention on
 
     @classmethod
-    def of(cls, model: str, length: int, num_calibration: int, num_evaluation: int | None) -> Material:
+    def of(cls, model: str, length: int, num_calibration: int, num_evaluation: int | None,
+           names: Sequence[str] = ("test", "chinese")) -> Material:
         """Windows of `length`; at most `num_evaluation` of each text, and a few of the Chinese one."""
-        most = {"dev": num_evaluation, "test": num_evaluation, "chinese": min(8, num_evaluation or 8)}
-        texts = {split: text_windows(model, evaluation_text(split), length, most[split]) for split in most}
-        return cls(model, text_windows(model, calibration_text(), length, num_calibration), texts)
+        most = {name: 4 if name == "chinese" else num_evaluation for name in names}
+        texts = {name: text_windows(model, evaluation_text(name), length, most[name]) for name in names}
+        return cls(model, text_windows(model, calibration_text(), length, num_calibration), texts,
+                   text_windows(model, evaluation_text("dev"), length, 4))
 
     def load(self) -> CausalLM:
         """The model as it is, in float32."""
         return load_model(ModelConfig(model=self.model, dtype="float32", device="cpu"))
 
-    def judge(self, model: CausalLM, *names: str) -> dict[str, float]:
-        """Perplexity on each text, or on those named."""
-        return {name: perplexity(plain_logits(model), self.texts[name]) for name in names or self.texts}
+    def judge(self, model: CausalLM) -> dict[str, float]:
+        """Perplexity on each text."""
+        return {name: perplexity(plain_logits(model), windows) for name, windows in self.texts.items()}
 
 
 class Results:
@@ -116,12 +119,12 @@ class Suite:
     def full(self) -> dict[str, Any]:
         """The model as it is: its perplexity, and where its attention goes."""
         model = self.material.load()
-        seen = watch(model, self.material.texts["dev"][:_WATCHED], weights=True)
+        seen = watch(model, self.material.watched, weights=True)
         return {"perplexity": self.material.judge(model), "mass_of_first_token": seen.mass}
 
     def quantized(self, options: QuantizeOptions, activations: bool) -> dict[str, Any]:
         """One way to quantise it; `activations`: with 8-bit activations as well."""
-        windows = self.material.texts["dev"][:_WATCHED]
+        windows = self.material.watched
         if self._full is None:
             self._full = watch(self.material.load(), windows)
         model = self.material.load()
@@ -133,7 +136,7 @@ class Suite:
             row["int8_activations"] = {}
             for name, size in (("by token", None), ("by group of 64", 64)):
                 with rounded_inputs(model, size):
-                    row["int8_activations"][name] = self.material.judge(model, "test")["test"]
+                    row["int8_activations"][name] = self.material.judge(model)
         return row
 
     def methods(self, bits: int, group_size: int, names: list[str] | None = None) -> None:
@@ -185,16 +188,18 @@ def run(suite: Suite, tiny: Suite, parts: list[str]) -> None:
 def main(output: Annotated[Path, typer.Option(help="The JSON file of the rows.")],
          parts: Annotated[str, typer.Option(help=f"Of {', '.join(PARTS)}.")] = ",".join(PARTS),
          model: Annotated[str, typer.Option(help="The model: a name, or a folder.")] = DEFAULT_MODEL,
-         calibration: Annotated[int, typer.Option(help="Windows of 512 tokens to calibrate on.")] = 64,
-         evaluation: Annotated[int | None, typer.Option(help="At most so many windows of each text.")] = None) -> None:
+         calibration: Annotated[int, typer.Option(help="Windows of 512 tokens to calibrate on.")] = 32,
+         evaluation: Annotated[int | None, typer.Option(help="At most so many windows of each text.")] = 32,
+         texts: Annotated[str, typer.Option(help="To judge on: of dev, test, chinese.")] = "test,chinese") -> None:
     """Measure perplexity for every method, and save each row as it is done."""
     chosen = [part.strip() for part in parts.split(",")]
     if wrong := [part for part in chosen if part not in PARTS]:
         raise reject("parts", wrong[0], ", ".join(PARTS))
     start = time.perf_counter()
     results = Results(output)
-    suite = Suite(Material.of(model, 512, calibration, evaluation), results, "rows")
-    tiny = Suite(Material.of(str(TINY_MODEL), 128, 128, 128), results, "tiny")
+    names = [name.strip() for name in texts.split(",")]
+    suite = Suite(Material.of(model, 512, calibration, evaluation, names), results, "rows")
+    tiny = Suite(Material.of(str(TINY_MODEL), 128, 128, 128, names), results, "tiny")
     for name, each in (("about", suite), ("about_tiny", tiny)):
         results.sections.setdefault(name, about(each.material))
     run(suite, tiny, chosen)
