@@ -222,6 +222,19 @@ def test_the_command(tmp_path, tiny_model):
     assert f"{sum(f.stat().st_size for f in (tmp_path / 'made').iterdir()):,}" in ran.output
 
 
+def test_the_command_interrupted(tmp_path, tiny_model, monkeypatch):
+    app = typer.Typer()
+    app.command("quantize")(with_flags(COMMAND, {}))
+    arguments = [str(tiny_model("llama")), str(tmp_path / "made"), "--group-size", "32", "--num-samples", "4",
+                 "--length", "64"]
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize_command, "quantize_model", stopping_after(1))
+        ran = CliRunner().invoke(app, arguments)
+    assert ran.exit_code == 130 and "interrupted: the same command goes on" in ran.output
+    ran = CliRunner().invoke(app, arguments)
+    assert ran.exit_code == 0 and "1 parts from an interrupted run" in ran.output
+
+
 def test_the_summary_names_the_worst_layer(tmp_path, tiny_model):
     written = quantize(str(tiny_model("llama")), tmp_path / "made", OPTIONS, **SMALL)
     console = Console(file=io.StringIO(), width=200)

@@ -1,4 +1,6 @@
-"""`quantize`: a model in, a folder of packed weights out, for this lab, GPTQModel, transformers and vLLM.
+"""`quantize`: a model in, a folder of packed weights out, for this lab and GPTQModel.
+
+vLLM reads symmetric folders without an order of inputs: --sym with --act-group-aware or --no-desc-act.
 
 The command checks all that can be checked before it works, keeps finished layers beside the target while it works, and
 writes the folder as a whole at the end. Interrupted and called again, it goes on after the last finished layer.
@@ -180,11 +182,15 @@ def _command(
         help="gptq (zero points less one) or gptq_v2 (default: gptq if symmetric, else gptq_v2).")] = None,
     force: Annotated[bool, typer.Option(help="Replace a model that is there.")] = False,
 ) -> None:
-    """Quantise a model into a folder that this lab, GPTQModel, transformers and vLLM read."""
+    """Quantise a model into a folder that this lab and GPTQModel read; vLLM, if --sym and --act-group-aware."""
     console = Console()
-    written = quantize(model, folder, QuantizeOptions(**quantize_options), calibration=calibration or (),
-                       num_samples=num_samples, length=length, checkpoint_format=checkpoint_format, force=force,
-                       console=console)
+    try:
+        written = quantize(model, folder, QuantizeOptions(**quantize_options), calibration=calibration or (),
+                           num_samples=num_samples, length=length, checkpoint_format=checkpoint_format, force=force,
+                           console=console)
+    except KeyboardInterrupt:
+        console.print("interrupted: the same command goes on after the layers that are finished")
+        raise typer.Exit(130) from None
     console.print(summary(written), highlight=False)
 
 
