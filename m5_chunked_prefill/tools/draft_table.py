@@ -17,7 +17,6 @@ from m0_basics.tools.bench.contender import BenchError
 from m0_basics.tools.bench.figures import grouped_bars
 from m2_continuous_batching.engine import engine_of
 
-from ..llm import LLM
 from ..speculation_stats import SpeculationStats
 from .copy_tasks import Task, tasks
 
@@ -90,8 +89,6 @@ def _summary(own: list[dict[str, float]], base: list[dict[str, float]]) -> dict[
 
 def stats_of(llm: BaseLLM) -> SpeculationStats | None:
     """The counters of an engine that drafts."""
-    if not isinstance(llm, LLM):
-        return None
     return next((p for p in engine_of(llm).plugins if isinstance(p, SpeculationStats)), None)
 
 

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from m0_basics.loading.loader import resolve_model
+from m0_basics.loading.model_cache import cache_dir
 from m0_basics.tools.testing.gguf_files import write_gguf
 from m7_gptq.grid import QuantizedMatrix
 from m7_gptq.loading.pack import pack_matrix
 from m7_gptq.loading.settings import GPTQSettings, tied_meta
+from m7_gptq.loading.source import settings_folder
 from m7_gptq.rtn import QuantizeOptions, round_to_nearest
 
 
@@ -77,3 +81,15 @@ def in_order(weight: Tensor, order: Tensor | None, options: QuantizeOptions) -> 
         return round_to_nearest(weight, options)
     matrix = round_to_nearest(weight[:, order].contiguous(), options)
     return QuantizedMatrix(matrix.codes, matrix.scales, matrix.bits, matrix.zeros, order=order)
+
+
+def use_cache(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own, which shares the built kernels: they take longer than all that is tested."""
+    kernels = cache_dir() / "kernels"
+    kernels.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
+    (folder / "kernels").symlink_to(kernels.resolve())
+    patch.setenv("LLM_LAB_CACHE", str(folder))
+    for remembers in (resolve_model, settings_folder):
+        remembers.cache_clear()
+    return folder

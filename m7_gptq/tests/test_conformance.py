@@ -29,7 +29,7 @@ from m0_basics.tools.testing.tiny_models import FAMILIES_UNDER_TEST
 from m2_continuous_batching.plugins.metrics import MetricsCollector
 from m7_gptq import LLM
 
-from .packed_models import PackedModel, pack_gguf, pack_gptq
+from .packed_models import PackedModel, pack_gguf, pack_gptq, use_cache
 
 ROOM: dict[str, Any] = {"max_model_len": 512, "block_size": 8, "num_blocks": 256}
 TINY: dict[str, Any] = {"max_model_len": 96, "num_blocks": 13}
@@ -63,7 +63,7 @@ class PackedConformance(Conformance):
 def packed_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, PackedModel]]:
     """What has been packed so far, and a cache folder for the settings of files."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLM_LAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        use_cache(tmp_path_factory.mktemp("cache") / "own", patch)
         yield {}
 
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 
 from m0_basics.attention import FullAttention
 from m0_basics.loading.gguf import GGUFError
-from m0_basics.loading.loader import resolve_model
 from m0_basics.model import CausalLM
 from m0_basics.model_runner import ModelRunner
 from m0_basics.tools.testing.fixtures import TinyModels
@@ -25,22 +23,16 @@ from m7_gptq.linear import QuantizedEmbedding, QuantizedLinear
 from m7_gptq.loading.fill import load_model
 from m7_gptq.loading.fingerprint import matrices_of
 from m7_gptq.loading.gguf_blocks import BLOCK_BYTES, unpack_blocks
-from m7_gptq.loading.source import settings_folder
 
-from .packed_models import pack_gguf
+from .packed_models import pack_gguf, use_cache
 
 PROMPTS = mixed_length_prompts(VOCAB_SIZE, 3, seed=5)
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the test's own."""
-    monkeypatch.setenv("LLM_LAB_CACHE", str(tmp_path / "cache"))
-    for remembers in (resolve_model, settings_folder):
-        remembers.cache_clear()
-    yield tmp_path / "cache"
-    for remembers in (resolve_model, settings_folder):
-        remembers.cache_clear()
+    return use_cache(tmp_path / "cache", monkeypatch)
 
 
 def load(path: Path, **options: str) -> CausalLM:

@@ -16,9 +16,8 @@ from m7_gptq.kernels.cpu.build import library
 from m7_gptq.linear import QuantizedLinear
 from m7_gptq.loading.fill import load_model
 from m7_gptq.loading.memory import GGUF_FORMS, Form, gptq_form, held_bytes, predict
-from m7_gptq.loading.source import settings_folder
 
-from .packed_models import pack_gguf, pack_gptq
+from .packed_models import pack_gguf, pack_gptq, use_cache
 
 
 def held_and_predicted(path: Path, dtype: str, layers: Form, head: Form, plain_embedding: bool) -> tuple[int, int]:
@@ -46,15 +45,13 @@ def test_folders_weigh_what_is_predicted(tiny_model: TinyModels, tmp_path: Path,
 def test_files_weigh_what_is_predicted(tiny_model: TinyModels, tmp_path: Path, variant: str, kind: str,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     """An embedding of its own is packed in the file as well, and looked up in that."""
-    monkeypatch.setenv("LLM_LAB_CACHE", str(tmp_path / "cache"))
-    settings_folder.cache_clear()
+    use_cache(tmp_path / "cache", monkeypatch)
     model, form = pack_gguf(tmp_path / "m", tiny_model(variant), kind), GGUF_FORMS[kind]
     held, predicted = held_and_predicted(model.packed, "bfloat16", form, form, False)
     spec = load_model(ModelConfig(str(model.packed))).spec
     again = 0 if spec.tie_word_embeddings else form.nbytes(spec.vocab_size, spec.hidden_size,
                                                            library().quantized_panel())
     assert held == predicted + again
-    settings_folder.cache_clear()
 
 
 def test_bytes_by_hand() -> None:

@@ -22,7 +22,7 @@ from m5_chunked_prefill.speculation_stats import SpeculationStats
 from m7_gptq import LLM
 from m7_gptq.self_draft import SelfDrafter
 
-from .packed_models import pack_gguf, pack_gptq
+from .packed_models import pack_gguf, pack_gptq, use_cache
 
 OPTIONS: dict[str, Any] = {"dtype": "float32", "max_model_len": 96, "block_size": 4}
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -91,7 +91,7 @@ def test_the_cache_holds_what_the_full_weights_computed(tiny_model: TinyModels) 
 def test_a_file_drafts_for_its_own_values(tiny_model: TinyModels, tmp_path: Path,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     """The default model's case: the packed blocks and the dequantised weights have the same values: all are right."""
-    monkeypatch.setenv("LLM_LAB_CACHE", str(tmp_path / "cache"))
+    use_cache(tmp_path / "cache", monkeypatch)
     model = pack_gguf(tmp_path / "model", tiny_model("llama"), "Q4_1")
     llm = drafting(model.packed)
     for ours, theirs in zip(ask(llm, PROMPTS), ask(m6.LLM(str(model.plain), **OPTIONS), PROMPTS), strict=True):

@@ -1,0 +1,99 @@
+"""What milestone 7's benchmark and its quality suite found, as tables on the screen and as figures."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from m0_basics.tools.bench import BenchReport
+from m0_basics.tools.bench.figures import throughput_bars
+from m5_chunked_prefill.tools import draft_table
+
+Rows = list[tuple[str, ...]]
+
+
+def key(name: str) -> str:
+    """A contender's name where a path of names leads to a number: without dots."""
+    return name.replace(".", "_")
+
+
+def print_tables(report: BenchReport) -> None:
+    """A table for each part."""
+    found, console = report.measurements, Console()
+    limits = found["limits"]
+    rows: Rows = [(name, f"{size / 1e6:.1f}", f"{found['decode_tokens_per_s'][name]:.1f}",
+             f"{limits['tokens_per_s'][name]:.0f}", f"{limits['share'][name]:.0%}")
+            for name, size in found["weight_bytes"].items()]
+    console.print(_table(f"One request, once its first token is there; the memory gives "
+                         f"{limits['bytes_per_second'] / 1e9:.1f} GB/s",
+                         ("", "weights, MB", "tokens/s", "limit", "share of it"), rows))
+    names = [c["name"] for c in report.to_dict()["comparisons"][0]["contenders"]]
+    rows = [(way, workload, *(f"{ratios[key(n)]:.2f}" if key(n) in ratios else "-" for n in names))
+            for workload, ways in found["speedup"].items() for way, ratios in ways.items()]
+    console.print(_table("Output tokens per second, over each other's", ("", "", *names), rows))
+    if "linear" in found:
+        kinds = [key for key in found["linear"][0] if key.endswith("_ms")]
+        rows = [(str(e["rows"]), *(f"{e[kind]:.3f}" for kind in kinds)) for e in found["linear"]]
+        console.print(_table("gate_up_proj, weights from memory: milliseconds",
+                             ("rows", *(kind.removesuffix("_ms") for kind in kinds)), rows))
+    rows = [(e["task"], str(e["num_requests"]), name, f"{c['tokens_per_s']:.1f}", f"{c['decode_ratio']:.2f}",
+             "-" if c["acceptance"] is None else f"{c['acceptance']:.0%}")
+            for e in found["drafts"] for name, c in e["contenders"].items()]
+    console.print(_table("Packed weights draft for the full ones", ("task", "requests", "draft", "tokens/s", "decode",
+                                                                    "right"), rows))
+
+
+def quality_table(quality: dict[str, Any], bench: dict[str, Any] | None) -> Table:
+    """Every way to hold the weights: perplexity, and, where the benchmark ran, bytes and speed of its form.
+
+    Speed depends on a form's bits and activations alone, not on how its codes were found.
+    """
+    rows: Rows = []
+    for name, row in quality.items():
+        if "perplexity" not in row or name.startswith("tiny"):
+            continue
+        form = form_of(name)
+        speed = speed_of(bench, form) if bench and form else ("-",) * 3
+        rows.append((name, f"{row['perplexity'].get('dev', float('nan')):.2f}", f"{row['perplexity']['test']:.2f}",
+                     *speed))
+        for way, value in row.get("int8_activations", {}).items():
+            exact = speed_of(bench, "m7") if bench and "group" in way else ("-",) * 3
+            rows.append((f"  + activations of 8 bits, {way}", "", f"{value:.2f}", *exact))
+    return _table("Perplexity on text that settings were chosen on (dev) and on text that no choice has seen (test)",
+                  ("", "dev", "test", "weights, MB", "decode, tokens/s", "64 requests, tokens/s"), rows)
+
+
+def form_of(name: str) -> str | None:
+    """The contender whose speed a row of the quality suite has, with activations as they are."""
+    if name.startswith("full"):
+        return "m6"
+    if name.startswith(("4 bits", "3 bits")):           # 3 bits are held as 4
+        return "m7-a16"
+    return "m7-8bit" if name.startswith("8 bits") else None
+
+
+def speed_of(bench: dict[str, Any], name: str) -> tuple[str, str, str]:
+    """Megabytes of weights, tokens per second in decode, and of 64 requests at once."""
+    found = bench["measurements"]
+    if name not in found["weight_bytes"]:
+        return "-", "-", "-"
+    [ragged] = [c["output_throughput"] for c in bench["comparisons"][0]["contenders"] if c["name"] == name]
+    return (f"{found['weight_bytes'][name] / 1e6:.0f}", f"{found['decode_tokens_per_s'][name]:.0f}", f"{ragged:.0f}")
+
+
+def draw(report: BenchReport, output_dir: Path) -> None:
+    """The figures of a whole report."""
+    ragged, single = report.comparisons
+    throughput_bars(ragged, output_dir / "ragged.png", f"{ragged.workload['name']}: output tokens per second")
+    throughput_bars(single, output_dir / "single.png", "One request: output tokens per second")
+    draft_table.draw(report.measurements["drafts"], output_dir / "drafts.png")
+
+
+def _table(title: str, columns: tuple[str, ...], rows: Rows) -> Table:
+    table = Table(*columns, title=title, box=SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    return table

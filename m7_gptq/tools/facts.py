@@ -1,0 +1,134 @@
+"""Every number that milestone 7's documents may quote.
+
+Computed here or in arithmetic.py: bits, bytes and limits, worked out from shapes. What was timed comes from
+`results/bench.json`, perplexities from `results/quality.json`.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m0_basics.tools.analysis.model_specs import SPECS
+from m0_basics.tools.documents.factbook import Fact, Facts, Result, read_json_file
+
+from ..loading.memory import GGUF_FORMS, gptq_form, predict
+from . import arithmetic
+
+PANEL = 32                              # outputs to a panel of the AVX-512 kernels
+# Rows of the quality suite by what their facts are called; "N bits: " stands before them.
+METHODS = {"rtn": "nearest", "rtn_search": "nearest, searched grids", "textbook": "GPTQ, textbook",
+           "search": "GPTQ, searched grids", "sink": "GPTQ, + first token", "order": "GPTQ, + activation order",
+           "gptaq": "GPTQ, + GPTAQ", "aware": "GPTQ, group-aware order"}
+NEAREST, FULL = "nearest", "full precision"
+QUALITY = "quality.json"
+
+
+def packing() -> dict[str, Fact]:
+    """Bytes of models once they are packed for the CPU: what `loading/memory.py` predicts, filled panels and all."""
+    facts = {}
+    for name, size in (("SmolLM2-135M", 64), ("Qwen3-0.6B", 128), ("Llama-3.1-8B", 128)):
+        form = gptq_form(4, size, desc_act=True)           # as `quantize` writes it
+        plain = not SPECS[name].tie_word_embeddings
+        slug = {"SmolLM2-135M": "smollm2", "Qwen3-0.6B": "qwen3_06b", "Llama-3.1-8B": "llama_8b"}[name]
+        facts[f"pack.{slug}.bytes"] = Fact(predict(SPECS[name], torch.bfloat16, form, form, PANEL, plain).total, "B")
+    gguf = predict(SPECS["SmolLM2-135M"], torch.bfloat16, GGUF_FORMS["Q4_1"], GGUF_FORMS["Q8_0"], PANEL)
+    return facts | {"pack.gguf.bytes": Fact(gguf.total, "B"), "pack.gguf.head_bytes": Fact(gguf.head, "B")}
+
+
+def bench_results(found: Mapping[str, Any]) -> dict[str, Result]:
+    """What may be quoted of `python -m m7_gptq bench`: everything that its file holds."""
+    facts: dict[str, Result] = {}
+    for position, table in enumerate(("ragged", "single")):
+        for i, contender in enumerate(found["comparisons"][position]["contenders"]):
+            path, name = f"comparisons.{position}.contenders.{i}", _slug(contender["name"])
+            for key, unit in (("output_throughput", "tokens/s"), ("ratio", "ratio")):
+                facts[f"bench.{table}.{name}.{key}"] = _bench(f"{path}.{key}", unit)
+            facts[f"bench.{table}.{name}.tokens_per_s"] = _bench(f"{path}.output_throughput", "tokens/s")
+    measured = found["measurements"]
+    for table, ways in measured["speedup"].items():
+        for way, ratios in ways.items():
+            facts |= {f"bench.{table}.{_slug(way)}_over.{_slug(other)}": _bench(
+                f"measurements.speedup.{table}.{way}.{other}", "ratio") for other in ratios}
+    for name in measured["decode_tokens_per_s"]:
+        facts[f"bench.decode.{_slug(name)}.tokens_per_s"] = _bench(f"measurements.decode_tokens_per_s.{name}",
+                                                                   "tokens/s")
+    for name in measured["weight_bytes"]:
+        facts[f"bench.memory.{_slug(name)}.bytes"] = _bench(f"measurements.weight_bytes.{name}", "B")
+        facts[f"bench.single.{_slug(name)}.limit_share"] = _bench(f"measurements.limits.share.{name}", "ratio")
+        facts[f"bench.single.{_slug(name)}.limit"] = _bench(f"measurements.limits.tokens_per_s.{name}", "tokens/s")
+    for name in measured["perplexity"]:
+        facts[f"bench.perplexity.{_slug(name)}"] = _bench(f"measurements.perplexity.{name}", "")
+    facts["bench.memory.bf16.bytes"] = _bench("measurements.plain_bytes", "B")
+    facts["bench.bytes_per_s"] = _bench("measurements.limits.bytes_per_second", "B/s")
+    for i, entry in enumerate(measured.get("linear", ())):
+        facts |= {f"bench.linear.{entry['rows']}.{key}": _bench(f"measurements.linear.{i}.{key}", "ms")
+                  for key in entry if key.endswith("_ms")}
+    for i, entry in enumerate(measured["drafts"]):
+        for name in entry["contenders"]:
+            path = f"measurements.drafts.{i}.contenders.{name}"
+            for key, unit in (("decode_ratio", "ratio"), ("ratio", "ratio"), ("acceptance", "ratio")):
+                if entry["contenders"][name][key] is not None:
+                    facts[f"bench.draft.{entry['task']}.{entry['num_requests']}.{name}.{key}"] = _bench(
+                        f"{path}.{key}", unit)
+    first = "measurements.drafts.0.contenders.folder."
+    return facts | {"bench.draft.accepted": _bench(first + "acceptance", "ratio"),
+                    "bench.draft.gain": _bench(first + "decode_ratio", "ratio")}
+
+
+def quality_results(rows: Mapping[str, Any]) -> dict[str, Result]:
+    """Perplexities on the text that no choice has seen, by bits, group size and method."""
+    facts = {}
+    for name, row in rows.items():
+        if "perplexity" in row and "options" in row:
+            bits, size, method = row["options"]["bits"], row["options"]["group_size"], _method(name)
+            if method is not None:
+                facts[f"quality.{bits}.{size}.{method}.ppl"] = _quality(f"{name}.perplexity.test")
+                facts[f"quality.{bits}.{size}.{method}.seconds"] = _quality(f"{name}.seconds", "s")
+    return facts | ({"quality.full.ppl": _quality(f"{FULL}.perplexity.test")} if FULL in rows else {})
+
+
+def gaps() -> dict[str, Fact]:
+    """The share of the gap between rounding to nearest and full precision that each method closes."""
+    facts: dict[str, Fact] = {}
+    rows = _stored(QUALITY)
+    for name, row in rows.items():
+        if (method := _method(name)) is None or "perplexity" not in row:
+            continue
+        nearest = rows.get(f"{name.partition(':')[0]}: {NEAREST}")
+        if nearest and FULL in rows:
+            full, far, own = (r["perplexity"]["test"] for r in (rows[FULL], nearest, row))
+            facts[f"quality.{row['options']['bits']}.{row['options']['group_size']}.{method}.closed"] = Fact(
+                (far - own) / (far - full), "ratio")
+    return facts
+
+
+def _method(name: str) -> str | None:
+    """"4 bits: nearest" -> "rtn"."""
+    return next((slug for slug, row in METHODS.items() if name.partition(": ")[2] == row), None)
+
+
+def _slug(name: str) -> str:
+    return name.replace(" ", "_").replace("-", "_").replace(".", "_")
+
+
+def _bench(path: str, unit: str) -> Result:
+    return Result("bench.json", path, unit)
+
+
+def _quality(path: str, unit: str = "") -> Result:
+    return Result(QUALITY, path, unit)
+
+
+def _stored(name: str) -> dict[str, Any]:
+    file = FOLDER / "results" / name
+    return read_json_file(file) if file.is_file() else {}
+
+
+FOLDER = Path(__file__).parents[1]
+FACTS = Facts(FOLDER, computed={"formats": arithmetic.formats, "memory": arithmetic.memory, "speed": arithmetic.speed,
+                                "algorithm": arithmetic.algorithm, "packing": packing, "gaps": gaps},
+              results=(bench_results(_stored("bench.json")) if _stored("bench.json") else {})
+              | quality_results(_stored(QUALITY)))
