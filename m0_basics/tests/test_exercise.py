@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from m0_basics.config import ConfigError
-from m0_basics.tools.exercise.book import ExerciseBook
+from m0_basics.tools.exercise import book
+from m0_basics.tools.exercise.book import ExerciseBook, Python
 from m0_basics.tools.exercise.commands import exercise_app
 
 README = """# m9_toy
@@ -79,8 +80,9 @@ BLANK_TOTAL = '            raise NotImplementedError("exercise: write Shop.Till.
 
 
 @pytest.fixture
-def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked_python: Python) -> Path:
     """The folder of a milestone `m9_toy` that can be imported; its workspace lies beside it."""
+    monkeypatch.setattr(book, "run_python", forked_python)
     folder = tmp_path / "m9_toy"
     (folder / "tests").mkdir(parents=True)
     (folder / "__init__.py").write_text("from .shop import Shop\n")
@@ -112,13 +114,13 @@ def edit(toy: Path, old: str, new: str) -> None:
 
 
 def states() -> list[str]:
-    book = ExerciseBook("m9_toy")
-    return [book.state(exercise).value for exercise in book.exercises]
+    toys = ExerciseBook("m9_toy")
+    return [toys.state(exercise).value for exercise in toys.exercises]
 
 
 @pytest.mark.slow
 def test_from_blank_to_solved(toy: Path) -> None:
-    started = run("start", "1")
+    started = run("start", "1", "--no-example")
     assert started.exit_code == 0
     assert "workspace/m9_toy/shop.py:13" in started.output and "the sum | of prices" in started.output
     assert "python -m m9_toy exercise check 1" in started.output
@@ -151,11 +153,11 @@ def test_from_blank_to_solved(toy: Path) -> None:
 
 @pytest.mark.slow
 def test_a_second_exercise_of_the_module_keeps_the_first_ones_work(toy: Path) -> None:
-    run("start", "1")
+    run("start", "1", "--no-example")
     mine = "            return 7\n"
     edit(toy, BLANK_TOTAL, mine)
     learner(toy).write_text(learner(toy).read_text() + "\n# my note\n")
-    assert run("start", "greet").exit_code == 0
+    assert run("start", "greet", "--no-example").exit_code == 0
     text = learner(toy).read_text()
     assert text == SHOP.replace(TOTAL, mine).replace("return motto() + name", BLANK_GREET) + "\n# my note\n"
 
@@ -165,9 +167,9 @@ def test_a_second_exercise_of_the_module_keeps_the_first_ones_work(toy: Path) ->
     edit(toy, BLANK_GREET, 'return "Hello, Ann"')
     assert run("check", "--all").exit_code == 0
 
-    assert isinstance(run("start", "1").exception, ConfigError)
+    assert isinstance(run("start", "1", "--no-example").exception, ConfigError)
     assert mine in learner(toy).read_text()
-    assert run("start", "1", "--force").exit_code == 0
+    assert run("start", "1", "--force", "--no-example").exit_code == 0
     assert BLANK_TOTAL in learner(toy).read_text() and 'return "Hello, Ann"' in learner(toy).read_text()
 
     assert run("reset", "1").exit_code == 0
@@ -180,8 +182,8 @@ def test_a_second_exercise_of_the_module_keeps_the_first_ones_work(toy: Path) ->
 def test_a_blank_neighbour_is_named(toy: Path) -> None:
     more = "def test_till(): assert m9_toy.shop.Shop.Till().total(('tea',)) == 3\n"
     (toy / "tests/test_more.py").write_text("import m9_toy.shop\n" + more)
-    run("start", "1")
-    run("start", "2")
+    run("start", "1", "--no-example")
+    run("start", "2", "--no-example")
     edit(toy, BLANK_GREET, 'return "Hello, Ann"')
     result = run("check", "2")
     assert result.exit_code == 1
@@ -190,33 +192,33 @@ def test_a_blank_neighbour_is_named(toy: Path) -> None:
 
 @pytest.mark.slow
 def test_a_module_that_changed_since_is_named(toy: Path) -> None:
-    run("start", "1")
+    run("start", "1", "--no-example")
     (toy / "shop.py").write_text(SHOP + "x = 1\n")
     assert "m9_toy/shop.py has changed since your copy was made" in run("check", "1").output
 
 
 @pytest.mark.slow
 def test_tests_that_are_all_skipped_grade_nothing(toy: Path) -> None:
-    run("start", "3")
+    run("start", "3", "--no-example")
     result = run("check", "3")
     assert result.exit_code == 1
     assert "no test ran" in result.output
 
 
 def test_a_syntax_error_is_shown_and_can_be_reset(toy: Path) -> None:
-    run("start", "1")
+    run("start", "1", "--no-example")
     edit(toy, BLANK_TOTAL, "            return (\n")
     result = run("check", "1")
     assert result.exit_code == 1
     assert f"{learner(toy)}, line 17 is not valid Python: '(' was never closed" in result.output
     assert states() == ["started", "not started", "not started"]
-    assert "not valid Python" in str(run("start", "2").exception)
+    assert "not valid Python" in str(run("start", "2", "--no-example").exception)
     assert run("reset", "1").exit_code == 0 and not learner(toy).exists()
 
 
 def test_solution_and_diff(toy: Path) -> None:
     assert run("solution", "1").output == SHOP[SHOP.index("        @functools"):SHOP.index("\n\nasync def")]
-    run("start", "1")
+    run("start", "1", "--no-example")
     lines = run("diff", "1").output.splitlines()
     assert lines[:2] == ["--- workspace/m9_toy/shop.py", "+++ m9_toy/shop.py"]
     assert [line[0] for line in lines if line[0] in "+-"][2:] == ["-", "+", "+"]
@@ -294,3 +296,14 @@ def test_the_overlay_replaces_the_module_and_nothing_else(toy: Path) -> None:
     assert show("workspace") == ["mine", real, str(file), *common]
     assert not (file.parent / "__pycache__").exists()       # so that an edit within the same second is seen
     assert show(None) == show("") == show("elsewhere") == ["real", real, real, *common]
+
+
+@pytest.mark.slow
+def test_the_command_line_says_whose_code_runs(tmp_path: Path) -> None:
+    """In a workspace there may be changed modules that one has forgotten."""
+    file = tmp_path / "m0_basics/sampler.py"
+    file.parent.mkdir()
+    file.write_bytes(Path(ExerciseBook("m0_basics").folder, "sampler.py").read_bytes())
+    done = subprocess.run([sys.executable, "-m", "m0_basics", "changes"], text=True, capture_output=True, check=True,
+                          env=os.environ | {"LLM_LAB_WORKSPACE": str(tmp_path)})
+    assert "your code is in use: m0_basics.sampler\n" in done.stderr

@@ -58,3 +58,9 @@ def install_overlay_from_environment() -> None:
     workspace = Path(folder).resolve()
     if not any(isinstance(finder, OverlayFinder) and finder.workspace == workspace for finder in sys.meta_path):
         sys.meta_path.insert(0, OverlayFinder(workspace))
+
+
+def learner_modules() -> list[str]:
+    """Names of the modules that are imported from the learner's files."""
+    return [name for name, module in list(sys.modules.items())
+            if type(getattr(module, "__loader__", None)).__name__ == LearnerLoader.__name__]

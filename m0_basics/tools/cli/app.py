@@ -27,6 +27,7 @@ from m0_basics.sampling_params import SamplingParams
 
 from ..documents.factbook import Facts
 from ..exercise.commands import exercise_app
+from ..exercise_overlay import learner_modules
 from .batch_file import run_batch_file
 from .options import engine_flags, sampling_flags, with_flags
 from .run_stats import RunStats
@@ -44,7 +45,10 @@ def main(package: str) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         try:
-            build_app(package)(prog_name=f"python -m {package}")
+            app = build_app(package)
+            if yours := learner_modules():
+                typer.secho(f"your code is in use: {', '.join(yours)}", fg="bright_black", err=True)
+            app(prog_name=f"python -m {package}")
         finally:
             sys.stdout.flush()
     except ConfigError as error:

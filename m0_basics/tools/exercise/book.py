@@ -13,24 +13,21 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from enum import Enum
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import Any
 
 from m0_basics.config import ConfigError
 
 from ..exercise_overlay import WORKSPACE_VARIABLE
-from .source import MARK, blank, find_function, function_text, parse, replace_function
+from .grading import CheckResult, Grader, Python, first_failure, run_python
+from .puzzles import Puzzles, class_docstring, docstring, expected_lines, read_puzzles, skeleton
+from .source import blank, find_function, function_text, parse, replace_function
 
-# (arguments, folder, environment) -> what `python arguments` did there; errors go where the output goes.
-Python = Callable[[Sequence[str], Path, Mapping[str, str]], subprocess.CompletedProcess[str]]
-# Plugins of pytest that no exercise needs, and that take longer to import than an exercise to grade.
-_SLOW_PLUGINS = ("schemathesis", "nbmake", "anyio")
+__all__ = ["CheckResult", "Exercise", "ExerciseBook", "Python", "State", "run_python"]
 
 
 class State(Enum):
@@ -56,16 +53,6 @@ class Exercise:
         return f"{self.file}::{self.symbol}"
 
 
-@dataclass(frozen=True)
-class CheckResult:
-    """What the tests said, and what else may be the reason of a failure."""
-
-    passed: bool
-    output: str
-    still_blank: tuple[str, ...] = ()       # symbols whose blank bodies the tests met
-    outdated: bool = False                  # the module has changed since the learner's copy was made
-
-
 class ExerciseBook:
     """The exercises of `package`, and what the learner has made of them."""
 
@@ -83,6 +70,7 @@ class ExerciseBook:
         workspace = os.environ.get(WORKSPACE_VARIABLE)
         self.workspace = Path(workspace).resolve() if workspace else self.folder.parent / "workspace"
         self.exercises = read_table(self.folder / "README.md")
+        self.puzzles: Puzzles = read_puzzles(self.folder)
         for exercise in self.exercises:
             self._check_row(exercise)
 
@@ -117,11 +105,16 @@ class ExerciseBook:
         return State.SOLVED if progress.get(exercise.name) == _digest(text) else State.STARTED
 
     def start(self, exercise: Exercise, force: bool = False) -> tuple[Path, int]:
-        """Blank the function in the workspace; return the file and the function's line. Other work there is kept."""
+        """Blank the function in the workspace; return the file and the function's line. Other work there is kept.
+
+        `force` starts again what is started already; a copy of what was written stays in the workspace's `kept/`.
+        """
         target = self.learner_file(exercise)
         if self.state(exercise) is not State.NOT_STARTED and not force:
             raise ConfigError(f"{exercise.name} is {self.state(exercise).value} already, in {target}; "
-                              "allowed: --force, which throws away what you wrote for it")
+                              "allowed: --force, which puts a copy of what you wrote aside and starts again")
+        if target.is_file() and self.state(exercise) is not State.NOT_STARTED:
+            self._keep_copy(exercise)
         source, path = self.source_file(exercise).read_bytes(), self.source_file(exercise)
         blanked = blank(source, find_function(source, exercise.symbol, path), exercise.symbol)
         if target.is_file():
@@ -135,9 +128,13 @@ class ExerciseBook:
         self._write_progress(self._read_progress() | copied | {exercise.name: ""})
         return target, find_function(target.read_bytes(), exercise.symbol, target).lineno
 
-    def reset(self, exercise: Exercise) -> Path | None:
-        """Back to not started. Returns the workspace file, or None where no exercise is left in it: it is removed."""
+    def reset(self, exercise: Exercise) -> tuple[Path | None, Path | None]:
+        """Back to not started. Returns the workspace file, or None where no exercise is left in it: it is removed.
+
+        Returns also where a copy of what was written is kept, or None where nothing was.
+        """
         self.require_started(exercise)
+        copy = self._keep_copy(exercise)
         target = self.learner_file(exercise)
         others = [e for e in self.exercises if e.file == exercise.file and e.name != exercise.name]
         keep = any(self.state(e) is not State.NOT_STARTED for e in others)
@@ -148,7 +145,7 @@ class ExerciseBook:
             target.unlink()
             gone = {exercise.name, exercise.file}
         self._write_progress({k: v for k, v in self._read_progress().items() if k not in gone})
-        return target if keep else None
+        return target if keep else None, copy
 
     def solution(self, exercise: Exercise) -> bytes:
         """The function as the milestone has it."""
@@ -166,8 +163,12 @@ class ExerciseBook:
         if self.state(exercise) is State.NOT_STARTED:
             raise ConfigError(f"{exercise.name} is not started; start it with: {self.command('start', exercise)}")
 
-    def check(self, exercise: Exercise) -> CheckResult:
-        """Run the exercise's tests on the learner's files, in a process of their own."""
+    def check(self, exercise: Exercise, first_failure_only: bool = False) -> CheckResult:
+        """Run the exercise's tests on the learner's files, in a process of their own.
+
+        Where some fail, a few of them run once more, and the learner's function is set beside the milestone's;
+        not with `first_failure_only`, which also ends the run at the first failure.
+        """
         self.require_started(exercise)
         if importlib.util.find_spec("pytest") is None:
             raise ConfigError("pytest is not installed; get it with: pip install 'llm-inference-lab[dev]'")
@@ -175,30 +176,81 @@ class ExerciseBook:
             text = self.learner_text(exercise)
         except ConfigError as error:
             return CheckResult(False, str(error))
-        result = self.run_tests(exercise.tests)
+        result = self.run_tests(exercise.tests, first_failure_only)
+        if result.failed and not result.still_blank and not first_failure_only:
+            # One case of each test function that failed, three at most: one of them may show best what is wrong.
+            cases = list({test.partition("[")[0]: test for test in reversed(result.failed)}.values())[::-1]
+            shrink = not any(case.endswith("::runTest") for case in cases[:3])      # state machines take minutes
+            again, difference = self._grader().run(cases[:3], compare=True, shrink=shrink, **self._orders(exercise))
+            result = replace(result, output=first_failure(again.output or result.output), difference=difference)
         progress = self._read_progress()
         self._write_progress(progress | {exercise.name: _digest(text) if result.passed else ""})
         outdated = progress.get(exercise.file) != _digest(self.source_file(exercise).read_bytes())
         others = tuple(symbol for symbol in result.still_blank if symbol != exercise.symbol)
         return replace(result, still_blank=others, outdated=outdated)
 
-    def run_tests(self, tests: Sequence[str]) -> CheckResult:
+    def run_tests(self, tests: Sequence[str], first_failure_only: bool = False) -> CheckResult:
         """Run test files or node ids of the package with the workspace's modules in place of its own."""
-        with tempfile.TemporaryDirectory() as scratch:
-            report = Path(scratch, "report.xml")
-            # --verbosity sets what -q in a project's own settings would only add to.
-            left_out = [part for name in _SLOW_PLUGINS for part in ("-p", f"no:{name}")]
-            arguments = ["-m", "pytest", "-p", "m0_basics.tools.exercise_overlay", "-x", "--verbosity=-1",
-                         "--color=no", "-p", "no:cacheprovider", *left_out, f"--junit-xml={report}",
-                         *(f"{self.package}/{test}" for test in tests)]
-            done = self.python(arguments, self.folder.parent,
-                               os.environ | {WORKSPACE_VARIABLE: str(self.workspace)})
-            passed = _count_passed(report)
-        output = done.stdout.strip()
-        if done.returncode in (0, 5) and not passed:        # 5: pytest selected none
-            return CheckResult(False, f"{output}\nno test ran: all were skipped or left out, so nothing was graded")
-        blanks = dict.fromkeys(re.findall(re.escape(MARK) + r"([\w.]+)", output))
-        return CheckResult(done.returncode == 0, output, tuple(blanks))
+        return self._grader().run([f"{self.package}/{test}" for test in tests], first_failure_only)[0]
+
+    def example(self, exercise: Exercise) -> str:
+        """A call of the milestone's function with the arguments that a test gives it, and what it returns."""
+        nowhere = self.workspace / "no such folder"
+        tests = [f"{self.package}/{test}" for test in exercise.tests]
+        return replace(self._grader(), workspace=nowhere).run(tests, True, **self._orders(exercise))[1]
+
+    def statement(self, exercise: Exercise) -> str:
+        """What is to be written: the docstrings of class and function, and what they leave open. May be empty."""
+        path = self.source_file(exercise)
+        source = path.read_bytes()
+        parts = [class_docstring(source, exercise.symbol), docstring(source, exercise.symbol, path),
+                 self.puzzles.statements.get(exercise.name, "")]
+        return "\n\n".join(part.strip() for part in parts if part)
+
+    def expected_lines(self, exercise: Exercise) -> int:
+        """How many lines of code the milestone's own body has."""
+        path = self.source_file(exercise)
+        return expected_lines(path.read_bytes(), exercise.symbol, path)
+
+    def hints(self, exercise: Exercise) -> list[str]:
+        """First ideas, and at last the function with its expressions cut out."""
+        path = self.source_file(exercise)
+        ideas = self.puzzles.hints.get(exercise.name, [])
+        return [*ideas, skeleton(path.read_bytes(), exercise.symbol, path)]
+
+    def next_hint(self, exercise: Exercise) -> int:
+        """How many hints the learner sees now: one more than last time."""
+        key, number = f"hints of {exercise.name}", len(self.hints(exercise))
+        progress = self._read_progress()
+        shown = min(number, int(progress.get(key, "0")) + 1)
+        self._write_progress(progress | {key: str(shown)})
+        return shown
+
+    def _grader(self) -> Grader:
+        return Grader(self.folder.parent, self.workspace, self.python)
+
+    def _orders(self, exercise: Exercise) -> dict[str, Any]:
+        module = f"{self.package}.{exercise.file.removesuffix('.py').replace('/', '.')}"
+        return {"module": module, "symbol": exercise.symbol, "specification": str(self.source_file(exercise))}
+
+    def _keep_copy(self, exercise: Exercise) -> Path | None:
+        """Put what the learner wrote aside before it is thrown away; None where it cannot be read, or is blank."""
+        try:
+            text = self.learner_text(exercise)
+        except ConfigError:
+            text = self.learner_file(exercise).read_bytes()     # it does not parse: the whole file
+        if text == self._blank_text(exercise) or text == self.solution(exercise):
+            return None
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        copy = self.workspace / self.package / "kept" / f"{exercise.symbol}-{stamp}.py"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(text)
+        return copy
+
+    def _blank_text(self, exercise: Exercise) -> bytes:
+        source, path = self.source_file(exercise).read_bytes(), self.source_file(exercise)
+        blanked = blank(source, find_function(source, exercise.symbol, path), exercise.symbol)
+        return function_text(blanked, find_function(blanked, exercise.symbol, path))
 
     def _replace(self, exercise: Exercise, text: bytes) -> None:
         path = self.learner_file(exercise)
@@ -216,6 +268,7 @@ class ExerciseBook:
         return progress
 
     def _write_progress(self, progress: dict[str, str]) -> None:
+        self._progress_file().parent.mkdir(parents=True, exist_ok=True)
         self._progress_file().write_text(json.dumps(progress, indent=1, sort_keys=True), encoding="utf-8")
 
     def _check_row(self, exercise: Exercise) -> None:
@@ -241,13 +294,6 @@ class ExerciseBook:
                 if not inside:
                     raise ConfigError(f"{where}: test={test!r} is not valid; {path} has no {'::'.join(names)}")
                 scope = inside[0]
-
-
-def run_python(arguments: Sequence[str], folder: Path, environment: Mapping[str, str],
-               ) -> subprocess.CompletedProcess[str]:
-    """A process of its own."""
-    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, text=True, check=False,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def read_table(readme: Path) -> list[Exercise]:
@@ -279,12 +325,3 @@ def _read_row(readme: Path, cells: list[str]) -> Exercise:
 
 def _digest(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()
-
-
-def _count_passed(report: Path) -> int:
-    """Tests of a JUnit report that ran and passed."""
-    if not report.is_file():
-        return 0
-    suites = ElementTree.parse(report).getroot().iter("testsuite")
-    counts = [{key: int(suite.get(key, "0")) for key in ("tests", "skipped", "failures", "errors")} for suite in suites]
-    return sum(c["tests"] - c["skipped"] - c["failures"] - c["errors"] for c in counts)

@@ -1,6 +1,7 @@
 """The exercise mode: blank out a central function, write it, and let the milestone's own tests grade it.
 
-    python -m m0_basics exercise list | start 1 | check 1 | solution 1 | reset 1
+    python -m m0_basics exercise list | start 1 | hint 1 | check 1 | solution 1 | reset 1
+    python -m m0_basics exercise bug 1          a bug is planted: find it
 
 Nothing in the package changes: the learner edits a copy in `workspace/`, which an import overlay puts in place
 of the module. With `LLM_LAB_WORKSPACE=workspace` every command of this and of later milestones runs on it too.
@@ -8,6 +9,8 @@ of the module. With `LLM_LAB_WORKSPACE=workspace` every command of this and of l
 from __future__ import annotations
 
 import difflib
+import shutil
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +19,9 @@ import typer
 from m0_basics.config import ConfigError
 
 from .book import Exercise, ExerciseBook, State
+from .bugs import BugHunt
+from .grading import CheckResult
+from .puzzles import signature
 
 _TAIL_LINES = 40                # of pytest's output: one failure with its source lines
 _Name = Annotated[str, typer.Argument(help="Number, symbol or file::symbol of the exercise.", show_default=False)]
@@ -33,17 +39,45 @@ def exercise_app(package: str) -> typer.Typer:
         width = max(len(e.name) for e in book.exercises)
         for e in book.exercises:
             typer.echo(f"{e.number:>2}  {book.state(e).value:<11}  {e.name:<{width}}  {e.task}")
+        hunt = BugHunt(book)
+        for number, bug in enumerate(hunt.bugs, 1):
+            typer.echo(f"bug {number}  {hunt.state(number):<11}  {bug.title}")
+        solved = sum(book.state(e) is State.SOLVED for e in book.exercises)
+        typer.echo(f"{solved} of {len(book.exercises)} solved")
 
     @app.command()
-    def start(name: _Name, force: Annotated[bool, typer.Option("--force", help="Throw away what is there.")] = False,
-              ) -> None:
-        """Blank the function in the workspace."""
+    def start(name: _Name, force: Annotated[bool, typer.Option("--force", help="Start again; a copy is kept.")] = False,
+              example: Annotated[bool, typer.Option(help="Show a real call; takes some seconds.")] = True) -> None:
+        """Blank the function in the workspace, and say what to write."""
         book = ExerciseBook(package)
         exercise = book.find(name)
         path, line = book.start(exercise, force)
-        typer.echo(f"{exercise.name}: {exercise.task}")
-        typer.echo(f"edit   {_short(path)}:{line}")
+        _show_statement(book, exercise)
+        typer.echo(f"\nedit   {_short(path)}:{line}")
+        typer.echo(f"hint   {book.command('hint', exercise)}")
         typer.echo(f"grade  {book.command('check', exercise)}")
+        if example:
+            _show_example(book, exercise)
+
+    @app.command("show")
+    def show_exercise(name: _Name, example: Annotated[bool, typer.Option(help="Show a real call.")] = True) -> None:
+        """Say what to write, with a real call, without starting."""
+        book = ExerciseBook(package)
+        exercise = book.find(name)
+        _show_statement(book, exercise)
+        if example:
+            _show_example(book, exercise)
+
+    @app.command()
+    def hint(name: _Name, all_hints: Annotated[bool, typer.Option("--all", help="Show them all.")] = False) -> None:
+        """One hint, and on the next call one more; the last is the function with its expressions cut out."""
+        book = ExerciseBook(package)
+        exercise = book.find(name)
+        hints = book.hints(exercise)
+        num_shown = len(hints) if all_hints else book.next_hint(exercise)
+        for number, text in enumerate(hints[:num_shown], 1):
+            typer.echo(f"hint {number} of {len(hints)}")
+            typer.echo(textwrap.indent(text if "\n" in text else textwrap.fill(text, _width()), "  "))
 
     @app.command()
     def check(name: Annotated[str | None, typer.Argument(help="Number, symbol or file::symbol.")] = None,
@@ -78,22 +112,72 @@ def exercise_app(package: str) -> typer.Typer:
 
     @app.command()
     def reset(name: _Name) -> None:
-        """Throw away what you wrote for an exercise (start --force blanks it again)."""
+        """Go back to not started; a copy of what you wrote is kept."""
         book = ExerciseBook(package)
         exercise = book.find(name)
-        left = book.reset(exercise)
+        left, copy = book.reset(exercise)
         typer.echo(f"{exercise.name} is not started any more; " + (
             f"{_short(left)} has the milestone's function again" if left else
             f"{_short(book.learner_file(exercise))} is removed"))
+        if copy is not None:
+            typer.echo(f"what you wrote is kept in {_short(copy)}")
+
+    @app.command("bug")
+    def hunt_bug(number: Annotated[int, typer.Argument(help="Which bug (see the list).", min=1)] = 1,
+                 check: Annotated[bool, typer.Option("--check", help="Is it mended? Run the tests.")] = False,
+                 reveal: Annotated[bool, typer.Option("--reveal", help="Say where it is, and why it bites.")] = False,
+                 force: Annotated[bool, typer.Option("--force", help="Plant it anew.")] = False) -> None:
+        """Plant a known bug in a copy of a module, for you to find."""
+        hunt = BugHunt(ExerciseBook(package))
+        if reveal:
+            why, line = hunt.reveal(number)
+            typer.echo(f"{package}/{hunt.find(number).file}:{line}: {why}")
+        elif check:
+            if not _check_bug(hunt, number):
+                raise typer.Exit(1)
+        else:
+            file = hunt.plant(number, force)
+            bug = hunt.find(number)
+            typer.echo(f"{bug.title}\n\n{textwrap.fill(bug.symptom, _width())}\n")
+            typer.echo(f"the bug is in {_short(file)}: find it by reading, not by comparing with the package\n"
+                       f"try it  LLM_LAB_WORKSPACE={_short(hunt.workspace(number))} python -m {package} generate ...\n"
+                       f"grade   python -m {package} exercise bug {number} --check\n"
+                       f"give up python -m {package} exercise bug {number} --reveal")
 
     return app
+
+
+def _width() -> int:
+    return min(100, shutil.get_terminal_size().columns - 2)
+
+
+def _show_statement(book: ExerciseBook, exercise: Exercise) -> None:
+    source = book.source_file(exercise)
+    typer.echo(f"{exercise.name}: {exercise.task}\n")
+    typer.echo(signature(source.read_bytes(), exercise.symbol, source) + "\n")
+    if statement := book.statement(exercise):
+        typer.echo("\n\n".join(_filled(part) for part in statement.split("\n\n")))
+    lines = book.expected_lines(exercise)
+    typer.echo(f"\nThe milestone's own body has {lines} line{'' if lines == 1 else 's'} of code.")
+
+
+def _filled(paragraph: str) -> str:
+    """A paragraph in lines of the terminal's width; one that is laid out by hand as it is."""
+    if any(line.startswith(("  ", "|")) for line in paragraph.splitlines()):
+        return textwrap.indent(paragraph, "  ")
+    return textwrap.fill(paragraph, _width(), initial_indent="  ", subsequent_indent="  ")
+
+
+def _show_example(book: ExerciseBook, exercise: Exercise) -> None:
+    typer.echo("\na call from the tests:", nl=False)
+    found = book.example(exercise)
+    typer.echo("\n" + textwrap.indent(found, "  ") if found else " none could be shown; read the tests")
 
 
 def _check(book: ExerciseBook, exercise: Exercise) -> bool:
     typer.echo(f"{exercise.name}: running {', '.join(exercise.tests)} on your code")
     result = book.check(exercise)
-    lines = result.output.splitlines()
-    typer.echo("\n".join(lines[-1:] if result.passed else lines[-_TAIL_LINES:]))
+    _show_result(result)
     typer.echo(f"{exercise.name}: " + ("passed" if result.passed else "not passed"))
     if result.still_blank and not result.passed:
         typer.echo(f"the tests met a function that is still blank: {', '.join(result.still_blank)}; "
@@ -101,6 +185,37 @@ def _check(book: ExerciseBook, exercise: Exercise) -> bool:
     if result.outdated and not result.passed:
         typer.echo(f"{_short(book.source_file(exercise))} has changed since your copy was made: if the failure lies "
                    "outside your function, keep your bodies, reset this module's exercises and start them again")
+    if result.passed and (book.workspace / ".git").exists():
+        typer.echo(f"keep it: git -C {_short(book.workspace)} add -A && git -C {_short(book.workspace)} commit -m "
+                   f"'{book.package}: {exercise.symbol}'")
+    return result.passed
+
+
+def _show_result(result: CheckResult) -> None:
+    """The first failure, a call on which the two functions differ, and how many tests pass."""
+    lines = result.output.splitlines()
+    typer.echo("\n".join(lines[-1:] if result.passed else lines[-_TAIL_LINES:]))
+    if result.difference:
+        typer.echo("\non this call your function and the milestone's differ:")
+        typer.echo(textwrap.indent(result.difference, "  "))
+    if result.num_passed or result.failed:
+        typer.echo(f"\n{result.score}")
+    for test in result.failed[:8]:
+        typer.echo(f"  fails: {test}")
+    if len(result.failed) > 8:
+        typer.echo(f"  and {len(result.failed) - 8} more")
+
+
+def _check_bug(hunt: BugHunt, number: int) -> bool:
+    bug = hunt.find(number)
+    typer.echo(f"bug {number}: running {', '.join(bug.tests)} on your copy")
+    result = hunt.check(number)
+    _show_result(result)
+    if result.passed:
+        why, _ = hunt.reveal(number)
+        typer.echo(f"found. What it was: {why}")
+    else:
+        typer.echo("it still bites")
     return result.passed
 
 

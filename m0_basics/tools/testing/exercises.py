@@ -15,6 +15,7 @@ from typing import ClassVar
 import pytest
 
 from ..exercise.book import ExerciseBook, Python
+from ..exercise.bugs import BugHunt
 from ..exercise.source import find_function, replace_function
 
 _SHOW_FILES = """
@@ -48,7 +49,7 @@ class ExerciseConformance:
         row = book.find(exercise)
         file, _ = book.start(row)
         assert file.is_relative_to(workspace)
-        result = book.check(row)
+        result = book.check(row, first_failure_only=True)
         assert not result.passed
         assert f"NotImplementedError: exercise: write {row.symbol}" in result.output
         assert not result.still_blank
@@ -66,6 +67,23 @@ class ExerciseConformance:
             assert book.learner_file(exercise).read_bytes() == book.source_file(exercise).read_bytes()
         result = book.run_tests(sorted({test for exercise in book.exercises for test in exercise.tests}))
         assert result.passed, result.output
+
+    def test_planted_bugs_are_noticed(self, forked_python: Python, workspace: Path) -> None:
+        """Each by the tests that it names; the symptom does not say where it is."""
+        hunt = BugHunt(ExerciseBook(self.package, forked_python))
+        assert hunt.bugs
+        for number in range(1, len(hunt.bugs) + 1):
+            hunt.plant(number)
+            result = hunt.check(number, first_failure_only=True)
+            assert result.failed and not result.passed, f"bug {number}: {result.output}"
+            assert hunt.state(number) == "planted"
+
+    def test_each_exercise_has_its_hints(self) -> None:
+        """An idea in words, and the skeleton."""
+        book = ExerciseBook(self.package)
+        assert [e.name for e in book.exercises if len(book.hints(e)) < 2] == []
+        assert set(book.puzzles.hints) | set(book.puzzles.statements) <= {e.name for e in book.exercises}
+        assert all(book.expected_lines(e) > 0 and "____" in book.hints(e)[-1] for e in book.exercises)
 
     def test_no_module_is_imported_before_the_overlay(self, forked_python: Python, workspace: Path) -> None:
         """Holds because every milestone's `__init__` imports m0_basics, directly or not, before its own modules."""
