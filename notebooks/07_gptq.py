@@ -94,8 +94,8 @@ def group_values(options: QuantizeOptions, group: Tensor) -> tuple[Tensor, Tenso
 
 
 spans = weight.view(weight.shape[0], -1, GROUP)
-lean = (spans.amax(2) + spans.amin(2)).abs() / (spans.amax(2) - spans.amin(2))      # groups that lean to one side
-row, place = divmod(int(lean.argmax()), lean.shape[1])
+lean = (spans.amax(2) + spans.amin(2)) / (spans.amax(2) - spans.amin(2))            # groups that lean to one side
+row, place = divmod(int(lean.flatten().argsort()[int(0.998 * lean.numel())]), lean.shape[1])
 group = spans[row, place]
 kinds = {"asymmetric, 4 bits": NEAREST, "symmetric, 4 bits": replace(NEAREST, sym=True),
          "asymmetric, 3 bits": replace(NEAREST, bits=3)}
@@ -143,7 +143,8 @@ for (bits, own), colour in zip(points.items(), (RED, ORANGE, BLUE, GREEN), stric
 for size, (x, y) in zip(sizes, points[4], strict=True):
     axes.annotate(f"group {size}", (x, y), textcoords="offset points", xytext=(6, 2), fontsize=8, color=GREY)
 axes.set_yscale("log")
-axes.set(xlabel="bits per weight, scales and zero points included", ylabel="relative error of the weights")
+axes.set(xlabel="bits per weight, scales and zero points included", ylabel="relative error of the weights",
+         xlim=(1.2, 10))
 axes.set_title("Rounded to the nearest", loc="left")
 plt.show()
 for bits, own in points.items():
@@ -391,10 +392,12 @@ axes.axvline(weight.shape[1], color=LIGHT, linewidth=4, zorder=0)
 axes.axhline(plain, color=ORANGE)
 axes.annotate("to the nearest: no text at all", (counts[0], plain), textcoords="offset points", xytext=(0, -14),
               color=ORANGE)
+axes.annotate("as many as inputs", (weight.shape[1], 0.01), rotation=90, xytext=(-14, 0), textcoords="offset points",
+              color=GREY, fontsize=9)
 for (damping, curve), colour in zip(curves.items(), (RED, BLUE), strict=True):
     axes.plot(counts, [new for _, new in curve], "o-", color=colour)
-    axes.annotate(f"on other text, damping {100 * damping:g} %", (counts[2], curve[2][1]), textcoords="offset points",
-                  xytext=(0, 8), ha="right", color=colour)
+    axes.annotate(f"on other text, damping {100 * damping:g} %", (counts[3], curve[3][1]), textcoords="offset points",
+                  xytext=(-6, 10), ha="center", color=colour)
 axes.plot(counts, [known for known, _ in curves[0.05]], "o--", color=GREY)
 axes.annotate("on the samples themselves", (counts[2], curves[0.05][2][0]), textcoords="offset points", xytext=(8, -12),
               color=GREY)
@@ -509,9 +512,9 @@ assert by_method["GPTQ, default"][1] < by_method["nearest"][1]
 
 # %%
 figure, axes = plt.subplots(figsize=(8.5, 4.2))
-for (way, own), colour in zip(by_method.items(), (GREY, ORANGE, BLUE), strict=True):
+for (way, own), colour, above in zip(by_method.items(), (GREY, ORANGE, BLUE), (4, 10, -16), strict=True):
     axes.plot((2, 3, 4), own, "o-", color=colour)
-    axes.annotate(way, (2, own[0]), textcoords="offset points", xytext=(8, 2), color=colour)
+    axes.annotate(way, (2, own[0]), textcoords="offset points", xytext=(10, above), color=colour)
 axes.axhline(tiny_full, color=INK, linestyle="--")
 axes.annotate("full precision", (4, tiny_full), textcoords="offset points", xytext=(-4, -14), ha="right")
 axes.set_xticks((2, 3, 4))
@@ -573,7 +576,7 @@ DTYPE = torch.bfloat16
 packed_matrix = round_to_nearest(torch.randn(COLUMNS, DEPTH), NEAREST)
 full_weight = packed_matrix.dequantise()
 products: dict[str, list[nn.Module]] = {
-    "m4, 16 bits or 32": [PackedLinear(full_weight.to(DTYPE)) for _ in range(COPIES)],
+    "m4, plain weights": [PackedLinear(full_weight.to(DTYPE)) for _ in range(COPIES)],
     "4 bits, exact": [CpuQuantizedLinear(packed_matrix, None, DTYPE, "exact") for _ in range(COPIES)],
     "4 bits, int8": [CpuQuantizedLinear(packed_matrix, None, DTYPE, "int8") for _ in range(COPIES)]}
 
@@ -618,9 +621,9 @@ for name, (speed, text) in engines.items():
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), width_ratios=(1.6, 1))
-for (name, own), colour in zip(timed.items(), (GREY, ORANGE, BLUE), strict=True):
+for (name, own), colour, above in zip(timed.items(), (GREY, ORANGE, BLUE), (8, 8, -16), strict=True):
     left.plot(ROWS, own, "o-", color=colour)
-    left.annotate(name, (ROWS[-1], own[-1]), textcoords="offset points", xytext=(-6, 6), ha="right", color=colour)
+    left.annotate(name, (ROWS[1], own[1]), textcoords="offset points", xytext=(0, above), ha="center", color=colour)
 left.set_xscale("log", base=2)
 left.set_yscale("log")
 left.set_xticks(ROWS, [str(rows) for rows in ROWS])
