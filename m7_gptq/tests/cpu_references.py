@@ -1,4 +1,4 @@
-"""What the CPU kernels are to compute, written again in torch: products with exact activations and with rounded ones."""
+"""What the CPU kernels are to compute, written again in torch: products with exact and with rounded activations."""
 from __future__ import annotations
 
 from collections.abc import Iterator

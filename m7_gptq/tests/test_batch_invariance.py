@@ -1,4 +1,4 @@
-"""A row's result is the same bits whatever runs beside it, with quantised weights too: any batch, any number of threads."""
+"""With quantised weights, too, a row's result is the same bits whatever runs beside it, on any number of threads."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -32,8 +32,8 @@ def test_linear(kind: Kind, dtype: torch.dtype, activations: str) -> None:
     depth = kind.group * 10
     matrix, x = make_matrix(140, depth, kind), draw(300, depth, dtype=dtype)
     bias = draw(140, dtype=dtype, seed=2)
-    layers = [CpuQuantizedLinear(matrix, bias, dtype, activations, torch.float32),      # type: ignore[arg-type]
-              CpuQuantizedGatedLinear(matrix, dtype, activations)]                      # type: ignore[arg-type]
+    layers = [CpuQuantizedLinear(matrix, bias, dtype, activations, torch.float32),
+              CpuQuantizedGatedLinear(matrix, dtype, activations)]
     torch.set_num_threads(1)
     alone = [torch.cat([layer(row) for row in x.split(1)]) for layer in layers]
     for threads in THREADS:

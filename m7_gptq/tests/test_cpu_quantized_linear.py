@@ -66,7 +66,7 @@ def test_slices_and_blocks_of_a_large_matrix(activations: str) -> None:
     """More groups than are read at once, a panel that is unpacked in slices, rows that are cut into blocks."""
     for kind in (Kind(4, 32, zeros=False), Kind(8, 64), Kind(4, 128)):
         matrix = make_matrix(66, 2304, kind)
-        layer = CpuQuantizedLinear(matrix, None, torch.bfloat16, activations, torch.float32)   # type: ignore[arg-type]
+        layer = CpuQuantizedLinear(matrix, None, torch.bfloat16, activations, torch.float32)
         for rows in (1, 3, 9, 230):
             x = draw(rows, 2304, dtype=torch.bfloat16)
             taken = x if activations == "exact" else rounded(x, matrix)
@@ -94,7 +94,7 @@ def test_nothing_saturates(bits: int, sign: float) -> None:
     for rows in (1, 5, 13):
         x = torch.full((rows, 384), sign * 127.0)
         for activations in ("exact", "int8"):
-            y = CpuQuantizedLinear(matrix, None, torch.float32, activations)(x)     # type: ignore[arg-type]
+            y = CpuQuantizedLinear(matrix, None, torch.float32, activations)(x)
             assert torch.equal(y, torch.full_like(y, sign * 127 * most * 384))
 
 
@@ -105,7 +105,7 @@ def test_a_number_that_is_none_does_not_come_out_as_one(dtype: torch.dtype, bad:
     matrix = make_matrix(40, 128, Kind(4, 32))
     for rows in (1, 4, 9):
         x = draw(rows, 128, dtype=dtype)
-        layer = CpuQuantizedLinear(matrix, None, dtype, activations)                # type: ignore[arg-type]
+        layer = CpuQuantizedLinear(matrix, None, dtype, activations)
         clean = layer(x)
         x[rows // 2, 77] = bad
         y = layer(x)
@@ -134,7 +134,7 @@ def test_a_gate_and_what_it_lets_through(dtype: torch.dtype, activations: str, b
     for outputs in (7, 48, 70):
         matrix = make_matrix(2 * outputs, 96, Kind(4, 32, ordered=outputs == 48))
         bias = draw(2 * outputs, dtype=dtype, seed=3) if biased else None
-        layer = CpuQuantizedGatedLinear(matrix, dtype, activations, bias)           # type: ignore[arg-type]
+        layer = CpuQuantizedGatedLinear(matrix, dtype, activations, bias)
         for rows in (1, 3, 17):
             x = draw(rows, 96, dtype=dtype)
             taken = x if activations == "exact" else rounded(x, matrix)
@@ -150,7 +150,7 @@ def test_one_group_of_all_inputs_is_cut_in_pieces(activations: str) -> None:
     for depth in (576, 1536, 131, 1000):
         matrix, x = make_matrix(33, depth, Kind(4, depth)), draw(5, depth)
         taken = x if activations == "exact" else rounded(x, matrix)
-        y = CpuQuantizedLinear(matrix, None, torch.float32, activations)(x)         # type: ignore[arg-type]
+        y = CpuQuantizedLinear(matrix, None, torch.float32, activations)(x)
         assert_rounds_to(y, exact_product(taken, matrix), depth)
 
 
@@ -160,7 +160,7 @@ def test_nothing_outside_the_operands_is_used(dtype: torch.dtype, activations: s
     """Views between NaN: what lies around x is in no sum."""
     for group in (40, 20):
         matrix, x = make_matrix(45, 40, Kind(4, group)), draw(5, 40, dtype=dtype)
-        layer = CpuQuantizedLinear(matrix, None, dtype, activations)                # type: ignore[arg-type]
+        layer = CpuQuantizedLinear(matrix, None, dtype, activations)
         wide = torch.full((7, 60), torch.nan, dtype=dtype)
         wide[1:6, 9:49] = x
         assert torch.equal(layer(wide[1:6, 9:49]), layer(x))
@@ -198,7 +198,7 @@ def test_a_wrong_operand_is_refused(x: torch.Tensor) -> None:
 
 def test_no_rows() -> None:
     for activations in ("exact", "int8"):
-        layer = CpuQuantizedLinear(make_matrix(4, 32, Kind()), None, torch.float32, activations)    # type: ignore[arg-type]
+        layer = CpuQuantizedLinear(make_matrix(4, 32, Kind()), None, torch.float32, activations)
         assert layer(torch.zeros(0, 32)).shape == (0, 4)
 
 

@@ -28,7 +28,8 @@ FOREIGN = {"avx512": r"vpdpbusd|vdpbf16ps", "avx_vnni": r"zmm|vpmaddubsw|vdpbf16
 @cache
 def code_of(tier: str) -> str:
     path = tier_library(tier)._name     # loading needs none of the instructions
-    return subprocess.run(["objdump", "-d", "--no-show-raw-insn", path], capture_output=True, text=True, check=True).stdout
+    command = ["objdump", "-d", "--no-show-raw-insn", path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("tier", TIERS)

@@ -22,8 +22,8 @@ kinds = st.builds(Kind, bits=st.sampled_from([2, 3, 4, 8]), group=st.sampled_fro
 def test_bytes_are_predicted(kind: Kind, outputs: int, groups: int, same_zero: bool, gated: bool, panel: int) -> None:
     rows = 2 * outputs if gated else outputs
     matrix = make_matrix(rows, kind.group * groups, kind, same_zero)
-    packed = pack(matrix, panel, gated)
-    assert packed.nbytes == packed_bytes(rows, kind.group * groups, kind.group, kind.bits, panel, scale_bytes_of(matrix),
+    packed, size = pack(matrix, panel, gated), scale_bytes_of(matrix)
+    assert packed.nbytes == packed_bytes(rows, kind.group * groups, kind.group, kind.bits, panel, size,
                                          offsets_of(matrix), kind.ordered, gated)
     assert packed.columns == outputs
 
