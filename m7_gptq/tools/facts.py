@@ -73,9 +73,11 @@ def bench_results(found: Mapping[str, Any]) -> dict[str, Result]:
                 if entry["contenders"][name][key] is not None:
                     facts[f"bench.draft.{entry['task']}.{entry['num_requests']}.{name}.{key}"] = _bench(
                         f"{path}.{key}", unit)
-    first = "measurements.drafts.0.contenders.folder."
-    return facts | {"bench.draft.accepted": _bench(first + "acceptance", "ratio"),
-                    "bench.draft.gain": _bench(first + "decode_ratio", "ratio")}
+        if entry["num_requests"] == 1 and entry["task"] == "story":         # the example that texts quote
+            facts |= {f"bench.draft.{name}": facts[f"bench.draft.story.1.folder.{key}"]
+                      for name, key in (("gain", "decode_ratio"), ("accepted", "acceptance"))
+                      if f"bench.draft.story.1.folder.{key}" in facts}
+    return facts
 
 
 def quality_results(rows: Mapping[str, Any]) -> dict[str, Result]:
