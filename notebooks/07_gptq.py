@@ -225,7 +225,7 @@ plt.show()
 #
 # ## 4. What a real layer sees
 #
-# `H` comes from samples. We run some text through SmolLM2 and keep what each linear layer is fed.
+# `H` comes from samples. We run some text through the default model and keep what each linear layer is fed.
 
 # %%
 LENGTH = 256
@@ -532,7 +532,7 @@ plt.show()
 #
 # ## 9. The trap of the default model
 #
-# SmolLM2 comes to us as a file whose weights have four bits already: groups of thirty-two, with a scale and a minimum
+# The default model comes to us as a file whose weights have four bits already: groups of thirty-two, with a scale and a minimum
 # in floating point. What we call full precision is that, dequantised.
 #
 # **Predict.** We round it to four bits, in groups of thirty-two, with a minimum in floating point. How large is the error?
