@@ -29,6 +29,8 @@ app.add_typer(code, name="code")
 app.add_typer(exercise_app(coding_round.PACKAGE), name="exercise",
               help="The same tasks in the exercise mode: solution, diff, reset.")
 
+_SHOWN = 40                     # problems, if no package is named
+
 _State = Annotated[Path | None, typer.Option("--state", help="State file (default: $LLM_LAB_STATE, or "
                                              "~/.local/state/llm-inference-lab/interview.json).", show_default=False)]
 _Lang = Annotated[str, typer.Option("--lang", help="Language of the questions: en or zh-CN.")]
@@ -139,8 +141,11 @@ def check(package: Annotated[list[str] | None, typer.Argument(help="Packages to 
         problems += check_whole()
     for name, _, group in (m.partition(":") for m in measure or ()):
         problems += measure_again(name, tolerance, [group] if group else [])
-    for problem in problems:
+    shown = problems if package else problems[:_SHOWN]
+    for problem in shown:
         typer.secho(problem, fg="red")
+    if len(shown) < len(problems):
+        typer.echo(f"... and {len(problems) - len(shown)} more; name a package to see all of its problems")
     typer.echo("all true" if not problems else f"{len(problems)} problems")
     raise typer.Exit(bool(problems))
 

@@ -6,6 +6,8 @@ from the milestones' benchmark results (`road.*`).
 """
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -95,7 +97,7 @@ def one_card() -> dict[str, Fact]:
 
 
 def travel() -> dict[str, Fact]:
-    """What travels between devices for Llama-3.1-70B: by tensor, pipeline and context parallelism, per decoded token."""
+    """What travels between four devices for Llama-3.1-70B, by tensor and by pipeline parallelism."""
     hidden, layers = LLAMA70.hidden_size, LLAMA70.num_hidden_layers
     row, facts = 2 * hidden, dict[str, Fact]()                      # bytes of one token's hidden state
     facts |= {"wire.tp.reduces": Fact(2 * layers), "wire.row": Fact(row, "B"),
@@ -110,9 +112,9 @@ def travel() -> dict[str, Fact]:
     prompt = 2048 * row
     facts |= {f"wire.tp.prefill.{name}.ms": Fact(1e3 * 2 * layers * 2 * 3 / 4 * prompt / speed, "ms")
               for name, speed in (("nvlink", NVLINK), ("pcie5", PCIE5), ("net100", NET100))}
-    return facts | {"wire.nvlink": Fact(NVLINK, "B/s"), "wire.pcie5": Fact(PCIE5, "B/s"), "wire.net100": Fact(NET100, "B/s"),
-                    "bubble.4.1": Fact(3 / 4, "ratio"), "bubble.4.4": Fact(3 / 7, "ratio"),
-                    "bubble.4.16": Fact(3 / 19, "ratio"), "step70.b64.ms": Fact(1e3 * _step(LLAMA70, 64, CONTEXT, 4), "ms")}
+    speeds = {"wire.nvlink": Fact(NVLINK, "B/s"), "wire.pcie5": Fact(PCIE5, "B/s"), "wire.net100": Fact(NET100, "B/s")}
+    bubbles = {f"bubble.4.{m}": Fact(3 / (m + 3), "ratio") for m in (1, 4, 16)}    # of 4 stages and m micro-batches
+    return facts | speeds | bubbles | {"step70.b64.ms": Fact(1e3 * _step(LLAMA70, 64, CONTEXT, 4), "ms")}
 
 
 def apart() -> dict[str, Fact]:
@@ -150,7 +152,8 @@ def experts() -> dict[str, Fact]:
                       f"moe.{name}.share.{batch}": Fact(touched / total, "ratio"),
                       f"moe.{name}.tokens_per_expert.{batch}": Fact(batch * chosen / touched),
                       f"moe.{name}.ms.{batch}": Fact(1e3 * layers * touched * each / H100.bytes_per_second, "ms")}
-        ridge = H100.ridge_point()
+        ridge, once = H100.ridge_point(), float(facts[f"moe.{name}.touched.1"].value)
+        facts[f"moe.{name}.slower.16"] = Fact(float(facts[f"moe.{name}.touched.16"].value) / once, "ratio")
         facts[f"moe.{name}.useful_batch"] = Fact(ridge * total / chosen)
         facts[f"moe.{name}.all_to_all"] = Fact(2 * chosen * hidden * 2 * layers, "B")
     return facts
@@ -171,7 +174,8 @@ def fleet() -> dict[str, Fact]:
     per_request = prefill + output * step / 128
     devices = busy * per_request / 0.7
     return {"fleet.mean": Fact(per_second, "1/s"), "fleet.peak": Fact(busy, "1/s"), "fleet.running": Fact(running),
-            "fleet.fit": Fact(fit), "fleet.step.ms": Fact(1e3 * step, "ms"), "fleet.prefill.ms": Fact(1e3 * prefill, "ms"),
+            "fleet.fit": Fact(fit), "fleet.step.ms": Fact(1e3 * step, "ms"),
+            "fleet.prefill.ms": Fact(1e3 * prefill, "ms"),
             "fleet.request.ms": Fact(1e3 * per_request, "ms"), "fleet.devices": Fact(devices),
             "fleet.memory_devices": Fact(running / fit), "fleet.hit_devices": Fact(
                 busy * (0.3 * prefill + output * step / 128) / 0.7),
@@ -229,26 +233,15 @@ def rollouts() -> dict[str, Fact]:
 
 def corrections() -> dict[str, Fact]:
     """Numbers of the page of corrections."""
-    count, small = calc.count_parameters(QWEN06), calc.count_parameters(SMALL)
-    packed, small_packed = _four_bits(QWEN06), _four_bits(SMALL, group=64)
-    waste = {f"page.waste.{b}": Fact((b - 1) / 2, "tokens") for b in (1, 16)}
-    return waste | {
+    return {
         "kv.smollm2": Fact(calc.kv_bytes_per_token(SMALL), "B"),
         "kv.smollm2.wrong": Fact(calc.kv_bytes_per_token_by_hidden_size(SMALL), "B"),
         "kv.qwen": Fact(calc.kv_bytes_per_token(QWEN06), "B"),
         "kv.qwen.wrong": Fact(calc.kv_bytes_per_token_by_hidden_size(QWEN06), "B"),
         "kv.13b.2048": Fact(calc.kv_bytes(LLAMA13, 2048), "B"),
-        "saved.qwen": Fact(1 - packed / (2 * count.total), "ratio"), "saved.qwen.before": Fact(2 * count.total, "B"),
-        "saved.qwen.after": Fact(packed, "B"), "saved.smollm2": Fact(1 - small_packed / (2 * small.total), "ratio"),
-        "saved.qwen.embedding": Fact(count.embedding), "attention.512": Fact(_matrix(512), "B"),
-        "attention.8192": Fact(_matrix(8192), "B"), "attention.8192.rows": Fact(8192 * 2 * 4, "B"),
+        "saved.qwen.embedding": Fact(calc.count_parameters(QWEN06).embedding),
         "static.utilisation": Fact((5 + 100 + 3 + 80) / 400, "ratio"), "static.prealloc": Fact(640 / 4096, "ratio"),
         "page.waste.500": Fact(7.5 / 500, "ratio")}
-
-
-def _matrix(length: int) -> int:
-    """Bytes of one head's scores and weights in float32 for a prompt of `length` tokens."""
-    return 2 * 4 * length * length
 
 
 def road() -> dict[str, Fact]:
@@ -258,7 +251,6 @@ def road() -> dict[str, Fact]:
         name = file.parents[1].name.partition("_")[0]
         before = f"m{int(name[1:]) - 1}"
         data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        facts[f"road.{name}.cpu"] = Fact(str(data["machine"]["cpu_capability"]))
         for comparison in data["comparisons"]:
             rows = {c["name"]: c for c in comparison["contenders"]}
             load = str(comparison["workload"]["name"]).partition(":")[0]
@@ -266,11 +258,40 @@ def road() -> dict[str, Fact]:
                 facts[f"road.{name}.{load}.tokens_per_s"] = Fact(rows[name]["output_throughput"], "tokens/s")
                 for other in (before, "vllm", "transformers", "transformers-static"):
                     if other in rows:
-                        facts[f"road.{name}.{load}.over.{other}"] = Fact(rows[name]["ratio"] / rows[other]["ratio"], "ratio")
+                        over = rows[name]["ratio"] / rows[other]["ratio"]
+                        facts[f"road.{name}.{load}.over.{other}"] = Fact(over, "ratio")
+    return facts
+
+
+# Facts of the milestones that these pages quote too; here their names begin with the milestone's.
+OF_MILESTONES = {
+    "m0_basics": ("access.tensor_item_over_list", "cpu.bfloat16_over_float32", "cpu.float32_over_float16"),
+    "m1_offline": ("example.nucleus.kept", "example.nucleus.mass", "example.nucleus.wrong_kept",
+                   "example.nucleus.wrong_mass"),
+    "m3_paged_kv": ("block.mean_waste", "smollm2.swap.up_to", "smollm2.swap.again_from"),
+    "m4_flash_attn": ("traffic.1024.peak_ratio", "traffic.8192.peak_ratio", "traffic.65536.peak_ratio",
+                      "traffic.8192.ratio", "traffic.d128.over_d64"),
+    "m5_chunked_prefill": ("bench.giant.m4.longest_gap_ms", "bench.giant.m5.longest_gap_ms",
+                           "bench.giant.m4.giant_ttft_ms", "bench.giant.m5.giant_ttft_ms"),
+    "m7_gptq": ("saved.qwen3_06b.layers4", "saved.smollm2.layers4", "bits.4.128", "bytes.qwen3_06b.bf16",
+                "bytes.qwen3_06b.layers4"),
+}
+
+
+def of_milestones() -> dict[str, Fact]:
+    """The facts of OF_MILESTONES, as `m4:traffic.8192.ratio`. A milestone that is not there has none."""
+    facts: dict[str, Fact] = {}
+    for package, names in OF_MILESTONES.items():
+        if importlib.util.find_spec(f"{package}.tools.facts") is None:
+            continue
+        book: Facts = importlib.import_module(f"{package}.tools.facts").FACTS
+        known = book.all()
+        facts |= {f"{package.partition('_')[0]}:{name}": known[name] for name in names}
     return facts
 
 
 FACTS = Facts(FOLDER, computed={
     "seventy": seventy, "one_card": one_card, "travel": travel, "apart": apart, "experts": experts, "fleet": fleet,
-    "long_context": long_context, "adapters": adapters, "rollouts": rollouts, "corrections": corrections, "road": road})
+    "long_context": long_context, "adapters": adapters, "rollouts": rollouts, "corrections": corrections, "road": road,
+    "of_milestones": of_milestones})
 

@@ -41,7 +41,9 @@ def untidy(path: Path) -> list[str]:
 
 
 def is_interview(path: Path) -> bool:
-    return path.name.startswith("INTERVIEW")
+    """A document with entries, or one that should have some."""
+    headings = HEADING.finditer(mask_code(path.read_text(encoding="utf-8")))
+    return path.name.startswith("INTERVIEW") or any(ENTRY.fullmatch(h[0].strip()) for h in headings)
 
 
 def fold_answers(text: str, lang: str) -> str:
