@@ -23,6 +23,7 @@ from m0_basics.attention import AttentionBackend, AttentionMetadata, ScheduledSe
 from m0_basics.config import ConfigError
 from m0_basics.model import CausalLM, DecoderLayer
 
+NUM_WINDOWS, LENGTH = 32, 512               # enough for matrices with some thousand inputs; few tokens overfit
 _TOKENS = 2048                              # of a batch
 
 

@@ -21,7 +21,7 @@ from m0_basics.config import ConfigError, check_int, option, reject
 from .grid import BITS, QuantizedMatrix
 
 METHODS = ("gptq", "rtn")
-_SMALLEST_SCALE = 2.0 ** -24                # of fp16, in which folders keep scales
+_SMALLEST_SCALE, _LARGEST = 2.0 ** -24, 65504.0             # of fp16, in which folders keep scales
 _SPANS = tuple(1.0 - 0.025 * i for i in range(25))          # 1.0 ... 0.4 of the range between smallest and largest
 _ROWS = 2048                                # worked on at once: a group of them stays in the core's cache
 
@@ -86,7 +86,7 @@ def spanning_grid(low: Tensor, high: Tensor, bits: int, sym: bool) -> Grid:
     if sym:
         high = torch.maximum(-low, high)
         low = -high
-    scale = ((high - low) / steps).half().float().clamp_(min=_SMALLEST_SCALE)
+    scale = ((high - low) / steps).half().float().clamp_(_SMALLEST_SCALE, _LARGEST)
     zero = torch.full_like(scale, 2 ** (bits - 1)) if sym else (-low / scale).round_().clamp_(0, steps)
     return Grid(scale, zero)
 
@@ -157,6 +157,3 @@ def check_weight(weight: Tensor) -> None:
     if weight.numel() and float(weight.abs().amax()) > _LARGEST:
         raise ConfigError(f"the weight holds {float(weight.abs().amax()):g}; allowed: at most {_LARGEST:g} in size, "
                           "since scales are kept in fp16")
-
-
-_LARGEST = 65504.0                          # of fp16: then every scale fits, whatever the bits

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from m0_basics.config import ConfigError
 from m7_gptq.grid import QuantizedMatrix
-from m7_gptq.rtn import QuantizeOptions, find_grid, round_to_nearest
+from m7_gptq.rtn import QuantizeOptions, find_grid, round_to_nearest, spanning_grid
 
 PLAIN = QuantizeOptions(search=False)
 
@@ -85,6 +85,13 @@ def test_a_searched_grid_is_never_worse_and_heeds_importance() -> None:
     alike = find_grid(weight.T, options)
     of_5 = [float((g.values(g.codes(weight.T, 3)) - weight.T)[5].square().sum()) for g in (grid, alike)]
     assert of_5[0] < 0.5 * of_5[1]
+
+
+def test_a_scale_is_finite_whatever_gptq_made_of_the_weights() -> None:
+    """Updates may carry a weight beyond what was checked: the largest scale that fp16 has is the end."""
+    grid = spanning_grid(torch.tensor([-3e8, -1.0]), torch.tensor([1.0, 3e8]), 2, False)
+    assert grid.scale.tolist() == [65504.0, 65504.0]
+    assert bool(torch.isfinite(grid.values(grid.codes(torch.tensor([[-3e8, 3e8]]), 2))).all())
 
 
 def test_many_rows_are_rounded_as_few_are() -> None:
