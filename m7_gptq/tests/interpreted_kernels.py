@@ -6,6 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -28,13 +30,14 @@ from m7_gptq.kernels.triton.linear import (
     pack_embedding,
     quantized_layer_kernels,
 )
+from m7_gptq.kernels.triton.numbers import whole_number
 from m7_gptq.kernels.triton.packing import pack
 from m7_gptq.kernels.triton.product import multiply
 from m7_gptq.linear import QuantizedEmbedding, QuantizedLinear
 from m7_gptq.rtn import QuantizeOptions, round_to_nearest
 from m7_gptq.tests.random_matrices import Kind, check_product, random_matrix, without_memory
 
-FEW = settings(max_examples=30, deadline=None, derandomize=True)
+FEW = settings(max_examples=25, deadline=None, derandomize=True)
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 KINDS = st.builds(Kind, st.sampled_from([2, 3, 4, 8]), st.sampled_from([32, 64, 96, 128]), st.booleans(), st.booleans(),
                   st.booleans())
@@ -73,6 +76,31 @@ def draw(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 def test_the_interpreter_is_on() -> None:
     assert launch.INTERPRETED
     assert type(product.product_kernel).__name__ == "InterpretedFunction"
+
+
+@triton.jit
+def numbers_kernel(out_ptr, BITS: tl.constexpr, COMPUTE: tl.constexpr):
+    """out [zeros, codes]: every code less every zero point."""
+    codes, zeros = tl.arange(0, 2 ** BITS), tl.arange(0, 2 ** BITS)
+    numbers = whole_number(codes.to(tl.uint8)[None, :], zeros.to(tl.float32)[:, None], BITS, COMPUTE)
+    tl.store(out_ptr + zeros[:, None] * 2 ** BITS + codes[None, :], numbers)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_codes_less_zero_points_are_exact(dtype, bits) -> None:
+    """F7.3: all of them, in the types that a GPU multiplies in and the interpreter knows."""
+    codes, out = torch.arange(2 ** bits), torch.empty(2 ** bits, 2 ** bits, dtype=dtype)
+    numbers_kernel[1,](out, BITS=bits, COMPUTE=getattr(tl, str(dtype).removeprefix("torch.")))
+    assert torch.equal(out, (codes[None, :] - codes[:, None]).to(dtype))
+
+
+def test_four_bits_are_the_last_of_128_in_bfloat16() -> None:
+    """F7.3: what the kernel does with bfloat16, which the interpreter cannot do, in torch."""
+    codes = torch.arange(16, dtype=torch.int16)
+    large = (codes | 0x4300).view(torch.bfloat16)
+    assert large.tolist() == [128.0 + code for code in range(16)]
+    assert torch.equal(large[None, :] - (128 + codes[:, None]).bfloat16(), (codes[None, :] - codes[:, None]).bfloat16())
 
 
 @FEW

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .numbers import scale_and_point
 from .packing import STRIP, PackedMatrix
-from .product import scale_and_point
 
 _BLOCK = 256
 

@@ -7,7 +7,7 @@
 
 So no weight is ever rounded; what is lost lies in the order of float32 sums. The sum over the inputs is cut into splits
 whose limits follow from the matrix alone. With few rows each split has a program of its own, for a matrix has too few
-outputs to fill a GPU, and `merge_kernel` adds what they leave, in order. With many rows one program does all splits of
+outputs to fill a GPU, and `merge` adds what they leave, in order. With many rows one program does all splits of
 its tile and adds them in the same order. Both use the same instruction (mma.sync m16n8k16; a tile of 64 rows would get
 another on Hopper), so a row is the same bits whatever the batch. Nothing is added by atomics.
 
@@ -25,12 +25,13 @@ from torch import Tensor
 from m4_flash_attn.kernels.triton.elementwise import TritonOps
 from m4_flash_attn.kernels.triton.launch import check_rows, compute_dtype
 
+from .merge import merge
+from .numbers import scale_and_point, whole_number
 from .packing import STRIP, PackedMatrix
+from .prepare import prepare
 
 _PROGRAMS = 256             # enough for the largest GPUs: two for each multiprocessor
 _LEAST_INPUTS = 128         # of a split: fewer, and merging would cost more than the parallelism gains
-_PREPARED = 1024            # elements that a program of `prepare_kernel` takes
-_MERGED = 256               # and one of `merge_kernel`
 
 
 class Block(NamedTuple):
@@ -46,44 +47,6 @@ class Block(NamedTuple):
 _FEW = Block(16, 64, 4, 512, None)      # the fewest rows of the tensor cores; a decode step reads weights, and waits
 _MANY = Block(32, 128, 8, 384, 255)     # a code becomes a number once for 32 rows; unasked, the assembler spills some
 _MOST_STAGES = 8
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
-def prepare_kernel(x_ptr, order_ptr, ordered_ptr, sums_ptr, num_rows, num_tiles, x_stride, TILE: tl.constexpr,
-                   ORDERED: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr):
-    """x [M, K] -> its columns in the order of the packed inputs [M, K], and the sums of its tiles [tiles, M] float32.
-
-    One program per row and BLOCK tiles. A sum that every program of the product would otherwise repeat."""
-    row = tl.program_id(0).to(tl.int64)
-    tiles = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inputs = tiles[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    inside = (tiles < num_tiles)[:, None] & (inputs >= 0)
-    sources = tl.load(order_ptr + inputs, mask=inside, other=0) if ORDERED else inputs
-    x = tl.load(x_ptr + row * x_stride + sources, mask=inside, other=0.0)
-    if ORDERED:
-        tl.store(ordered_ptr + row * num_tiles * TILE + inputs, x, mask=inside)
-    if SUMS:
-        tl.store(sums_ptr + tiles * num_rows + row, tl.sum(x.to(tl.float32), axis=1), mask=tiles < num_tiles)
-
-
-@triton.jit
-def scale_and_point(grid):
-    """The two float32 numbers in a word of `PackedMatrix.grids`."""
-    if grid.dtype == tl.int32:
-        scale = grid.to(tl.int16).to(tl.float16, bitcast=True)
-        point = (grid >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    else:
-        scale = grid.to(tl.int32).to(tl.float32, bitcast=True)
-        point = (grid >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    return scale.to(tl.float32), point.to(tl.float32)
-
-
-@triton.jit
-def whole_number(codes, zero, COMPUTE: tl.constexpr):
-    """codes - zero. A code is put into the last bits of the float32 number 2^23, which count ones, and 2^23 is taken
-    away: two cheap instructions, where converting an integer is a slow one."""
-    shifted = (codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
-    return (shifted - (8388608.0 + zero)).to(COMPUTE)
 
 
 @triton.jit
@@ -102,16 +65,16 @@ def add_tile(acc, tile, x_ptrs, sums_ptrs, row_inside, columns, column_inside, s
     # 2. Scale and point of the tile's group.
     grid = tl.load(grids_ptr + tile // TILES_PER_GROUP * num_columns + columns, mask=column_inside, other=0)
     scale, point = scale_and_point(grid)
-    zero = point[None, :] if ZEROS else 0.0
+    zero = point[None, :] if ZEROS else tl.zeros([1, 1], tl.float32)
 
     # 3. The inputs that belong to low halves, and to high ones. A byte of 8 bits is a low half.
     inputs = strips * (STRIP * 8 // BITS) + lanes
     x = tl.load(x_ptrs + inputs[None, :], mask=row_inside[:, None], other=0.0).to(COMPUTE)
     low = codes & 15 if BITS == 4 else codes
-    partial = tl.dot(x, whole_number(low, zero, COMPUTE), input_precision="ieee")
+    partial = tl.dot(x, whole_number(low, zero, BITS, COMPUTE), input_precision="ieee")
     if BITS == 4:
         x = tl.load(x_ptrs + inputs[None, :] + STRIP, mask=row_inside[:, None], other=0.0).to(COMPUTE)
-        partial = tl.dot(x, whole_number(codes >> 4, zero, COMPUTE), partial, input_precision="ieee")
+        partial = tl.dot(x, whole_number(codes >> 4, zero, BITS, COMPUTE), partial, input_precision="ieee")
 
     # 4. One rounding each, written down: a compiler may or may not join a product and a sum.
     acc = tl.fma(partial, tl.broadcast_to(scale[None, :], acc.shape), acc)
@@ -129,7 +92,7 @@ def product_kernel(x_ptr, sums_ptr, strips_ptr, grids_ptr, bias_ptr, out_ptr, nu
                    NUM_STAGES: tl.constexpr):
     """x [M, K] and its sums [tiles, M]; strips and grids of a `PackedMatrix`; bias [N].
 
-    out [S, M, N]: the float32 parts that `merge_kernel` merges, a program for each; the result [M, N] where not MERGED.
+    out [S, M, N]: the float32 parts that `merge` adds, a program for each; the result [M, N] where not MERGED.
     Programs that share a tile of weights stand side by side, so that all but one find it in the cache.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -155,36 +118,6 @@ def product_kernel(x_ptr, sums_ptr, strips_ptr, grids_ptr, bias_ptr, out_ptr, nu
              mask=row_inside[:, None] & column_inside[None, :])
 
 
-@triton.jit
-def merged(parts_ptr, bias_ptr, row, columns, inside, num_rows, num_columns, num_splits, HAS_BIAS: tl.constexpr):
-    """The sum of the parts of some columns, split after split, as `product_kernel` adds them; float32."""
-    total = tl.zeros(columns.shape, tl.float32)
-    for split in range(num_splits):
-        part = (split * num_rows + row) * num_columns
-        total += tl.load(parts_ptr + part + columns, mask=inside, other=0.0)
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    return total
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_splits"])
-def merge_kernel(parts_ptr, bias_ptr, out_ptr, num_rows, num_columns, num_splits, HAS_BIAS: tl.constexpr,
-                 GATED: tl.constexpr, BLOCK: tl.constexpr):
-    """parts [S, M, N] float32 -> out [M, N]; GATED: silu(first half) * second half, [M, N / 2]. A program per row and
-    BLOCK columns of the output."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    width = num_columns // 2 if GATED else num_columns
-    inside = columns < width
-    out = merged(parts_ptr, bias_ptr, row, columns, inside, num_rows, num_columns, num_splits, HAS_BIAS)
-    if GATED:
-        # Both are rounded, as they are where one kernel writes them and the next one reads them.
-        gate = out.to(out_ptr.dtype.element_ty).to(tl.float32)
-        up = merged(parts_ptr, bias_ptr, row, width + columns, inside, num_rows, num_columns, num_splits, HAS_BIAS)
-        out = gate * tl.sigmoid(gate) * up.to(out_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(out_ptr + row * width + columns, out.to(out_ptr.dtype.element_ty), mask=inside)
-
-
 def tile_inputs(packed: PackedMatrix, dtype: torch.dtype) -> int:
     """Inputs of a tile: as many as fit into registers, all of one group."""
     most = 128 if dtype.itemsize == 2 else 32
@@ -199,26 +132,6 @@ def tiles_per_split(packed: PackedMatrix, tile: int) -> int:
     wanted = triton.cdiv(_PROGRAMS, triton.cdiv(outputs, _FEW.outputs))
     most = max(1, min(wanted, inputs // _LEAST_INPUTS))
     return triton.cdiv(inputs // tile, most)
-
-
-def prepare(x: Tensor, packed: PackedMatrix, tile: int) -> tuple[Tensor, Tensor]:
-    """x [M, K] in the packed order, and the sums of its tiles [tiles, M] that minimums are multiplied by.
-
-    One launch for both. Where neither is needed there is none, and x stands for both.
-    """
-    ordered, sums = x, x
-    if packed.order is None and packed.has_zeros:
-        return ordered, sums
-    (rows, inputs), num_tiles = x.shape, packed.shape[1] // tile
-    if packed.order is not None:
-        ordered = x.new_empty(rows, inputs)
-    if not packed.has_zeros:
-        sums = x.new_empty(num_tiles, rows, dtype=torch.float32)
-    block = _PREPARED // tile
-    prepare_kernel[rows, triton.cdiv(num_tiles, block)](
-        x, packed.grids if packed.order is None else packed.order, ordered, sums, rows, num_tiles, x.stride(0),
-        TILE=tile, ORDERED=packed.order is not None, SUMS=not packed.has_zeros, BLOCK=block, num_warps=4)
-    return ordered, sums
 
 
 def multiply(x: Tensor, packed: PackedMatrix, bias: Tensor | None, out_dtype: torch.dtype,
@@ -238,19 +151,12 @@ def multiply(x: Tensor, packed: PackedMatrix, bias: Tensor | None, out_dtype: to
     split = splits > 1 and tiles_of_out[0] * tiles_of_out[1] < programs
     product = (x.new_empty(splits, rows, outputs, dtype=torch.float32) if split
                else x.new_empty(rows, outputs, dtype=out_dtype))
-    bias_or_not = packed.grids if bias is None else bias       # without a bias nothing is read through its pointer
     product_kernel[*tiles_of_out, splits if split else 1](
-        x, sums, packed.strips, packed.grids, bias_or_not, product, rows, outputs, x.stride(0),
+        x, sums, packed.strips, packed.grids, x if bias is None else bias, product, rows, outputs, x.stride(0),
         num_tiles, per_split, splits, BITS=packed.bits, TILE=tile, TILES_PER_GROUP=packed.group_size // tile,
         ZEROS=packed.has_zeros, HAS_BIAS=bias is not None and not split, MERGED=split, STRIP=STRIP,
         BLOCK_M=block.rows, BLOCK_N=block.outputs, COMPUTE=compute_dtype(x.dtype), num_warps=block.num_warps,
-        NUM_STAGES=min(_MOST_STAGES, block.inputs_ahead // tile),
-        maxnreg=block.registers)
-    if not split:
-        return TritonOps().silu_mul(product) if gated else product
-    width = outputs // 2 if gated else outputs
-    out = x.new_empty(rows, width, dtype=out_dtype)
-    merge_kernel[rows, triton.cdiv(width, _MERGED)](
-        product, bias_or_not, out, rows, outputs, splits, HAS_BIAS=bias is not None, GATED=gated, BLOCK=_MERGED,
-        num_warps=4)
-    return out
+        NUM_STAGES=min(_MOST_STAGES, block.inputs_ahead // tile), maxnreg=block.registers)
+    if split:
+        return merge(product, bias, out_dtype, gated)
+    return TritonOps().silu_mul(product) if gated else product
