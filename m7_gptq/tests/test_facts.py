@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from m7_gptq.tools import facts as facts_module
-from m7_gptq.tools.facts import FACTS, quality_results
+from m7_gptq.tools.facts import FACTS
 
 
 @pytest.fixture(scope="module")
@@ -33,20 +32,3 @@ def test_packed_bytes_by_hand(facts: dict[str, float]) -> None:
     filled = 32 * (30 * (960 + 576 + 3072) // 32 + 49152 // 32)
     grids = 3 * (30 * layer + head) // 64
     assert facts["pack.smollm2.bytes"] == (30 * layer + head) // 2 + grids + filled + norms + orders
-
-
-def test_quality_rows_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """"4 bits: GPTQ, textbook" is quality.4.64.textbook; the gap that it closes is computed from three rows."""
-    options = {"bits": 4, "group_size": 64}
-    rows = {"about": {}, "full precision": {"perplexity": {"test": 10.0}},
-            "4 bits: nearest": {"options": options, "seconds": 1.0, "perplexity": {"test": 18.0}},
-            "4 bits: GPTQ, textbook": {"options": options, "seconds": 2.0, "perplexity": {"test": 12.0}},
-            "4 bits: another": {"options": options, "seconds": 2.0, "perplexity": {"test": 12.0}}}
-    names = quality_results(rows)
-    assert names["quality.full.ppl"].path == "full precision.perplexity.test"
-    assert names["quality.4.64.textbook.ppl"].path == "4 bits: GPTQ, textbook.perplexity.test"
-    assert not any("another" in result.path for result in names.values())
-    monkeypatch.setattr(facts_module, "_stored", lambda name: rows)
-    gaps = facts_module.gaps()
-    assert gaps["quality.4.64.textbook.closed"].value == 0.75
-    assert gaps["quality.4.64.rtn.closed"].value == 0

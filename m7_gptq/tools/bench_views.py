@@ -61,7 +61,7 @@ def quality_table(quality: dict[str, Any], bench: dict[str, Any] | None) -> Tabl
                      *speed))
         for way, value in row.get("int8_activations", {}).items():
             exact = speed_of(bench, "m7") if bench and "group" in way else ("-",) * 3
-            rows.append((f"  + activations of 8 bits, {way}", "", f"{value:.2f}", *exact))
+            rows.append((f"  + activations of 8 bits, {way}", "", f"{value['test']:.2f}", *exact))
     return _table("Perplexity on text that settings were chosen on (dev) and on text that no choice has seen (test)",
                   ("", "dev", "test", "weights, MB", "decode, tokens/s", "64 requests, tokens/s"), rows)
 

@@ -61,7 +61,7 @@ def quality(
                       highlight=False, soft_wrap=True)
         return
     stored, bench = RESULTS / "quality.json", RESULTS / "bench.json"
-    console.print(quality_table(read_json_file(stored), read_json_file(bench) if bench.is_file() else None))
+    console.print(quality_table(read_json_file(stored)["rows"], read_json_file(bench) if bench.is_file() else None))
     console.print("Measured by: python -m m7_gptq.tools.quality_suite --output m7_gptq/results/quality.json, and "
                   "python -m m7_gptq bench", soft_wrap=True, highlight=False)
 

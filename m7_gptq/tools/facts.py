@@ -1,7 +1,7 @@
 """Every number that milestone 7's documents may quote.
 
 Computed here or in arithmetic.py: bits, bytes and limits, worked out from shapes. What was timed comes from
-`results/bench.json`, perplexities from `results/quality.json`.
+`results/bench.json`, perplexities from `results/quality.json` (quality_facts.py).
 """
 from __future__ import annotations
 
@@ -16,13 +16,9 @@ from m0_basics.tools.documents.factbook import Fact, Facts, Result, read_json_fi
 
 from ..loading.memory import GGUF_FORMS, gptq_form, predict
 from . import arithmetic
+from .quality_facts import quality_facts
 
 PANEL = 32                              # outputs to a panel of the AVX-512 kernels
-# Rows of the quality suite by what their facts are called; "N bits: " stands before them.
-METHODS = {"rtn": "nearest", "rtn_search": "nearest, searched grids", "textbook": "GPTQ, textbook",
-           "search": "GPTQ, searched grids", "sink": "GPTQ, + first token", "order": "GPTQ, + activation order",
-           "gptaq": "GPTQ, + GPTAQ", "aware": "GPTQ, group-aware order"}
-NEAREST, FULL = "nearest", "full precision"
 QUALITY = "quality.json"
 
 
@@ -80,48 +76,12 @@ def bench_results(found: Mapping[str, Any]) -> dict[str, Result]:
     return facts
 
 
-def quality_results(rows: Mapping[str, Any]) -> dict[str, Result]:
-    """Perplexities on the text that no choice has seen, by bits, group size and method."""
-    facts = {}
-    for name, row in rows.items():
-        if "perplexity" in row and "options" in row:
-            bits, size, method = row["options"]["bits"], row["options"]["group_size"], _method(name)
-            if method is not None:
-                facts[f"quality.{bits}.{size}.{method}.ppl"] = _quality(f"{name}.perplexity.test")
-                facts[f"quality.{bits}.{size}.{method}.seconds"] = _quality(f"{name}.seconds", "s")
-    return facts | ({"quality.full.ppl": _quality(f"{FULL}.perplexity.test")} if FULL in rows else {})
-
-
-def gaps() -> dict[str, Fact]:
-    """The share of the gap between rounding to nearest and full precision that each method closes."""
-    facts: dict[str, Fact] = {}
-    rows = _stored(QUALITY)
-    for name, row in rows.items():
-        if (method := _method(name)) is None or "perplexity" not in row:
-            continue
-        nearest = rows.get(f"{name.partition(':')[0]}: {NEAREST}")
-        if nearest and FULL in rows:
-            full, far, own = (r["perplexity"]["test"] for r in (rows[FULL], nearest, row))
-            facts[f"quality.{row['options']['bits']}.{row['options']['group_size']}.{method}.closed"] = Fact(
-                (far - own) / (far - full), "ratio")
-    return facts
-
-
-def _method(name: str) -> str | None:
-    """"4 bits: nearest" -> "rtn"."""
-    return next((slug for slug, row in METHODS.items() if name.partition(": ")[2] == row), None)
-
-
 def _slug(name: str) -> str:
     return name.replace(" ", "_").replace("-", "_").replace(".", "_")
 
 
 def _bench(path: str, unit: str) -> Result:
     return Result("bench.json", path, unit)
-
-
-def _quality(path: str, unit: str = "") -> Result:
-    return Result(QUALITY, path, unit)
 
 
 def _stored(name: str) -> dict[str, Any]:
@@ -131,6 +91,6 @@ def _stored(name: str) -> dict[str, Any]:
 
 FOLDER = Path(__file__).parents[1]
 FACTS = Facts(FOLDER, computed={"formats": arithmetic.formats, "memory": arithmetic.memory, "speed": arithmetic.speed,
-                                "algorithm": arithmetic.algorithm, "packing": packing, "gaps": gaps},
-              results=(bench_results(_stored("bench.json")) if _stored("bench.json") else {})
-              | quality_results(_stored(QUALITY)))
+                                "algorithm": arithmetic.algorithm, "packing": packing,
+                                "quality": lambda: quality_facts(_stored(QUALITY))},
+              results=bench_results(_stored("bench.json")) if _stored("bench.json") else {})
