@@ -24,7 +24,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(RUN) -m m6_prefix_cache chat "In one sentence: why does a language model need a KV cache?" --max-tokens 96
+	$(RUN) -m m7_gptq chat "In one sentence: why does a language model need a KV cache?" --max-tokens 96
 
 quick: setup lint
 	$(PYTEST) -m "not gpu and not real_model and not slow"
