@@ -13,7 +13,7 @@ from typing import Any
 
 from m0_basics.config import ConfigError, require
 
-from .library import Question
+from .library import Correction, Question
 from .points import must_have
 from .screen import plain
 
@@ -21,14 +21,15 @@ from .screen import plain
 DECK_IDS = {"en": 1_746_281_903, "zh-CN": 1_746_281_904}
 MODEL_ID = 1_528_407_316
 DECK_NAMES = {"en": "LLM inference lab", "zh-CN": "LLM inference lab (中文)"}
+_CLAIM = {"en": "Often said. What is true?", "zh-CN": "常见说法，对不对？"}
 _LABELS = {"en": "Must have", "zh-CN": "得分点"}
 _CSS = (".card { font-family: sans-serif; font-size: 18px; text-align: left; line-height: 1.5; max-width: 44em; "
         "margin: auto; } .id { color: #888; font-size: 13px; } code { font-size: 0.9em; } "
         "table { border-collapse: collapse; } td, th { border: 1px solid #ccc; padding: 2px 8px; }")
 
 
-def build_package(questions: Iterable[Question], language: str) -> Any:
-    """A genanki.Package with one deck and a sub-deck for each milestone."""
+def build_package(questions: Iterable[Question], language: str, corrections: Iterable[Correction] = ()) -> Any:
+    """A genanki.Package with a deck for each milestone, and one for what is often said and not true."""
     genanki = require_genanki()
     model = genanki.Model(
         MODEL_ID, "LLM inference lab question",
@@ -36,15 +37,18 @@ def build_package(questions: Iterable[Question], language: str) -> Any:
         templates=[{"name": "Card 1", "qfmt": '<div class="id">{{Id}}</div>{{Question}}',
                     "afmt": '{{FrontSide}}<hr id="answer">{{Answer}}{{Points}}'}], css=_CSS)
     decks: dict[str, Any] = {}
+
+    def add(deck: str, note_id: str, texts: list[str], tags: list[str]) -> None:
+        if deck not in decks:
+            number = DECK_IDS[language] + 16 * (1 + _place(deck))
+            decks[deck] = genanki.Deck(number, f"{DECK_NAMES[language]}::{deck}")
+        decks[deck].add_note(genanki.Note(model=model, guid=note_guid(note_id, language), fields=texts, tags=tags))
+
     for question in questions:
-        deck = decks.get(question.milestone)
-        if deck is None:
-            name = f"{DECK_NAMES[language]}::{question.milestone}"
-            number = DECK_IDS[language] + 16 * (1 + _place(question.milestone))
-            deck = decks[question.milestone] = genanki.Deck(number, name)
-        deck.add_note(genanki.Note(model=model, guid=note_guid(question.id, language),
-                                   fields=fields(question, language),
-                                   tags=[question.level, question.topic, question.milestone]))
+        add(question.milestone, question.id, fields(question, language),
+            [question.level, question.topic, question.milestone])
+    for correction in corrections:
+        add("corrections", correction.id, correction_fields(correction, language), ["corrections"])
     if not decks:
         raise ConfigError("no question is left to make cards of; allowed: filters that leave at least one")
     return genanki.Package(list(decks.values()))
@@ -60,6 +64,12 @@ def fields(question: Question, language: str) -> list[str]:
     points = "\n".join(f"- **{p.points}** {p.text}" for p in must_have(question.entry))
     return [f"{question.id} · {question.level}", html(question.entry.question), html(question.entry.sections["short"]),
             html(f"**{_LABELS[language]}**\n\n{points}")]
+
+
+def correction_fields(correction: Correction, language: str) -> list[str]:
+    """The same four of a correction: the claim in front."""
+    return [correction.id, html(f"{_CLAIM[language]}\n\n*{correction.claim}*"), html(correction.truth),
+            html(correction.measure)]
 
 
 def html(markdown: str) -> str:
@@ -88,6 +98,6 @@ def _renderer() -> Any:
     return MarkdownIt("commonmark", {"html": False}).enable("table")
 
 
-def _place(milestone: str) -> int:
-    match = re.fullmatch(r"m(\d)", milestone)
-    return int(match[1]) if match else 8
+def _place(deck: str) -> int:
+    match = re.fullmatch(r"m(\d)", deck)
+    return int(match[1]) if match else {"interview": 8, "corrections": 9}[deck]

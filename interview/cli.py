@@ -18,7 +18,7 @@ from m0_basics.tools.exercise.book import State as ExerciseState
 
 from . import coding_round
 from .grader import Grader
-from .library import LANGUAGES, ROOT, load_questions, select
+from .library import LANGUAGES, ROOT, load_corrections, load_questions, select
 from .screen import Screen
 from .state import State, load_state
 
@@ -112,8 +112,9 @@ def anki(output: Annotated[Path, typer.Option(help="The package to write.")] = P
     """Write flash cards for Anki. Importing a newer package updates the cards and keeps your schedule."""
     from .anki import build_package, write_package
     chosen = select(load_questions(lang), level or (), milestone or (), topic or ())
-    write_package(build_package(chosen, lang), output)
-    typer.echo(f"{output}: {len(chosen)} cards")
+    further = [] if level or milestone or topic else load_corrections(lang)
+    write_package(build_package(chosen, lang, further), output)
+    typer.echo(f"{output}: {len(chosen) + len(further)} cards")
 
 
 @app.command()

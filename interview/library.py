@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from m0_basics.config import reject
+from m0_basics.config import ConfigError, reject
 from m0_basics.tools.documents.factbook import read_json_file
 from m0_basics.tools.documents.interview import LEVELS, Entry, parse_interview
 
@@ -79,6 +79,35 @@ def select(questions: Iterable[Question], level: Sequence[str] = (), milestone: 
     chosen_levels = {levels[name.lower()] for name in level}
     return [q for q in questions if (not level or q.level in chosen_levels)
             and all(not values or getattr(q, field) in values for field, values in wanted.items())]
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What is often said, what is true, and how to measure it."""
+
+    id: str
+    claim: str
+    truth: str
+    measure: str
+
+
+_CORRECTION = re.compile(r"^### (?P<id>c-\d\d) · (?P<claim>[^\n]+)\n(?P<body>.*?)(?=^##|\Z)", re.MULTILINE | re.DOTALL)
+_PARTS = {"en": ("What is true", "Measure it"), "zh-CN": ("实际情况", "怎么测")}
+
+
+def load_corrections(language: str = "en", folder: Path = FOLDER) -> list[Correction]:
+    """The entries of corrections.md. Raises ConfigError for one that lacks a part."""
+    file = folder / ("corrections.md" if language == "en" else f"corrections.{language}.md")
+    found = []
+    for match in _CORRECTION.finditer(file.read_text(encoding="utf-8")):
+        pieces = re.split(r"^\*\*(.+?)\*\*$", match["body"], flags=re.MULTILINE)
+        parts = {name: text.replace("</details>", "").strip() for name, text in zip(pieces[1::2], pieces[2::2],
+                                                                                   strict=True)}
+        if tuple(parts) != _PARTS[language] or not all(parts.values()):
+            raise ConfigError(f"{file.name}: {match['id']} has the parts {', '.join(parts)}; allowed: "
+                              f"{', '.join(_PARTS[language])}, none of them empty")
+        found.append(Correction(match["id"], match["claim"].strip(), *parts.values()))
+    return found
 
 
 @dataclass(frozen=True)
