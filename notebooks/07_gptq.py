@@ -638,10 +638,10 @@ plt.show()
 # %% [markdown]
 # <details><summary><b>Answer.</b></summary>
 #
-# For one row the gain comes from bytes. It is below the ratio of the bytes, since a call has a price of its own, and
-# below again for a whole engine: attention, norms and Python do not shrink. For many rows arithmetic decides. There the
-# packed matrix gains only because its products are integers of eight bits, which a processor does several of where it
-# does one in floating point. On a GPU with fast sixteen-bit arithmetic the lines would meet.
+# For one row the gain comes from bytes, and a call's own price takes some of it away. A whole engine gains less: attention,
+# norms and Python do not shrink. For many rows arithmetic decides: with exact activations the lines meet. Where the packed
+# matrix still gains, it is because its products are integers of eight bits, of which a processor does several where it
+# does one in floating point. On a GPU with fast sixteen-bit arithmetic there would be nothing left.
 # </details>
 #
 # <details><summary><b>Question.</b> A server runs a model in four bits. Sixty-four users write at once, each with a long
