@@ -43,28 +43,24 @@ template <class A, int BITS> struct Multiply {
           x(Rows<A>{(const typename A::element*)task.x.x, task.x.stride, task.x.sums, task.x.scales, groups}
                 .from(task.row)) {}
 
-    // A tile of all rows, taken apart in registers; some panels together, the last ones by themselves.
-    template <int ROWS, int PANELS> void few_rows() const {
-        int64_t p = task.first;
-        for (; p + PANELS <= task.last; p += PANELS) {
-            alignas(64) float sums[ROWS * PANELS * PANEL] = {};
-            const std::array<Panel, PANELS> panels = panels_from(p, std::make_integer_sequence<int, PANELS>{});
-            Grid grids[PANELS];
+    // One tile of all rows for each panel.
+    template <int ROWS> void few_rows() const {
+        for (int64_t p = task.first; p < task.last; p++) {
+            alignas(64) float sums[ROWS * PANEL] = {};
+            Grid grid;
             for (int64_t g = 0; g < groups; g += Grid::GROUPS) {
                 const int64_t end = std::min(g + Grid::GROUPS, groups);
-                for (int i = 0; i < PANELS; i++) read(grids[i], p + i, g, end);
-                wide_tile<Panel, ROWS, PANELS>(x, panels.data(), grids, layout, weights.group, g, end, sums);
+                read(grid, p, g, end);
+                few_tile<Panel, ROWS>(x, Panel(weights, layout, p), grid, weights.group, g, end, sums);
             }
-            for (int i = 0; i < PANELS; i++)
-                task.finish(task.product, p + i, sums + i * PANEL, PANELS * PANEL, task.row, ROWS);
+            task.finish(task.product, p, sums, PANEL, task.row, ROWS);
         }
-        if (p < task.last) many_rows(p);
     }
 
-    // Panels [first, last), unpacked slice by slice, in tiles of even heights. `fetched`: how far this thread has fetched
-    // before, which usually is where it goes on.
-    void many_rows(int64_t first) const {
-        const int64_t num_rows = task.num_rows, bytes = layout.bytes;
+    // Panels unpacked slice by slice, in tiles of even heights. `fetched`: how far this thread has fetched before, which
+    // usually is where it goes on.
+    void many_rows() const {
+        const int64_t first = task.first, num_rows = task.num_rows, bytes = layout.bytes;
         const int64_t num_tiles = (num_rows + A::TALLEST - 1) / A::TALLEST;
         const char* begin = weights.packed + first * bytes;
         const int64_t lead = num_tiles == 1 ? std::min(linear::LEAD, bytes) : bytes;
@@ -94,33 +90,20 @@ template <class A, int BITS> struct Multiply {
     }
 
     void run() const {
-        if constexpr (INT8) {               // integers have as many chains as they like
-            switch (task.num_rows) {
-                case 1: return few_rows<1, 1>();
-                case 2: return few_rows<2, 1>();
-                case 3: return few_rows<3, 1>();
-                case 4: return few_rows<4, 1>();
-                case 5: return few_rows<5, 1>();
-                case 6: return few_rows<6, 1>();
-                default: return many_rows(task.first);
-            }
-        } else {
-            switch (task.num_rows) {
-                case 1: return few_rows<1, 4>();
-                case 2: return few_rows<2, 2>();
-                case 3: return few_rows<3, 2>();
-                default: return many_rows(task.first);
-            }
+        switch (task.num_rows) {
+            case 1: return few_rows<1>();
+            case 2: return few_rows<2>();
+            case 3: return few_rows<3>();
+            case 4: return few_rows<4>();
+            case 5: if constexpr (INT8) return few_rows<5>(); else return many_rows();
+            case 6: if constexpr (INT8) return few_rows<6>(); else return many_rows();
+            default: return many_rows();
         }
     }
 
   private:
     void read(Grid& grid, int64_t p, int64_t g, int64_t end) const {
         grid.read(weights, layout, weights.packed + p * layout.bytes, g, end);
-    }
-
-    template <int... I> std::array<Panel, sizeof...(I)> panels_from(int64_t p, std::integer_sequence<int, I...>) const {
-        return {Panel(weights, layout, p + I)...};
     }
 
     // As few slices as fit, of even sizes.

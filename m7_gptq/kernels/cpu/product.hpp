@@ -28,6 +28,11 @@ template <class T> struct Product {
             const ::Weights dense{weights.packed, weights.bias, weights.columns, weights.depth};
             return Dense::template share<Out, GATED>(member, dense, x, x_stride, y, y_stride, num_rows);
         }
+        const To<Out, GATED> to{weights, y, y_stride};
+        const int64_t panels = (weights.columns + to.WIDTH - 1) / to.WIDTH, panel_bytes = Layout(weights).bytes;
+        // The first weights are on their way while x is prepared.
+        const char* own = weights.packed + panels * member.thread / member.team.num_threads * panel_bytes;
+        linear::Fetch{own, weights.packed + panels * panel_bytes}.until(own + linear::LEAD);
         const bool few = num_rows <= FEW_ROWS;
         if (few) scratch += member.thread * Room::bytes(weights, num_rows, sizeof(Input));
         const Room room(weights, scratch, num_rows, sizeof(Input));
@@ -38,9 +43,7 @@ template <class T> struct Product {
         if (!few) member.share((int)num_rows, elementwise::grain(weights.inner), prepare);
         const Prepared prepared{room.x_bytes ? (const void*)room.x : x, room.x_bytes ? room.stride : x_stride, room.sums,
                                 weights.int8 ? room.scales : nullptr};
-        const To<Out, GATED> to{weights, y, y_stride};
-        const int64_t panels = (weights.columns + to.WIDTH - 1) / to.WIDTH;
-        linear::share_panels(member, panels, Layout(weights).bytes, weights.inner,
+        linear::share_panels(member, panels, panel_bytes, weights.inner,
                              weights.inner * (weights.int8 ? 1 : (int64_t)sizeof(Input)), num_rows,
                              [&](int64_t row, int64_t rows, int64_t first, int64_t last, const char*& fetched) {
             if (!is_prepared) prepare(0, num_rows);
