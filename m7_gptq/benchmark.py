@@ -30,6 +30,7 @@ from m5_chunked_prefill.tools import draft_table
 
 from .calibration import cut_windows
 from .llm import LLM
+from .tools import linear_bench
 from .tools.bench_views import draw, key, print_tables
 from .tools.contenders import Ours, make_ours, start_peers
 from .tools.perplexity import perplexity_of_llm
@@ -74,6 +75,7 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
     unfinished = output_dir / "unfinished.json"                     # something is left if the rest is cut short
     unfinished.write_text(json.dumps([c.to_dict() for c in comparisons] + [measurements]))
     measurements["perplexity"] = perplexities(ours, *((1, 32) if quick else WINDOWS))
+    measurements["linear"] = linear_products(*((1, ROWS[:2], 1) if quick else (llm.spec.num_hidden_layers, ROWS, 7)))
     measurements["drafts"] = drafts(base, ours, rounds, quick)
     report = BenchReport.create("m7_gptq", base, tuple(comparisons), measurements)
     report.print()
@@ -82,6 +84,14 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
     unfinished.unlink()
     draw(report, output_dir)
     return report
+
+
+def linear_products(num_layers: int, rows: Sequence[int], rounds: int) -> list[dict[str, float]]:
+    """Milliseconds of all linear products of so many layers of SmolLM2's shapes, weights from memory, by rows."""
+    with torch.inference_mode():
+        timings = linear_bench.measure(linear_bench.product_kinds(num_layers, torch.bfloat16), rows, rounds)
+    keys = dict(zip(dict.fromkeys(t.kind for t in timings), ("bf16_ms", "w4a8_ms", "w4a16_ms"), strict=True))
+    return [{"rows": number, **{keys[t.kind]: 1e3 * t.seconds for t in timings if t.rows == number}} for number in rows]
 
 
 def speedups(comparisons: Sequence[Comparison]) -> dict[str, dict[str, dict[str, float]]]:

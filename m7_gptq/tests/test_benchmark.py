@@ -11,7 +11,7 @@ from m0_basics.tools.testing.fixtures import TinyModels
 from m7_gptq import benchmark
 from m7_gptq.loading.memory import gptq_form, predict
 from m7_gptq.rtn import QuantizeOptions
-from m7_gptq.tools import contenders
+from m7_gptq.tools import contenders, linear_bench
 from m7_gptq.tools.bench_views import form_of, quality_table
 from m7_gptq.tools.facts import bench_results
 
@@ -97,3 +97,11 @@ def test_the_table_joins_quality_and_speed() -> None:
     assert cells[3:] == [["4", "1", "1", "1"], ["50", "120", "150", "120"], ["400", "350", "600", "350"]]
     assert quality_table(quality, None).row_count == 4
     assert form_of("the Q4_1 trap") is None
+
+
+def test_products_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each number of rows, and each of the three ways to hold the weights."""
+    monkeypatch.setattr(linear_bench, "_READ_BYTES", 4096)
+    found = benchmark.linear_products(1, (1, 2), 1)
+    assert [entry["rows"] for entry in found] == [1, 2]
+    assert all(set(entry) == {"rows", "bf16_ms", "w4a8_ms", "w4a16_ms"} and min(entry.values()) > 0 for entry in found)
