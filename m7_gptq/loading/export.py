@@ -1,12 +1,13 @@
-"""A quantised model as a Hugging Face folder that GPTQModel, transformers and vLLM read too.
+"""A quantised model as a Hugging Face folder that other readers of the format take too.
 
     model.safetensors           packed tensors of the quantised layers, all others in the model's dtype
     config.json                 the source's, with `quantization_config`
     quantize_config.json        the same settings, as AutoGPTQ had them
     generation_config.json, tokenizer files         the source's
 
-Where input and output matrix are one and it is quantised, other readers have no form for it. So they find the packed
-output matrix, and its values once more as a plain embedding; this lab's loader reads the packed one alone.
+GPTQModel 7.6 reads all of it; transformers (over GPTQModel) a plain output matrix only; vLLM 0.32 symmetric grids
+without an order of inputs only. Where input and output matrix are one and it is quantised, the format has no form for
+it: the folder holds it packed, and its values once more as a plain embedding, which this lab's loader leaves out.
 """
 from __future__ import annotations
 

@@ -48,6 +48,8 @@ def test_what_is_written_is_what_the_algorithm_makes(tmp_path, tiny_model):
         assert torch.equal(read_matrix(folder, name, settings).dequantise(), matrix.dequantise())
     assert everything_in(tmp_path) == ["made"]
     assert written.num_bytes == sum(file.stat().st_size for file in (tmp_path / "made").iterdir())
+    assert written.copy_bytes == 288 * 64 * 4           # the plain embedding, in the model's float32
+    assert written.source_bytes == 2 * sum(p.numel() for p in load_model(config).parameters())
 
 
 @pytest.mark.parametrize(("options", "form", "ordered"), [
@@ -240,4 +242,7 @@ def test_the_summary_names_the_worst_layer(tmp_path, tiny_model):
     console = Console(file=io.StringIO(), width=200)
     console.print(summary(written))
     worst = max(written.quantized.report, key=lambda report: report.error)
-    assert f"at most {worst.error:.2e} in {worst.name}" in console.file.getvalue()
+    said = console.file.getvalue()
+    assert f"at most {worst.error:.2e} in {worst.name}" in said and "once more" not in said
+    console.print(summary(dataclasses.replace(written, copy_bytes=12345)))
+    assert "12,345 of them are the output matrix once more" in console.file.getvalue()

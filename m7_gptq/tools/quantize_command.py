@@ -1,6 +1,7 @@
 """`quantize`: a model in, a folder of packed weights out, for this lab and GPTQModel.
 
-vLLM reads symmetric folders without an order of inputs: --sym with --act-group-aware or --no-desc-act.
+Others read less: transformers no packed output matrix (--no-lm-head), vLLM no asymmetric grids and no order of inputs
+(--sym --act-group-aware).
 
 The command checks all that can be checked before it works, keeps finished layers beside the target while it works, and
 writes the folder as a whole at the end. Interrupted and called again, it goes on after the last finished layer.
@@ -47,6 +48,7 @@ class Written:
 
     folder: Path
     num_bytes: int                      # of all its files
+    copy_bytes: int                     # of them the plain copy of the output matrix, for other readers
     source_bytes: int                   # of the same weights in 16 bits
     seconds: float
     resumed: int                        # parts that an interrupted run had finished
@@ -81,7 +83,8 @@ def quantize(model: str, folder: Path, options: QuantizeOptions, *, calibration:
         num_bytes = write_folder(folder, source, plain, quantized.matrices, settings, force)
         resumed = store.resumed
     num_weights = sum(parameter.numel() for parameter in weights.parameters())
-    return Written(folder, num_bytes, 2 * num_weights, time.perf_counter() - start, resumed, quantized)
+    copy_bytes = plain["model.embed_tokens.weight"].nbytes if settings.tied else 0
+    return Written(folder, num_bytes, copy_bytes, 2 * num_weights, time.perf_counter() - start, resumed, quantized)
 
 
 def calibration_windows(tokenizer: Tokenizer | None, files: Sequence[Path], num_samples: int | None,
@@ -182,7 +185,10 @@ def _command(
         help="gptq (zero points less one) or gptq_v2 (default: gptq if symmetric, else gptq_v2).")] = None,
     force: Annotated[bool, typer.Option(help="Replace a model that is there.")] = False,
 ) -> None:
-    """Quantise a model into a folder that this lab and GPTQModel read; vLLM, if --sym and --act-group-aware."""
+    """Quantise a model into a folder that this lab and GPTQModel read.
+
+    Transformers reads it with --no-lm-head, vLLM with --sym --act-group-aware --no-lm-head.
+    """
     console = Console()
     try:
         written = quantize(model, folder, QuantizeOptions(**quantize_options), calibration=calibration or (),
@@ -202,6 +208,8 @@ def summary(written: Written) -> Table:
     table.add_row("weights", f"{options.method}, {options.bits} bits, groups of {options.group_size}, "
                              f"{'symmetric' if options.sym else 'asymmetric'}")
     table.add_row("bytes", f"{written.num_bytes:,} ({written.source_bytes:,} in 16 bits)")
+    if written.copy_bytes:
+        table.add_row("", f"{written.copy_bytes:,} of them are the output matrix once more, plain, for other readers")
     table.add_row("seconds", f"{written.seconds:.1f}")
     if quantized.num_tokens:
         table.add_row("calibration", f"{quantized.num_tokens:,} tokens")
