@@ -44,10 +44,14 @@ def start(book: ExerciseBook, exercise: Exercise, state: State, force: bool = Fa
 
 
 def check(book: ExerciseBook, exercise: Exercise, state: State) -> bool:
-    """Run the hidden tests, print their end and the time used."""
+    """Run the hidden tests; print the first failure, a call that differs, how many pass, and the time used."""
     result = book.check(exercise)
     lines = result.output.splitlines()
     typer.echo("\n".join(lines[-1:] if result.passed else lines[-_TAIL:]))
+    if result.difference:
+        typer.echo(f"\non this call yours and the specification differ:\n{result.difference}")
+    if result.num_passed or result.failed:
+        typer.echo(f"\n{result.score}")
     used = minutes_used(state, exercise)
     clock = "" if used is None else f", {used:.0f} of {MINUTES} minutes" + (" (over time)" if used > MINUTES else "")
     typer.echo(f"{exercise.name}: {'passed' if result.passed else 'not passed'}{clock}")
