@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -151,6 +152,17 @@ def test_a_large_file_is_written_in_shards(file, tiny_model, monkeypatch):
     expected = write_gguf(file, tiny_model("llama"), "Q8_0")
     source = SafetensorsFolder(folder)
     assert all(torch.equal(source.read(name), tensor) for name, tensor in expected.items())
+
+
+def test_settings_alone(file):
+    """For who reads the weights from the file itself: nothing of them is written."""
+    settings, whole = convert_gguf(file, None), convert_gguf(file, torch.float32)
+    assert convert_gguf(file, None) == settings != whole
+    assert not list(settings.glob("*.safetensors*"))
+    config = json.loads((whole / "config.json").read_text())
+    assert json.loads((settings / "config.json").read_text()) == {k: v for k, v in config.items() if k != "dtype"}
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (settings / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_where_the_cache_lies(monkeypatch, tmp_path):
