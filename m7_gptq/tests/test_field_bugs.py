@@ -1,7 +1,8 @@
 """F7.1 to F7.3: what broke in other engines over quantised weights. Each test names whose fault it was; the inputs are
 our own, and the right answer is m6's on the dequantised weights. Those that stand beside what they are about are there:
 test_checkpoint.py and test_pack.py (formats), test_gptq.py (the algorithm), test_fill.py (joined layers, biases of
-zeros), test_engine.py (weights in the key of a cache, NaN), test_packed_kernels.py (saturation, instructions)."""
+zeros), test_engine.py (weights in the key of a cache, NaN), test_cpu_quantized_linear.py and
+test_objdump.py (saturation, instructions)."""
 from __future__ import annotations
 
 import json
