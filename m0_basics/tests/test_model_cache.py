@@ -1,8 +1,8 @@
 """F0.9: the cache of converted GGUF files: made once, never half, mended where it is damaged."""
 from __future__ import annotations
 
-import os
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
