@@ -1,0 +1,37 @@
+// A page that was opened from a disk may not start a worker. The search's worker then runs in a hidden frame instead.
+if (location.protocol === "file:") {
+  window.Worker = class extends EventTarget {
+    constructor(url) {
+      super();
+      const frame = document.createElement("iframe");
+      frame.hidden = true;
+      document.body.appendChild(frame);
+      const inside = this.inside = frame.contentWindow;
+      inside.document.open();
+      inside.document.write("<html><body></body></html>");
+      inside.document.close();
+      inside.postMessage = data => {
+        const event = new MessageEvent("message", { data });
+        this.dispatchEvent(event);
+        if (this.onmessage) this.onmessage(event);
+      };
+      const load = address => new Promise((resolve, reject) => {
+        const script = inside.document.createElement("script");
+        script.src = address;
+        script.onload = resolve;
+        script.onerror = reject;
+        inside.document.body.appendChild(script);
+      });
+      inside.importScripts = (...addresses) =>
+        addresses.reduce((before, address) => before.then(() => load(address)), Promise.resolve());
+      this.ready = load(new URL(url, location.href));
+    }
+    postMessage(data) {
+      this.ready.then(() => {
+        const event = new this.inside.MessageEvent("message", { data });
+        this.inside.dispatchEvent(event);
+      });
+    }
+    terminate() { this.inside.frameElement.remove(); }
+  };
+}
