@@ -37,7 +37,7 @@ def print_tables(report: BenchReport) -> None:
     if "linear" in found:
         kinds = [key for key in found["linear"][0] if key.endswith("_ms")]
         rows = [(str(e["rows"]), *(f"{e[kind]:.3f}" for kind in kinds)) for e in found["linear"]]
-        console.print(_table("gate_up_proj, weights from memory: milliseconds",
+        console.print(_table("The linear products of all layers, weights from memory: milliseconds",
                              ("rows", *(kind.removesuffix("_ms") for kind in kinds)), rows))
     rows = [(e["task"], str(e["num_requests"]), name, f"{c['tokens_per_s']:.1f}", f"{c['decode_ratio']:.2f}",
              "-" if c["acceptance"] is None else f"{c['acceptance']:.0%}")
