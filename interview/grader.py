@@ -80,13 +80,12 @@ class Grader:
         call: dict[str, Any] = {"model": self.model, "temperature": 0, "max_tokens": 256,
                                 "messages": [{"role": "user", "content": text}]}
         schema = {"type": "object", "properties": {
-            "shares": {"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 1},
-                       "minItems": count, "maxItems": count},
-            "comment": {"type": "string", "maxLength": 300}}, "required": ["shares", "comment"]}
+            "shares": {"type": "array", "items": {"type": "number"}, "minItems": count, "maxItems": count},
+            "comment": {"type": "string"}}, "required": ["shares", "comment"]}
         form = {"type": "json_schema", "json_schema": {"name": "grade", "schema": schema}}
         try:
             reply = self._client.chat.completions.create(**call, response_format=form)
-        except (openai.BadRequestError, openai.UnprocessableEntityError):      # a server without structured output
+        except openai.APIStatusError:       # a server without structured output, or too busy for it
             reply = self._client.chat.completions.create(**call)
         return str(reply.choices[0].message.content or "")
 

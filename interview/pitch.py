@@ -31,7 +31,7 @@ _PEERS = ("vllm", "llama.cpp", "transformers-static", "transformers")
 
 @dataclass(frozen=True)
 class Gain:
-    """What one contender did over another, in one run, on one workload."""
+    """What a milestone did over another contender, in one run, on one workload."""
 
     milestone: str              # "m3"
     over: str                   # "m2", or a peer's name
@@ -82,7 +82,7 @@ def _gains(name: str, comparisons: Sequence[Mapping[str, Any]]) -> list[Gain]:
         if own is None:
             continue
         others = [n for n in (before,) if n in contenders] + [p for p in _PEERS if p in contenders][:1]
-        gains += [Gain(name, other, str(comparison["workload"]["name"]).partition(":")[0],
+        gains += [Gain(name, other, str(comparison["workload"]["name"]),
                        own["ratio"] / contenders[other]["ratio"], float(own["output_throughput"])) for other in others]
     return gains
 
@@ -101,9 +101,10 @@ def pitch(results: Results, length: str, language: str, solved: Sequence[str] = 
     parts = [_opening(chinese)]
     if best:
         parts.append(_say(best, chinese))
-    if length != "30s":
-        parts.append(_road(steps, chinese))
+    if length == "1min":
+        parts.append(_road(_best_of_each(steps), chinese, best=True))
     if length == "3min":
+        parts.append(_road(steps, chinese))
         parts += [_peers(results.gains, chinese), _losses(steps, chinese), _correct(chinese)]
     parts.append(_mine(solved, chinese, length))
     return "\n\n".join(part for part in [*parts, _source(results, chinese)] if part)
@@ -126,14 +127,30 @@ def _say(gain: Gain, chinese: bool) -> str:
             f"that of {gain.over}, in one run.")
 
 
-def _road(steps: Sequence[Gain], chinese: bool) -> str:
+def _best_of_each(steps: Sequence[Gain]) -> list[Gain]:
+    """The largest gain of each milestone; every other workload, losses too, is in the long version."""
+    best: dict[str, Gain] = {}
+    for gain in steps:
+        if gain.milestone not in best or gain.ratio > best[gain.milestone].ratio:
+            best[gain.milestone] = gain
+    return list(best.values())
+
+
+def _rate(tokens_per_s: float) -> str:
+    return f"{tokens_per_s:,.0f}" if tokens_per_s >= 10 else f"{tokens_per_s:.1f}"
+
+
+def _road(steps: Sequence[Gain], chinese: bool, best: bool = False) -> str:
+    """One line a gain. `best`: they are each milestone's largest."""
     if chinese:
-        return "每一步（同一次运行里跟前一个比）：\n\n" + "\n".join(
-            f"- {g.milestone}，{IDEAS[g.milestone][1]}：{g.workload} 上 {g.ratio:.2f} 倍，"
-            f"每秒 {g.tokens_per_s:,.0f} token" for g in steps)
-    return "Each step, against the one before in the same run:\n\n" + "\n".join(
-        f"- {g.milestone}, {IDEAS[g.milestone][0]}: {g.ratio:.2f} times on {g.workload}, {g.tokens_per_s:,.0f} tokens/s"
-        for g in steps)
+        head = f"每一步{'（取收益最大的负载）' if best else ''}，同一次运行里跟前一个比："
+        lines = [f"- {g.milestone}，{IDEAS[g.milestone][1]}：{g.workload} 上 {g.ratio:.2f} 倍，"
+                 f"每秒 {_rate(g.tokens_per_s)} token" for g in steps]
+    else:
+        head = f"Each step{', on the load where it gained most' if best else ''}, against the one before in the same run:"
+        lines = [f"- {g.milestone}, {IDEAS[g.milestone][0]}: {g.ratio:.2f} times on {g.workload}, "
+                 f"{_rate(g.tokens_per_s)} tokens/s" for g in steps]
+    return "\n".join([head, "", *lines])
 
 
 def _peers(gains: Sequence[Gain], chinese: bool) -> str:

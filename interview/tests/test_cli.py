@@ -99,12 +99,12 @@ def test_a_pitch_is_filled_from_own_results(tmp_path: Path) -> None:
     (folder / "bench.json").write_text(json.dumps(bench(1.75)))
     results = load_results(tmp_path / "mine")
     assert [(g.milestone, g.over, g.workload, g.ratio) for g in results.gains] == [
-        ("m3", "m2", "ragged-64", 1.75), ("m3", "transformers", "ragged-64", 3.5)]
+        ("m3", "m2", "ragged-64:num=4", 1.75), ("m3", "transformers", "ragged-64:num=4", 3.5)]
     solved = ["m3_paged_kv/block_pool.py::BlockPool.free"]
     short, long = (pitch(results, length, "en", solved) for length in ("30s", "3min"))
     assert "1.75 times that of m2" in short and "Abacus (BEADS), 2 cores" in short
     assert "Figures of your own runs" in short and "1 parts: `m3_paged_kv/block_pool.py::BlockPool.free`" in short
-    assert "transformers, ragged-64: 3.50" in long and "transformers, ragged-64" not in short
+    assert "transformers, ragged-64:num=4: 3.50" in long and "transformers" not in short
     assert len(short) < len(pitch(results, "1min", "en")) < len(long)
     assert "1.75 倍" in pitch(results, "30s", "zh-CN")
 
@@ -114,7 +114,7 @@ def test_a_loss_is_said_and_numbers_that_are_not_yours_are_marked(tmp_path: Path
     folder.mkdir(parents=True)
     (folder / "bench.json").write_text(json.dumps(bench(0.8)))
     text = pitch(load_results(tmp_path / "mine"), "3min", "en")
-    assert "did not help" in text and "m3 ragged-64 0.80" in text and "solve exercises" in text
+    assert "did not help" in text and "m3 ragged-64:num=4 0.80" in text and "solve exercises" in text
     theirs = RUN.invoke(app, ["pitch", "--length", "3min", "--output", "p.md"])
     assert theirs.exit_code == 0, theirs.output
     assert "do not tell them as your own" in (tmp_path / "p.md").read_text(encoding="utf-8")

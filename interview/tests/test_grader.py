@@ -82,15 +82,16 @@ def test_an_openai_server_is_asked_for_a_share_of_each_point(url: str) -> None:
     assert "SHORT" not in text
 
 
-def test_a_server_without_structured_output_is_asked_again(url: str) -> None:
-    Server.replies += [(400, "response_format is not supported"), (200, '{"shares": [0, 0, 1]}')]
+@pytest.mark.parametrize("status", [400, 422, 503])
+def test_a_server_without_structured_output_is_asked_again(url: str, status: int) -> None:
+    Server.replies += [(status, "response_format is not supported"), (200, '{"shares": [0, 0, 1]}')]
     assert Grader(url, "mine").grade(question().entry, "x") == Grade((0.0, 0.0, 1.0), "")
     assert [("response_format" in asked, asked["model"]) for asked in Server.asked] == [(True, "mine"), (False, "mine")]
 
 
 def test_what_goes_wrong_is_a_sentence(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     grader = Grader(url)
-    Server.replies += [(500, "out of order"), (200, "I would say eight.")]
+    Server.replies += [(500, "out of order"), (500, "out of order"), (200, "I would say eight.")]
     assert grader.grade(question().entry, "x") is None
     assert "InternalServerError" in grader.problem and "out of order" in grader.problem
     assert grader.grade(question().entry, "x") is None
