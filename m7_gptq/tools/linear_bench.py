@@ -168,7 +168,7 @@ def with_random_codes(model: CausalLM) -> CausalLM:
 
 def decode_step(model: CausalLM, num_sequences: int) -> Run:
     """A step of `num_sequences` sequences that decode, a short prompt behind each."""
-    spec, blocks = model.spec, num_sequences * 2
+    spec, blocks = model.spec, 3 * num_sequences + 8
     manager = paged_manager(blocks, _BLOCK_SIZE, 0)
     cache = SlotCache(spec, blocks * _BLOCK_SIZE, model.dtype, model.device)
     kernels = PagedKernels(spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim, _BLOCK_SIZE, model.dtype,

@@ -77,27 +77,32 @@ int64_t run(const Shape& shape, const Batch& batch, const Decoder<typename Linea
                 elementwise::add_rms_norm(first, last, hidden, x, addend, (const T*)weight, eps, out);
             });
         };
-        auto multiply = [&](const Weights& weights, const Input* from, T* to) {
+        auto multiply = [&](const Weights& weights, const Input* from, T* to, const Weights& next, bool gated = false) {
+            Linear::expect(member, next, gated);
             Linear::template share<T, false>(member, weights, from, weights.depth, to, weights.columns, tokens,
                                              scratch);
         };
+        Linear::expect(member, decoder.layers[0].qkv, false);
         for (int i = 0; i < decoder.num_layers; i++) {
             const Layer<Weights>& layer = decoder.layers[i];
+            const bool is_last = i + 1 == decoder.num_layers;
             T *k = (T*)k_cache + i * layer_size, *v = (T*)v_cache + i * layer_size;
             norm(i > 0 ? delta : nullptr, layer.input_norm, normed);
-            multiply(layer.qkv, normed, qkv);
+            multiply(layer.qkv, normed, qkv, layer.o);
             member.share(tokens, elementwise::grain(qkv_width), [&](long first, long last) {
                 elementwise::rotate_store(first, last, shape, batch, qkv, (const T*)layer.q_norm,
                                           (const T*)layer.k_norm, eps, cos, signed_sin, k, v);
             });
             attention::share(member, work, shape, batch, qkv, qkv_width, (const T*)k, (const T*)v, attended);
-            multiply(layer.o, attended, delta);
+            multiply(layer.o, attended, delta, layer.gate_up, true);
             norm(delta, layer.post_attention_norm, normed);
+            Linear::expect(member, layer.down, false);
             Linear::template share<Input, true>(member, layer.gate_up, normed, hidden, activated, intermediate, tokens,
                                                 scratch);
-            multiply(layer.down, activated, delta);
+            multiply(layer.down, activated, delta, is_last ? layer.down : decoder.layers[i + 1].qkv);
         }
         if (logits) {
+            Linear::expect(member, decoder.head, false);
             norm(delta, decoder.norm, normed);
             Linear::template share<float, false>(member, decoder.head, normed, hidden, logits, decoder.head.columns,
                                                  tokens, scratch);

@@ -183,6 +183,15 @@ static void share_panels(Member& member, int64_t panels, int64_t panel_bytes, in
     });
 }
 
+constexpr int64_t SOON = 128 << 10;         // bytes that may be fetched while a thread waits: a part of a small L2 cache
+
+// Have the first of a member's own panels fetched while it waits.
+static inline void expect_panels(Member& member, const char* packed, int64_t panels, int64_t panel_bytes) {
+    const int64_t threads = member.team.num_threads, first = panels * member.thread / threads;
+    const int64_t own = panels * (member.thread + 1) / threads - first;
+    member.expect(packed + first * panel_bytes, std::min(SOON, own * panel_bytes));
+}
+
 // x [num_rows, K] -> y [num_rows, N]; strides in elements. All threads of a team call this.
 template <class Format, class Out, bool GATED>
 static void share(Member& member, const typename Format::Weights& weights,
@@ -200,6 +209,12 @@ static void share(Member& member, const typename Format::Weights& weights,
 template <class T, class Format> struct Product {
     typedef typename Format::Weights Weights;
     typedef typename InputOf<T, typename Format::Arithmetic>::type Input;      // what rows of x are kept as
+
+    // What a member will read first in a product that comes soon.
+    static void expect(Member& member, const Weights& weights, bool gated) {
+        const int64_t width = gated ? VL : PANEL;
+        expect_panels(member, Format(weights, 0).begin(), (weights.columns + width - 1) / width, Format::bytes(weights));
+    }
 
     static constexpr int PHASES = 1;                                            // of Member::share, in a product
     static int64_t scratch_bytes(const Weights&, int64_t, int) { return 0; }    // for a number of rows, and of threads

@@ -72,6 +72,9 @@ class Member {
     // a long one says nothing about who runs, and is not counted.
     template <class F> void share_in_order(int num_pieces, F&& f) { share(num_pieces, 1, 1, false, f); }
 
+    // Memory that this thread will read soon: fetched while it waits for others.
+    void expect(const char* from, int64_t bytes) { soon = from, soon_end = from + bytes; }
+
     Team& team;
     const int thread;
 
@@ -112,7 +115,8 @@ class Member {
         std::atomic<int>& done = team.done(number);
         for (int i = 0; i < SPINS; i++) {
             if (done.load(std::memory_order_acquire) == num_pieces) return;
-            relax();
+            if (soon < soon_end) fetch();
+            else relax();
         }
         const int64_t start = now_ns();
         while (done.load(std::memory_order_acquire) != num_pieces) {
@@ -122,8 +126,13 @@ class Member {
         if (are_short) team.watch.waited(start);
     }
 
+    void fetch() {
+        for (int i = 0; i < 4; i++, soon += 64) __builtin_prefetch(soon, 0, 2);
+    }
+
     static constexpr int SPINS = 2000;          // some 20 to 80 microseconds
     int phase = 0;
+    const char *soon = nullptr, *soon_end = nullptr;
 };
 
 template <class F> void Team::run(F&& f) {

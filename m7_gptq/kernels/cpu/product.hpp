@@ -20,6 +20,13 @@ template <class T> struct Product {
         return (num_rows <= FEW_ROWS ? threads : 1) * Room::bytes(weights, num_rows, sizeof(Input));
     }
 
+    static void expect(Member& member, const Weights& weights, bool gated) {
+        const int64_t width = gated ? VL : PANEL;
+        const ::Weights dense{weights.packed, weights.bias, weights.columns, weights.depth};
+        if (weights.bits == 0) Dense::expect(member, dense, gated);
+        else linear::expect_panels(member, weights.packed, (weights.columns + width - 1) / width, Layout(weights).bytes);
+    }
+
     // scratch: as much memory as `scratch_bytes` says for the team's threads.
     template <class Out, bool GATED>
     static void share(Member& member, const Weights& weights, const Input* x, int64_t x_stride, Out* y, int64_t y_stride,
