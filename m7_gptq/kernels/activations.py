@@ -17,7 +17,7 @@ from .fuse_packed import has_packed_layers
 
 
 def activations_for(config: EngineConfig, model: CausalLM) -> Activations:
-    """How the layers of `model`, which is not fused yet, take their inputs. Raises ConfigError for what has no kernel."""
+    """How the layers of `model`, not fused yet, take their inputs. Raises ConfigError for what has no kernel."""
     asked = config.model_config.activations
     reason = _why_not_int8(config, model) if asked != "exact" else None
     if asked == "int8" and reason is not None:
@@ -29,7 +29,8 @@ def activations_for(config: EngineConfig, model: CausalLM) -> Activations:
 
 def _why_not_int8(config: EngineConfig, model: CausalLM) -> str | None:
     if not any(True for _ in matrices_of(model)):
-        return "the model's weights are plain (a GGUF file, a folder of method gptq or quantization=rtn has packed ones)"
+        return ("the model's weights are plain (a GGUF file, a folder of method gptq or quantization=rtn has packed "
+                "ones)")
     if not config.attention_config.fused_layers:
         return "fused_layers is off, and the kernel is theirs"
     if model.device.type != "cpu":
