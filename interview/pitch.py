@@ -147,7 +147,8 @@ def _road(steps: Sequence[Gain], chinese: bool, best: bool = False) -> str:
         lines = [f"- {g.milestone}，{IDEAS[g.milestone][1]}：{g.workload} 上 {g.ratio:.2f} 倍，"
                  f"每秒 {_rate(g.tokens_per_s)} token" for g in steps]
     else:
-        head = f"Each step{', on the load where it gained most' if best else ''}, against the one before in the same run:"
+        where = ", on the load where it gained most" if best else ""
+        head = f"Each step{where}, against the one before in the same run:"
         lines = [f"- {g.milestone}, {IDEAS[g.milestone][0]}: {g.ratio:.2f} times on {g.workload}, "
                  f"{_rate(g.tokens_per_s)} tokens/s" for g in steps]
     return "\n".join([head, "", *lines])
