@@ -63,7 +63,7 @@ torch.set_num_threads(1)        # steadier times on a machine that has other wor
 torch.manual_seed(0)
 torch.set_grad_enabled(False)
 NEAREST = QuantizeOptions(method="rtn", search=False)                       # grids from smallest to largest weight
-TEXTBOOK = QuantizeOptions(search=False, desc_act=False, sink=0.0)
+TEXTBOOK = QuantizeOptions(search=False, desc_act=False, sink=0.0, gptaq=0.0)
 
 model = load_model(ModelConfig(model=DEFAULT_MODEL, dtype="float32", device="cpu"))
 LAYER = 14                      # somewhere in the middle
