@@ -1,4 +1,4 @@
-"""A tiny model that has learnt something: a byte-level Qwen3, trained on the calibration books in a few minutes.
+"""A tiny model that has learnt something: a byte-level Qwen3, trained on the calibration books.
 
     python -m m7_gptq.tools.tiny_model --output FOLDER
 
