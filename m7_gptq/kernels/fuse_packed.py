@@ -24,6 +24,7 @@ from m4_flash_attn.layers import GatedLinear, LayerKernels, fuse
 from ..linear import QuantizedEmbedding, QuantizedLinear
 from .cpu.build import library
 from .cpu.decoder import PACKED
+from .cpu.large_pages import LargePages
 from .cpu.linear import DTYPES, Activations, CpuQuantizedEmbedding, CpuQuantizedGatedLinear, CpuQuantizedLinear
 from .packed import pack
 
@@ -66,19 +67,21 @@ def layer_kernels(device: torch.device, dtype: torch.dtype, activations: Activat
     if not has_packed_layers(device, dtype):
         return plain
 
+    memory = LargePages()
+
     def pack_layer(linear: nn.Module) -> nn.Module:
         if isinstance(linear, QuantizedLinear):
-            return CpuQuantizedLinear(linear.matrix, linear.bias, dtype, activations)
+            return CpuQuantizedLinear(linear.matrix, linear.bias, dtype, activations, None, memory)
         return plain.pack(linear)
 
     def gate(linear: nn.Module) -> nn.Module:
         if isinstance(linear, QuantizedLinear):
-            return CpuQuantizedGatedLinear(linear.matrix, dtype, activations, linear.bias)
+            return CpuQuantizedGatedLinear(linear.matrix, dtype, activations, linear.bias, memory)
         return plain.gate(linear)
 
     def head(linear: nn.Module) -> nn.Module:
         if isinstance(linear, QuantizedLinear):
-            return CpuQuantizedLinear(linear.matrix, linear.bias, dtype, activations, torch.float32)
+            return CpuQuantizedLinear(linear.matrix, linear.bias, dtype, activations, torch.float32, memory)
         return plain.head(linear)
 
     return LayerKernels(plain.ops, pack_layer, gate, head, partial(stack, products=PACKED))

@@ -74,7 +74,8 @@ static inline __attribute__((always_inline)) void tile(const Rows<typename P::Ar
                     }
 #pragma GCC unroll 12
                     for (int r = 0; r < ROWS; r++)
-                        for (int c = 0; c < 2; c++) totals[r][c] = A::add(totals[r][c], parts[r][c], plane ? 16 : 1);
+                        for (int c = 0; c < 2; c++)
+                            totals[r][c] = A::add(totals[r][c], parts[r][c], plane ? 16 : 1);
                 });
             }
         }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, Structure, byref, c_int32, c_int64, c_void_p
+from dataclasses import replace
 from functools import cache
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from m4_flash_attn.kernels.cpu.linear import interleave
 from ...grid import QuantizedMatrix
 from ..packed import PackedMatrix, pack
 from .build import library
+from .large_pages import LargePages
 
 Activations = Literal["exact", "int8"]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -44,8 +46,10 @@ class _PackedLinear(nn.Module):
     """What plain and gated layers share: the packed matrix, and the call."""
 
     def __init__(self, packed: PackedMatrix, bias: Tensor | None, dtype: torch.dtype, out_dtype: torch.dtype,
-                 activations: Activations, function: str) -> None:
+                 activations: Activations, function: str, memory: LargePages | None) -> None:
         super().__init__()
+        if memory is not None:
+            packed = replace(packed, packed=memory.keep(packed.packed))
         assert activations in ("exact", "int8")
         self.packed, self.dtype, self.out_dtype, self.activations = packed, dtype, out_dtype, activations
         self.out_features, self.in_features = packed.columns, packed.depth
@@ -80,28 +84,30 @@ class CpuQuantizedLinear(_PackedLinear):
     """y = x W^T + b, with W packed."""
 
     def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None, dtype: torch.dtype, activations: Activations,
-                 out_dtype: torch.dtype | None = None) -> None:
+                 out_dtype: torch.dtype | None = None, memory: LargePages | None = None) -> None:
         """bias [N] or None; `dtype`: of x, float32 or bfloat16; `out_dtype`: of y, the same unless given.
 
-        Raises BuildError where the kernels cannot be built.
+        `memory`: the model's, for the packed matrix; its own if None. Raises BuildError where there are no kernels.
         """
         panel = library().quantized_panel()
         if bias is not None:
             bias = F.pad(bias.detach().float(), (0, -matrix.shape[0] % panel))
         out_dtype = out_dtype or dtype
-        super().__init__(pack(matrix, panel), bias, dtype, out_dtype, activations, _FUNCTIONS[dtype, out_dtype])
+        super().__init__(pack(matrix, panel), bias, dtype, out_dtype, activations, _FUNCTIONS[dtype, out_dtype],
+                         memory)
 
 
 class CpuQuantizedGatedLinear(_PackedLinear):
     """silu(x A^T) * (x B^T): gate and up are packed by turns, so that one tile computes both and writes the result."""
 
     def __init__(self, matrix: QuantizedMatrix, dtype: torch.dtype, activations: Activations,
-                 bias: Tensor | None = None) -> None:
+                 bias: Tensor | None = None, memory: LargePages | None = None) -> None:
         """matrix [2 N, K]: the N rows of the gate, then those of up; so is bias [2 N]. Raises BuildError."""
         panel = library().quantized_panel()
         if bias is not None:
             bias = interleave(bias.detach().float().unsqueeze(1), panel // 2).squeeze(1).contiguous()
-        super().__init__(pack(matrix, panel, gated=True), bias, dtype, dtype, activations, _GATED_FUNCTIONS[dtype])
+        super().__init__(pack(matrix, panel, gated=True), bias, dtype, dtype, activations, _GATED_FUNCTIONS[dtype],
+                         memory)
 
 
 class CpuQuantizedEmbedding(nn.Module):
