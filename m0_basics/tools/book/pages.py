@@ -182,7 +182,7 @@ def find_pages(root: Path, lang: str) -> list[Page]:
         short, name = folder.name[:2], folder.name
         section = f"{short} · {chapter_name(name)}"
         candidates = [(f"{name}/README{suffix}.md", "index.md", "chapter"),
-                      (f"{name}/CHANGES.md", "changes.md", "changes"),
+                      (f"{name}/tools/CHANGES.md", "changes.md", "changes"),
                       *((f"notebooks/{file.name}", "notebook.md", "notebook")
                         for file in sorted((root / "notebooks").glob(f"0{short[1]}_*.ipynb"))),
                       (f"{name}/INTERVIEW{suffix}.md", "interview.md", "questions")]

@@ -27,7 +27,7 @@ from m0_basics.config import ConfigError, reject
 from ..exercise.source import find_function, function_text
 
 ROOT = Path(__file__).parents[3]
-PAGE = "CHANGES.md"
+PAGE = "tools/CHANGES.md"
 _SIDE_BY_SIDE = 140         # columns of a terminal from which on two pieces of code stand beside each other
 
 
