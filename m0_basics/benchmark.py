@@ -57,13 +57,18 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
     report = BenchReport.create("m0_basics", options, (comparison,), {"growth": points, "total": totals})
     report.print()
     report.save(output_dir / "bench.json")
-    throughput_bars(comparison, output_dir / "one_request.png", "One request: output tokens per second")
-    x = [p["length"] for p in points]
-    line_plot({"m0: everything again": Series(x, [p["seconds"] * 1e3 for p in points])}, output_dir / "growth.png",
-              title="What the next token costs without a cache", xlabel="tokens so far",
-              ylabel="milliseconds per token")
-    draw_total(totals, output_dir / "total_flops.png")
+    draw(report, output_dir)
     return report
+
+
+def draw(report: BenchReport, output_dir: Path) -> None:
+    """The figures of a report."""
+    throughput_bars(report.comparisons[0], output_dir / "one_request.png", "One request")
+    points = report.measurements["growth"]
+    line_plot({"m0: everything again": Series([p["length"] for p in points], [p["seconds"] * 1e3 for p in points])},
+              output_dir / "growth.png", title="What the next token costs without a cache", xlabel="tokens so far",
+              ylabel="milliseconds per token")
+    draw_total(report.measurements["total"], output_dir / "total_flops.png")
 
 
 def _total_flops(llm: LLM, output_len: int) -> int:

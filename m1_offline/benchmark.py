@@ -64,7 +64,7 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
     growth_points = {"m0": growth(naive, lengths, rounds), "m1": growth(cached, lengths, rounds)}
     comparisons = [_one_request(cached, naive, single, rounds, names, peer_python, options["max_model_len"])]
     del naive
-    comparisons.append(several_requests := _several(cached, options, several, rounds, names, peer_python))
+    comparisons.append(_several(cached, options, several, rounds, names, peer_python))
     steps = step_costs.measure(LLM(**(options | {"max_num_seqs": STEP_SEQUENCES, "max_model_len": 256})),
                                STEP_SEQUENCES, rounds)
 
@@ -73,11 +73,16 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
     report.print()
     _print_steps(steps)
     report.save(output_dir / "bench.json")
-    throughput_bars(comparisons[0], output_dir / "one_request.png", "One request: output tokens per second")
-    throughput_bars(several_requests, output_dir / "several_requests.png",
-                    f"{several.name}: output tokens per second")
-    draw_growth(growth_points, output_dir)
+    draw(report, output_dir)
     return report
+
+
+def draw(report: BenchReport, output_dir: Path) -> None:
+    """The figures of a whole report."""
+    single, several = report.comparisons
+    throughput_bars(single, output_dir / "one_request.png", "One request")
+    throughput_bars(several, output_dir / "several_requests.png", f"Several requests: {several.workload['name']}")
+    draw_growth(report.measurements["growth"], output_dir)
 
 
 def _one_request(cached: LLM, naive: m0_basics.LLM, workload: Workload, rounds: int, peers: Sequence[str],

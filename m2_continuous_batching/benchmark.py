@@ -38,7 +38,7 @@ from m1_offline.static_batching import StaticBatchLLM
 from .llm import LLM
 from .tools import latency_scenarios
 from .tools.step_costs import step_costs
-from .tools.timeline import draw_timelines, record_timeline
+from .tools.timeline import as_rows, draw_timelines, record_timeline
 
 DEFAULT_PEERS = ("transformers", "transformers-static", "transformers-continuous")
 MAX_NUM_SEQS = 32                   # rows, of m2 and of the static batches alike
@@ -76,10 +76,13 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
             report.save(output_dir / f"bench-{named.name.partition(':')[0]}.json")
             return report
         comparisons, measurements = _everything(options, ours, others, ragged, rounds, quick)
+    # Runs of their own: watching costs time.
+    measurements["timelines"] = {"static batches": as_rows(record_timeline(static, ragged)),
+                                 "continuous batching": as_rows(record_timeline(llm, ragged))}
     report = BenchReport.create("m2_continuous_batching", options, tuple(comparisons), measurements)
     report.print()
     report.save(output_dir / "bench.json")
-    _draw(report, static, llm, ragged, options["max_num_seqs"], output_dir)
+    draw(report, output_dir)
     return report
 
 
@@ -113,14 +116,13 @@ def _everything(options: dict[str, Any], ours: list[Contender], others: list[Con
                          "step_costs": step_costs(m2.llm, options["max_num_seqs"])}
 
 
-def _draw(report: BenchReport, static: StaticBatchLLM, llm: LLM, ragged: Workload, max_num_seqs: int,
-          output_dir: Path) -> None:
-    """The figures. The timelines are runs of their own: watching costs time."""
-    ragged_result, equal_result = report.comparisons[:2]
-    throughput_bars(ragged_result, output_dir / "ragged.png", f"{ragged.name}: output tokens per second")
-    throughput_bars(equal_result, output_dir / "equal.png", "Equal lengths: output tokens per second")
-    draw_timelines({"static batches": record_timeline(static, ragged),
-                    "continuous batching": record_timeline(llm, ragged)}, max_num_seqs, output_dir / "timeline.png")
+def draw(report: BenchReport, output_dir: Path) -> None:
+    """The figures of a whole report."""
+    ragged, equal = report.comparisons[:2]
+    throughput_bars(ragged, output_dir / "ragged.png", f"Requests of all lengths at once: {ragged.workload['name']}")
+    throughput_bars(equal, output_dir / "equal.png", "Equal lengths, where there is nothing to gain")
+    if timelines := report.measurements.get("timelines"):
+        draw_timelines(timelines, report.config["max_num_seqs"], output_dir / "timeline.png")
     poisson = report.comparisons[2:2 + len(RATES)]
     for key, title, ylabel in (("ttft_ms", "Time to first token, 99th percentile", "milliseconds"),
                                ("request_goodput", "Requests within the objectives", "requests per second")):

@@ -29,7 +29,7 @@ from m0_basics.tools.bench import (
     throughput_bars,
 )
 from m2_continuous_batching.tools.step_costs import step_costs
-from m2_continuous_batching.tools.timeline import draw_timelines, record_timeline
+from m2_continuous_batching.tools.timeline import as_rows, draw_timelines, record_timeline
 
 from .llm import LLM
 from .tools.cache_error import cache_errors
@@ -78,10 +78,12 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
     errors = cache_errors(base, length=96, num_texts=2, budget=64) if quick else cache_errors(base)
     report = BenchReport.create("m3_paged_kv", base, tuple(comparisons), {
         "concurrency": concurrency, "crossover": ways, "step_costs": steps, "cache_error": errors,
-        "block_sizes": {str(s): _utilisation(base, chosen, s) for s in BLOCK_SIZES}})
+        "block_sizes": {str(s): _utilisation(base, chosen, s) for s in BLOCK_SIZES},
+        "timelines": {"rows": as_rows(record_timeline(rows, chosen)),
+                      "blocks": as_rows(record_timeline(blocks, chosen))}})
     report.print()
     report.save(output_dir / "bench.json")
-    _draw(report, rows, blocks, chosen, output_dir)
+    draw(report, output_dir)
     return report
 
 
@@ -121,10 +123,11 @@ def _utilisation(base: dict[str, Any], workload: Workload, block_size: int) -> f
     return meter.mean_utilisation
 
 
-def _draw(report: BenchReport, rows: m2.LLM, blocks: LLM, workload: Workload, output_dir: Path) -> None:
-    throughput_bars(report.comparisons[0], output_dir / "same_memory.png", "The same memory: output tokens per second")
-    draw_timelines({"rows": record_timeline(rows, workload), "blocks": record_timeline(blocks, workload)},
-                   MAX_NUM_SEQS, output_dir / "timeline.png")
+def draw(report: BenchReport, output_dir: Path) -> None:
+    """The figures of a whole report."""
+    throughput_bars(report.comparisons[0], output_dir / "same_memory.png", "The same memory")
+    if timelines := report.measurements.get("timelines"):
+        draw_timelines(timelines, MAX_NUM_SEQS, output_dir / "timeline.png")
     ways = report.measurements["crossover"]
     lengths = [w["length"] for w in ways]
     line_plot({"recompute": Series(lengths, [w["recompute_s"] * 1e3 for w in ways]),

@@ -275,7 +275,7 @@ def test_benchmark_of_m0_in_its_quick_form(tiny_model, tmp_path, capsys):
 def test_groups_of_bars_have_a_bar_for_each_name(tmp_path, monkeypatch):
     """Also where a group lacks one: its place stays empty, and the others keep theirs."""
     drawn = []
-    monkeypatch.setattr("m0_basics.tools.bench.figures._write", lambda figure, path: drawn.append(figure) or path)
+    monkeypatch.setattr("m0_basics.tools.bench.style.write", lambda figure, path: drawn.append(figure) or path)
     grouped_bars({"a": {"x": 1.0, "y": 2.0}, "b": {"y": 3.0}}, tmp_path / "bars.png", title="t", ylabel="l", line=1.0)
     [axes] = drawn[0].axes
     heights = [[bar.get_height() for bar in bars] for bars in axes.containers]

@@ -5,24 +5,27 @@ Works on any engine that is driven step by step: after each step it counts the s
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from m0_basics.base_llm import BaseLLM
-from m0_basics.config import require
 from m0_basics.request import Request
 from m0_basics.sampling_params import SamplingParams
-from m0_basics.tools.bench import Workload
+from m0_basics.tools.bench import Workload, style
+
+PROMPTS = style.CYCLE[1]         # the colour of a step that ran prompts
 
 
 @dataclass(frozen=True)
 class StepSpan:
-    """One step: when it ended (seconds after the start), and how many sequences got a token."""
+    """One step: when it ended (seconds after the start), how many sequences got a token, and for how many of them it
+    was the first, at the end of their prompt."""
 
     end_s: float
     num_tokens: int
+    num_first: int = 0
 
 
 def record_timeline(llm: BaseLLM, workload: Workload) -> list[StepSpan]:
@@ -33,13 +36,19 @@ def record_timeline(llm: BaseLLM, workload: Workload) -> list[StepSpan]:
         requests.append(llm.input_processor.process({"prompt_token_ids": list(r.prompt_token_ids)}, params))
         llm.engine.add_request(requests[-1])
     rows: list[StepSpan] = []
-    done, start = 0, time.perf_counter()
+    done, begun, start = 0, 0, time.perf_counter()
     while llm.engine.has_unfinished_requests():
         llm.engine.step()
-        total = sum(len(r.sequences[0].output_token_ids) for r in requests)
-        rows.append(StepSpan(time.perf_counter() - start, total - done))
-        done = total
+        lengths = [len(r.sequences[0].output_token_ids) for r in requests]
+        total, now = sum(lengths), sum(length > 0 for length in lengths)
+        rows.append(StepSpan(time.perf_counter() - start, total - done, now - begun))
+        done, begun = total, now
     return rows
+
+
+def as_rows(spans: Sequence[StepSpan]) -> list[list[float]]:
+    """Plain numbers for JSON: [end_s, num_tokens, num_first] of each step."""
+    return [[round(s.end_s, 4), s.num_tokens, s.num_first] for s in spans]
 
 
 def mean_occupancy(rows: Sequence[StepSpan]) -> float:
@@ -48,21 +57,23 @@ def mean_occupancy(rows: Sequence[StepSpan]) -> float:
     return sum(span * row.num_tokens for span, row in zip(spans, rows, strict=True)) / rows[-1].end_s
 
 
-def draw_timelines(timelines: dict[str, Sequence[StepSpan]], max_num_seqs: int, path: Path) -> Path:
-    """One panel per engine: sequences at work over time, filled; what is white was idle."""
-    figure = require("matplotlib.figure", "a figure").Figure(figsize=(8, 1.9 * len(timelines)), layout="constrained")
-    panels = figure.subplots(len(timelines), 1, sharex=True, squeeze=False)[:, 0]
+def draw_timelines(timelines: Mapping[str, Sequence[StepSpan] | Sequence[Sequence[float]]], max_num_seqs: int,
+                   path: Path) -> Path:
+    """One panel per engine: sequences at work over time. Steps that ran prompts have a colour of their own; what is
+    white was idle. Takes spans, or the rows that `as_rows` makes of them."""
+    figure, panels = style.new_figure(width=8, height=1.9 * len(timelines), rows=len(timelines))
+    panels = panels if len(timelines) > 1 else [panels]
     for axes, (name, rows) in zip(panels, timelines.items(), strict=True):
-        ends = [0.0, *(row.end_s for row in rows)]
-        for (begin, end), row in zip(pairwise(ends), rows, strict=True):
-            axes.fill_between([begin, end], 0, row.num_tokens, color="#2f6f9f", linewidth=0)
-        axes.axhline(max_num_seqs, color="#9aa5b1", linewidth=0.8, linestyle="--")
+        spans = [row if isinstance(row, StepSpan) else StepSpan(row[0], int(row[1]), int(row[2])) for row in rows]
+        for (begin, end), span in zip(pairwise([0.0, *(s.end_s for s in spans)]), spans, strict=True):
+            colour = PROMPTS if span.num_first else style.HERO
+            axes.fill_between([begin, end], 0, span.num_tokens, color=colour, linewidth=0)
+        axes.axhline(max_num_seqs, color=style.GREY, linewidth=0.8, linestyle="--")
         axes.set_ylim(0, max_num_seqs * 1.1)
         axes.set_ylabel("sequences")
-        busy = mean_occupancy(rows) / max_num_seqs
-        axes.set_title(f"{name}: {rows[-1].end_s:.1f} s, {busy:.0%} of {max_num_seqs} rows at work", loc="left",
-                       fontsize=10)
+        style.title(axes, f"{name}: done after {spans[-1].end_s:.1f} s", size=10, pad=6)
+    panels[0].annotate("a token each", (1, 1.06), xycoords="axes fraction", ha="right", color=style.HERO, fontsize=9)
+    panels[0].annotate("steps that run prompts", (0.86, 1.06), xycoords="axes fraction", ha="right", color=PROMPTS,
+                       fontsize=9)
     panels[-1].set_xlabel("seconds")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    return path
+    return style.write(figure, path)

@@ -1,4 +1,5 @@
 """The benchmark harness of every milestone: workloads, metrics, contenders that take turns, tables and figures."""
+from . import style
 from .contender import BenchError, Contender, EngineContender, RunResult, Served
 from .figures import Series, line_plot, throughput_bars
 from .harness import Comparison, ContenderResult, compare
@@ -10,4 +11,4 @@ from .workloads import BenchRequest, Workload, get_workload, workload_names
 __all__ = ["PEERS", "SLO", "BenchError", "BenchReport", "BenchRequest", "Comparison", "Contender", "ContenderResult",
            "EngineContender", "PeakMemory", "RequestRecord", "RunMetrics", "RunResult", "Series", "Served", "Stats",
            "Workload", "compare", "comparison_table", "compute_metrics", "get_workload", "line_plot", "make_peers",
-           "throughput_bars", "workload_names"]
+           "style", "throughput_bars", "workload_names"]

@@ -8,6 +8,7 @@ from typing import Any
 
 from m0_basics.config import require
 
+from . import style
 from .harness import Comparison
 
 
@@ -22,73 +23,101 @@ class Series:
 
 def throughput_bars(comparison: Comparison, path: Path, title: str | None = None) -> Path:
     """Draw the median output throughput of each contender, the whiskers reaching from its slowest to its fastest
-    round."""
-    figure, axes = _new_figure(width=1.6 + 1.5 * len(comparison.contenders))
-    names = [c.name for c in comparison.contenders]
-    medians = [c.output_throughput for c in comparison.contenders]
-    lowest = [min(r.output_throughput for r in c.rounds) for c in comparison.contenders]
-    highest = [max(r.output_throughput for r in c.rounds) for c in comparison.contenders]
+    round; behind each bar its value, and the median of the rounds' ratios to the baseline."""
+    results = comparison.contenders[::-1]                               # from below: the first is at the top
+    figure, axes = style.new_figure(height=1.3 + 0.42 * len(results))
+    names = [c.name for c in results]
+    medians = [c.output_throughput for c in results]
+    lowest = [min(r.output_throughput for r in c.rounds) for c in results]
+    highest = [max(r.output_throughput for r in c.rounds) for c in results]
     whiskers = [[m - low for m, low in zip(medians, lowest, strict=True)],
                 [high - m for m, high in zip(medians, highest, strict=True)]]
-    colours = ["#9aa5b1" if n == comparison.baseline else "#2f6f9f" for n in names]
-    axes.bar(range(len(names)), medians, yerr=whiskers, capsize=4, color=colours)
-    for i, result in enumerate(comparison.contenders):
-        axes.annotate(f"x{result.ratio:.2f}", (i, highest[i]), xytext=(0, 5), textcoords="offset points", ha="center")
-    axes.set_xticks(range(len(names)), [n.replace(" ", "\n") for n in names])
-    axes.set_ylabel("output tokens per second")
-    axes.set_ylim(0, 1.15 * max(highest))
-    axes.set_title(title or str(comparison.workload["name"]))
-    return _write(figure, path)
+    chosen = style.heroes(names)
+    axes.barh(range(len(names)), medians, xerr=whiskers, height=0.62,
+              color=[style.HERO if n in chosen else style.GREY for n in names],
+              error_kw={"ecolor": style.INK, "elinewidth": 0.8, "capsize": 2})
+    for i, result in enumerate(results):
+        against = "" if result.name == comparison.baseline else f"   x{result.ratio:.2f}"
+        axes.annotate(f"{style.short(medians[i])}{against}", (highest[i], i), xytext=(7, 0),
+                      textcoords="offset points", va="center", fontsize=9,
+                      fontweight="bold" if result.name in chosen else "normal")
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlim(0, 1.28 * max(highest))
+    axes.set_xlabel(f"output tokens per second; x: against {comparison.baseline}, round by round. "
+                    "Whiskers: slowest and fastest round", fontsize=8)
+    style.title(axes, title or str(comparison.workload["name"]))
+    return style.write(figure, path)
 
 
 def line_plot(series: Mapping[str, Series], path: Path, *, title: str, xlabel: str, ylabel: str,
               log_x: bool = False, log_y: bool = False) -> Path:
-    """Draw several lines with their names, on linear or logarithmic axes."""
-    figure, axes = _new_figure()
-    for name, line in series.items():
+    """Draw several lines with their names at their ends, on linear or logarithmic axes."""
+    figure, axes = style.new_figure(width=8.2)
+    colours, chosen = style.colours(list(series)), style.heroes(list(series))
+    for i, (name, line) in enumerate(series.items()):
         marker = "o" if len(line.x) <= 20 else ""
-        axes.plot(line.x, line.y, "--" if line.dashed else "-", marker=marker, markersize=4, label=name)
+        dash = "--" if line.dashed else style.DASHES[i % len(style.DASHES)] if chosen and name not in chosen else "-"
+        axes.plot(line.x, line.y, linestyle=dash, marker=marker, markersize=4, color=colours[name],
+                  linewidth=2.4 if name in chosen else 1.6, zorder=3 if name in chosen else 2)
     if log_x:
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(require("matplotlib.ticker", "a figure").ScalarFormatter())
+        _plain_numbers(axes.xaxis)
     if log_y:
         axes.set_yscale("log")
+        _plain_numbers(axes.yaxis)
     else:
         axes.set_ylim(bottom=0)
-    axes.set_title(title)
+    style.title(axes, title)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return _write(figure, path)
+    axes.grid(axis="y", color=style.FAINT)
+    style.label_ends(axes, [(name, line.x[-1], line.y[-1], colours[name]) for name, line in series.items()
+                            if len(line.y)])
+    return style.write(figure, path)
 
 
 def grouped_bars(groups: Mapping[str, Mapping[str, float]], path: Path, *, title: str, ylabel: str,
                  line: float | None = None) -> Path:
-    """Draw a group of bars for each key, one bar for each name in it; a dashed `line` at that height."""
-    figure, axes = _new_figure(width=2 + 1.5 * len(groups))
+    """Draw a group of bars for each key, one bar for each name in it, with values; a dashed `line` at that height.
+
+    The names stand above the axes, in the colours of their bars.
+    """
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
-    width = 0.8 / max(1, len(names))
+    figure, axes = style.new_figure(width=max(7.5, 2 + 0.42 * len(names) * len(groups)))
+    colours = style.colours(names)
+    width = 0.84 / max(1, len(names))
     for i, name in enumerate(names):
         places = [g + (i - (len(names) - 1) / 2) * width for g in range(len(groups))]
-        bars = axes.bar(places, [group.get(name, 0.0) for group in groups.values()], width, label=name)
-        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+        bars = axes.bar(places, [group.get(name, 0.0) for group in groups.values()], 0.92 * width, color=colours[name])
+        axes.bar_label(bars, labels=[style.short(group[name]) if name in group else "" for group in groups.values()],
+                       padding=2, fontsize=7.5)
     if line is not None:
-        axes.axhline(line, linestyle="--", color="#555555", linewidth=1)
+        axes.axhline(line, linestyle="--", color=style.INK, linewidth=1)
     axes.set_xticks(range(len(groups)), list(groups))
-    axes.set_title(title)
+    axes.tick_params(axis="x", length=0)
+    style.title(axes, title, pad=28)
     axes.set_ylabel(ylabel)
-    axes.legend()
-    return _write(figure, path)
+    axes.margins(y=0.1)
+    _names_above(axes, names, colours)
+    return style.write(figure, path)
 
 
-def _new_figure(width: float = 7.0) -> tuple[Any, Any]:
-    # A figure of its own, not pyplot's global one: nothing to close, and no display is looked for.
-    figure = require("matplotlib.figure", "a figure").Figure(figsize=(max(width, 4.5), 4.2), layout="constrained")
-    return figure, figure.add_subplot()
+def _plain_numbers(axis: Any) -> None:
+    """10,000 instead of a power of ten, and no labels between the ticks unless there is hardly a tick."""
+    ticker = require("matplotlib.ticker", "a figure")
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
+    low, high = axis.get_view_interval()
+    few = low > 0 and high / low < 30
+    axis.set_minor_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}" if f"{value:g}"[0] in "25" else "")
+                             if few and axis.axis_name == "y" else ticker.NullFormatter())
 
 
-def _write(figure: Any, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    return path
+def _names_above(axes: Any, names: Sequence[str], colours: Mapping[str, str]) -> None:
+    """The names in one row above the axes, left to right, without boxes or samples."""
+    lines = require("matplotlib.lines", "a figure")
+    samples = [lines.Line2D([], [], marker="s", linestyle="", color=colours[name], label=name) for name in names]
+    legend = axes.legend(handles=samples, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(names), fontsize=9,
+                         frameon=False, borderaxespad=0.2, handletextpad=0.1, columnspacing=1.4, borderpad=0)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_color(colours[name])

@@ -126,10 +126,15 @@ def build_app(package: str) -> typer.Typer:
         peer_python: Annotated[list[Path] | None, typer.Option(
             help="Interpreter that has vLLM or llama-cpp-python; may be repeated.")] = None,
         output_dir: Annotated[Path | None, typer.Option(help="Where results go (default: the package's own).")] = None,
+        redraw: Annotated[bool, typer.Option("--redraw", help="Only draw the saved results' figures again.")] = False,
     ) -> None:
         """Compare with earlier milestones and peers: a table, JSON and a figure."""
         benchmark = importlib.import_module(f"{package}.benchmark")
         target = output_dir or Path(benchmark.__file__ or ".").parent / "results"
+        if redraw:
+            from ..bench.report import BenchReport
+            benchmark.draw(BenchReport.load(target / "bench.json"), target)
+            return
         benchmark.run(engine_options, workload=workload, rounds=rounds, quick=quick, peers=peer or [],
                       peer_python=peer_python or [], output_dir=target)
 

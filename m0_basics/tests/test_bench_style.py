@@ -1,0 +1,83 @@
+"""Figures have one style: a hero, greys, names where lines end, apart from each other."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from m0_basics.tools.bench import Series, line_plot, style
+from m0_basics.tools.bench.figures import grouped_bars
+from m0_basics.tools.bench.report import BenchReport
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(("names", "chosen"), [
+    (["m0", "m1", "transformers"], {"m1"}), (["m1", "m1-static"], {"m1"}), (["m5, by cost", "m4", "m5, fixed"],
+                                                                        {"m5, by cost", "m5, fixed"}),
+    (["m0: again", "m1: with a cache"], {"m1: with a cache"}), (["recompute", "swap"], set()), (["m12", "m1"], {"m1"}),
+])
+def test_who_is_the_hero(names: list[str], chosen: set[str]) -> None:
+    assert style.heroes(names) == chosen
+    colours = style.colours(names)
+    assert sorted(colours) == sorted(names) and len(set(colours.values())) == len(names)
+    assert all((colours[name] in style.GREYS) is (name not in chosen) for name in names if chosen)
+
+
+@given(st.lists(st.floats(-0.5, 1.5), max_size=12), st.floats(0.01, 0.08))
+def test_names_do_not_touch(places: list[float], gap: float) -> None:
+    moved = style.spread_out(places, gap)
+    assert all(b - a >= gap - 1e-9 for a, b in zip(sorted(moved), sorted(moved)[1:], strict=False))
+    assert all(x <= 1 + 1e-9 for x in moved)
+    for i, x in enumerate(places):
+        for j, y in enumerate(places):
+            assert not (x < y and moved[i] > moved[j])
+    inside = [p for p in places if 0 <= p <= 1]
+    if len(inside) == len(places) and all(abs(a - b) >= gap for a, b in zip(sorted(places), sorted(places)[1:],
+                                                                            strict=False)):
+        assert moved == pytest.approx(places)
+
+
+@pytest.mark.parametrize(("value", "text"), [(1234.5, "1,234"), (99.94, "99.9"), (3.14159, "3.14"), (0.5, "0.50")])
+def test_values_are_short(value: float, text: str) -> None:
+    assert style.short(value) == text
+
+
+def test_names_stand_where_lines_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(style, "write", lambda figure, path: drawn.append(figure) or path)
+    line_plot({"m0": Series([1, 8], [1, 100]), "m1": Series([1, 8], [1, 99]), "short": Series([1, 2], [1, 50])},
+              tmp_path / "x.png", title="T", xlabel="x", ylabel="y", log_x=True, log_y=True)
+    [axes] = drawn[0].axes
+    assert axes.get_legend() is None and axes.get_title(loc="left") == "T"
+    texts = {text.get_text(): text for text in axes.texts}
+    assert [texts[name].get_color() for name in ("m0", "m1")] == [style.GREYS[0], style.HERO]
+    assert texts["m0"].xy[0] == texts["m1"].xy[0] == 1.0 and texts["m0"].xy[1] > texts["m1"].xy[1]
+    assert texts["short"].xy[0] == pytest.approx(1 / 3, abs=0.06)
+    grouped_bars({"a": {"m0": 1.0, "m1": 2.0}, "b": {"m1": 3.0}}, tmp_path / "y.png", title="T", ylabel="y", line=1.0)
+    [axes] = drawn[1].axes
+    assert sorted(t.get_text() for t in axes.texts if t.get_text()) == ["1.00", "2.00", "3.00"]
+    drawn[1].canvas.draw()
+    box = axes.get_legend().get_window_extent()
+    assert box.y0 >= axes.bbox.y1                                   # above the data, not over it
+
+
+def test_every_picture_is_used_by_a_text() -> None:
+    """Each figure of the results is shown or linked by its milestone's documents, or by the lab's."""
+    unused = []
+    for folder in sorted(ROOT.glob("m[0-6]_*")):
+        texts = "".join(file.read_text(encoding="utf-8") for file in [*folder.glob("*.md"), ROOT / "README.md"])
+        unused += [str(p.relative_to(ROOT)) for p in (folder / "results").glob("*.png")
+                   if f"results/{p.name}" not in texts]
+    assert unused == []
+
+
+def test_saved_results_can_be_drawn_again(tmp_path: Path) -> None:
+    """`bench --redraw`: the first milestone's, from its JSON."""
+    from m0_basics.benchmark import draw
+    report = BenchReport.load(ROOT / "m0_basics/results/bench.json")
+    draw(report, tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == sorted(
+        p.name for p in (ROOT / "m0_basics/results").glob("*.png"))
