@@ -19,7 +19,7 @@ from m0_basics.model import CausalLM
 from m4_flash_attn.kernels.cpu.build import BuildError
 from m4_flash_attn.kernels.layer_kernels import layer_kernels_for, stack
 from m4_flash_attn.kernels.triton import has_triton
-from m4_flash_attn.layers import GatedLinear, LayerKernels, fuse
+from m4_flash_attn.layers import LayerKernels, fuse
 
 from ..linear import QuantizedEmbedding, QuantizedLinear
 from .cpu.build import library
@@ -44,6 +44,9 @@ def fuse_packed(model: CausalLM, activations: Activations) -> CausalLM:
         packed = (model.lm_head.packed if is_tied and isinstance(model.lm_head, CpuQuantizedLinear)
                   else pack(embedding.matrix, library().quantized_panel()))
         model.embed_tokens = CpuQuantizedEmbedding(packed, model.dtype)
+    elif isinstance(embedding, QuantizedEmbedding) and model.device.type == "cuda" and has_triton():
+        from .triton.linear import pack_embedding
+        model.embed_tokens = pack_embedding(embedding, model.lm_head, is_tied)
     return model
 
 
@@ -63,7 +66,10 @@ def layer_kernels(device: torch.device, dtype: torch.dtype, activations: Activat
     """m4's parts for plain layers, and the packed ones for quantised layers."""
     plain = layer_kernels_for(device, dtype)
     if device.type == "cuda":
-        return _on_gpu(plain, dtype) if has_triton() else plain
+        if not has_triton():
+            return plain
+        from .triton.linear import quantized_layer_kernels
+        return quantized_layer_kernels(plain, dtype)
     if not has_packed_layers(device, dtype):
         return plain
 
@@ -85,15 +91,3 @@ def layer_kernels(device: torch.device, dtype: torch.dtype, activations: Activat
         return plain.head(linear)
 
     return LayerKernels(plain.ops, pack_layer, gate, head, partial(stack, products=PACKED))
-
-
-def _on_gpu(plain: LayerKernels, dtype: torch.dtype) -> LayerKernels:
-    from .triton.linear import TritonQuantizedLinear
-
-    def pack_layer(linear: nn.Module) -> nn.Module:
-        if isinstance(linear, QuantizedLinear):
-            return TritonQuantizedLinear(linear.matrix, linear.bias, dtype)
-        return plain.pack(linear)
-
-    return LayerKernels(plain.ops, pack_layer, lambda linear: GatedLinear(pack_layer(linear), plain.ops), pack_layer,
-                        plain.stack)

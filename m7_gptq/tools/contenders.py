@@ -22,6 +22,7 @@ from m0_basics.config import DEFAULT_MODEL, ConfigError
 from m0_basics.loading.loader import gguf_file, resolve_model
 from m0_basics.loading.model_cache import cache_dir
 from m0_basics.tools.bench import Contender, EngineContender, make_peers
+from m0_basics.tools.bench.subprocess_peers import engines_of
 from m2_continuous_batching.engine import engine_of
 
 from ..llm import LLM
@@ -93,8 +94,9 @@ def start_peers(stack: ExitStack, names: Sequence[str], peer_python: Sequence[Pa
         return peers
     options = replace(FOR_VLLM, group_size=32 if quick else FOR_VLLM.group_size)
     packed = LLM(**base | {"model": str(packed_folder(str(base.get("model", DEFAULT_MODEL)), options))})
+    able = [python for python in peer_python if engines_of(python) == ["vllm"]]      # llama.cpp reads no folder
     try:
-        for peer in make_peers(["vllm"], peer_python, packed, length, dtype):
+        for peer in make_peers([], able, packed, length, dtype):
             peer.name = f"{peer.name}-4bit"
             peers.append(stack.enter_context(peer))
     except ConfigError as error:

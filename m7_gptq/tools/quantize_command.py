@@ -30,7 +30,7 @@ from m0_basics.loading.tokenizer import Tokenizer
 from m0_basics.model import CausalLM
 from m0_basics.tools.cli.options import flags_of, with_flags
 
-from ..calibration import cut_windows
+from ..calibration import LENGTH, NUM_WINDOWS, cut_windows
 from ..loading.export import plain_tensors, write_folder
 from ..loading.part_store import PartStore
 from ..loading.settings import FORMATS, GPTQSettings, tied_meta
@@ -39,7 +39,6 @@ from ..quantize import MatrixReport, QuantizedModel, quantize_model
 from ..rtn import QuantizeOptions
 from .texts import calibration_text
 
-NUM_SAMPLES, LENGTH = 128, 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +103,7 @@ def calibration_windows(tokenizer: Tokenizer | None, files: Sequence[Path], num_
         raise ConfigError(f"the calibration text has {len(token_ids):,} tokens, and {num_samples or 1} windows of "
                           f"length={length} take {(num_samples or 1) * length:,}; allowed: more text, a smaller "
                           "--length" + (f", or --num-samples {fits}" if (fits := len(token_ids) // length) else ""))
-    return cut_windows(token_ids, length, num_samples or NUM_SAMPLES)
+    return cut_windows(token_ids, length, num_samples or NUM_WINDOWS)
 
 
 def run_of(model: CausalLM, options: QuantizeOptions, windows: Tensor | None) -> str:
@@ -179,7 +178,7 @@ def _command(
     calibration: Annotated[list[Path] | None, typer.Option(
         help="UTF-8 text to calibrate on; may be repeated (default: prose that comes with the lab).")] = None,
     num_samples: Annotated[int | None, typer.Option(
-        help=f"Windows of calibration text (default: {NUM_SAMPLES}, or as many as it has).")] = None,
+        help=f"Windows of calibration text (default: {NUM_WINDOWS}, or as many as it has).")] = None,
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = LENGTH,
     checkpoint_format: Annotated[str | None, typer.Option(
         help="gptq (zero points less one) or gptq_v2 (default: gptq if symmetric, else gptq_v2).")] = None,
