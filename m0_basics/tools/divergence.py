@@ -20,6 +20,7 @@ from ..config import ConfigError
 from ..input_processor import Prompt
 from ..loading.loader import resolve_model
 from ..sampling_params import SamplingParams
+from .progress import Progress
 
 RESOLUTION_ULPS = 2
 DEFAULT_PROMPTS = ("The capital of France is", "Once upon a time", "def fibonacci(n):", "Water boils at",
@@ -188,11 +189,15 @@ def compare_with_transformers(llm: BaseLLM, prompts: Sequence[Prompt], max_token
                                engine.runner.model.device)
     decode = llm.tokenizer.decode if llm.tokenizer else None
     result = []
-    for prompt in prompts:
-        ours = run_engine(llm, prompt, max_tokens)
-        theirs = run_transformers(model, ours.prompt_token_ids, _room(llm, ours, max_tokens), llm.spec.eos_token_ids)
-        result.append(explain_divergence(ours.prompt_token_ids, ours.token_ids, theirs.token_ids, ours.logits_fn,
-                                         theirs.logits_fn, dtype, decode))
+    with Progress("divergence", len(prompts)) as progress:
+        for prompt in prompts:
+            progress.now(str(prompt))
+            ours = run_engine(llm, prompt, max_tokens)
+            theirs = run_transformers(model, ours.prompt_token_ids, _room(llm, ours, max_tokens),
+                                      llm.spec.eos_token_ids)
+            result.append(explain_divergence(ours.prompt_token_ids, ours.token_ids, theirs.token_ids, ours.logits_fn,
+                                             theirs.logits_fn, dtype, decode))
+            progress.step()
     return result
 
 

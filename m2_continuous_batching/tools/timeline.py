@@ -15,7 +15,7 @@ from m0_basics.request import Request
 from m0_basics.sampling_params import SamplingParams
 from m0_basics.tools.bench import Workload, style
 
-PROMPTS = style.CYCLE[1]         # the colour of a step that ran prompts
+PROMPTS = "#f0b98a"              # the colour of a step that ran prompts
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,16 @@ def draw_timelines(timelines: Mapping[str, Sequence[StepSpan] | Sequence[Sequenc
     for axes, (name, rows) in zip(panels, timelines.items(), strict=True):
         spans = [row if isinstance(row, StepSpan) else StepSpan(row[0], int(row[1]), int(row[2])) for row in rows]
         for (begin, end), span in zip(pairwise([0.0, *(s.end_s for s in spans)]), spans, strict=True):
-            colour = PROMPTS if span.num_first else style.HERO
-            axes.fill_between([begin, end], 0, span.num_tokens, color=colour, linewidth=0)
+            if span.num_first:                                  # all others wait meanwhile, so it takes the full height
+                axes.fill_between([begin, end], 0, max_num_seqs, color=PROMPTS, linewidth=0)
+            else:
+                axes.fill_between([begin, end], 0, span.num_tokens, color=style.HERO, linewidth=0)
         axes.axhline(max_num_seqs, color=style.GREY, linewidth=0.8, linestyle="--")
         axes.set_ylim(0, max_num_seqs * 1.1)
         axes.set_ylabel("sequences")
         style.title(axes, f"{name}: done after {spans[-1].end_s:.1f} s", size=10, pad=6)
     panels[0].annotate("a token each", (1, 1.06), xycoords="axes fraction", ha="right", color=style.HERO, fontsize=9)
-    panels[0].annotate("steps that run prompts", (0.86, 1.06), xycoords="axes fraction", ha="right", color=PROMPTS,
-                       fontsize=9)
+    panels[0].annotate("steps that run prompts", (0.86, 1.06), xycoords="axes fraction", ha="right",
+                       color=style.CYCLE[1], fontsize=9)
     panels[-1].set_xlabel("seconds")
     return style.write(figure, path)

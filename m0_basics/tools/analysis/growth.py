@@ -10,6 +10,7 @@ from m0_basics.base_llm import BaseLLM
 from m0_basics.request import Request
 from m0_basics.sampling_params import SamplingParams
 
+from ..progress import Progress
 from .flop_count import count_flops
 
 
@@ -19,10 +20,13 @@ def growth(llm: BaseLLM, lengths: Sequence[int], rounds: int) -> list[dict[str, 
     The first step of a request runs the prompt, with a cache or without one; the step measured is the second.
     """
     points = []
-    for length in lengths:
-        seconds = [_second_step(llm, length, _timed) for _ in range(rounds)]
-        flops = _second_step(llm, length, count_flops)
-        points.append({"length": length, "seconds": median(seconds), "flops": int(flops), "rounds": seconds})
+    with Progress("the next token's cost", len(lengths)) as progress:
+        for length in lengths:
+            progress.now(f"after {length} tokens")
+            seconds = [_second_step(llm, length, _timed) for _ in range(rounds)]
+            flops = _second_step(llm, length, count_flops)
+            points.append({"length": length, "seconds": median(seconds), "flops": int(flops), "rounds": seconds})
+            progress.step()
     return points
 
 

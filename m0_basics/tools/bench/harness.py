@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from m0_basics.config import check_int, reject
 
+from ..progress import Progress
 from .contender import Contender, RunResult
 from .metrics import SLO, RunMetrics
 from .workloads import Workload
@@ -96,20 +97,23 @@ def compare(contenders: Sequence[Contender], workload: Workload, rounds: int = 3
     baseline = baseline or names[0]
     if baseline not in names:
         raise reject("baseline", baseline, ", ".join(names))
-    if warm_up:
-        for contender in contenders:
-            contender.warm_up(workload)
     results: dict[str, list[RunResult]] = {name: [] for name in names}
     probes: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
-        for contender in contenders:
-            before = probe() if probe else 0.0
-            result = contender.run(workload, slo)
-            if probe:
-                probes[contender.name].append((before + probe()) / 2)
-            results[contender.name].append(result)
-            if on_result is not None:
-                on_result(number, contender, result)
+    with Progress(workload.name, len(contenders) * rounds) as progress:
+        for contender in contenders if warm_up else ():
+            progress.now(f"warming up, {contender.name}")
+            contender.warm_up(workload)
+        for number in range(rounds):
+            for contender in contenders:
+                progress.now(f"round {number + 1} of {rounds}, {contender.name}")
+                before = probe() if probe else 0.0
+                result = contender.run(workload, slo)
+                if probe:
+                    probes[contender.name].append((before + probe()) / 2)
+                results[contender.name].append(result)
+                progress.step()
+                if on_result is not None:
+                    on_result(number, contender, result)
     reference = results[baseline]
     return Comparison(workload.summary(), baseline, tuple(
         ContenderResult(

@@ -30,6 +30,7 @@ from ..exercise.commands import exercise_app
 from ..exercise_overlay import learner_modules
 from .batch_file import run_batch_file
 from .options import engine_flags, sampling_flags, with_flags
+from .panels import PanelCommand
 from .run_stats import RunStats
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
@@ -73,7 +74,8 @@ def build_app(package: str) -> typer.Typer:
     engine_for_requests = engine_flags(llm_class.config_class, without=sampling)     # --seed is the request's here
 
     def add(command: Callable[..., None], **groups: Any) -> None:
-        app.command(command.__name__.replace("_", "-"), help=command.__doc__)(with_flags(command, groups))
+        name = command.__name__.replace("_", "-")
+        app.command(name, help=command.__doc__, cls=PanelCommand)(with_flags(command, groups))
 
     def generate(
         engine_options: dict[str, Any],

@@ -16,6 +16,8 @@ from m0_basics.sampling_params import SamplingParams
 # The command line is greedy and generous where the library, like vLLM, samples and stops after 16 tokens.
 SAMPLING_DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256}
 _LEFT_OUT = {"detokenize"}
+# Options that know one value only: they are named in errors, not offered.
+_NOT_YET = {"tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"}
 # Parameters that are given as JSON: what is made of the parsed value, and an example.
 _JSON: dict[str, tuple[Callable[[Any], Any], str]] = {
     "logit_bias": (lambda value: {int(key): number for key, number in value.items()}, '{"42": -1.5}'),
@@ -32,9 +34,12 @@ class Flag:
     default: Any
     help: str
     is_json: bool = False
+    panel: str | None = None                    # of the help
+    hidden: bool = False
 
     def parameter(self) -> inspect.Parameter:
-        option = typer.Option(self.default, help=self.help, show_default=self.default is not None)
+        option = typer.Option(self.default, help=self.help, show_default=self.default is not None,
+                              rich_help_panel=self.panel, hidden=self.hidden)
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=self.type)
 
     def parse(self, value: Any) -> Any:
@@ -54,7 +59,8 @@ def engine_flags(config_class: type[EngineConfig], without: Iterable[str] = ()) 
         if name in without:
             continue
         hint = get_type_hints(config_class.layers()[layer])[name]
-        flags[name] = _flag(field, hint, field.default)
+        panel = layer.removesuffix("_config").replace("_", " ").capitalize()
+        flags[name] = dataclasses.replace(_flag(field, hint, field.default), panel=panel, hidden=name in _NOT_YET)
     return flags
 
 
@@ -80,7 +86,8 @@ def as_flags(options: Mapping[str, Any]) -> list[str]:
 def sampling_flags() -> dict[str, Flag]:
     """A flag for each sampling parameter."""
     hints = get_type_hints(SamplingParams)
-    return {f.name: _flag(f, hints[f.name], SAMPLING_DEFAULTS.get(f.name, f.default))
+    return {f.name: dataclasses.replace(_flag(f, hints[f.name], SAMPLING_DEFAULTS.get(f.name, f.default)),
+                                        panel="Sampling")
             for f in dataclasses.fields(SamplingParams) if f.name not in _LEFT_OUT}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from m0_basics.config import ConfigError, reject
 
 from ..analysis.machine import describe_machine
+from ..progress import Progress
 
 Value = int | float | str
 
@@ -82,14 +83,17 @@ class Facts:
             raise reject("groups", unknown, ", ".join(self.measured) or "none, nothing is measured here")
         stored = self._stored()
         facts: dict[str, Fact] = {}
-        for name in names:
-            group = {key: rounded(fact) for key, fact in self.measured[name]().items()}
-            stored[name] = {
-                "machine": describe_machine(),
-                "command": f"python -m {self.folder.name} facts --measure {name}",
-                "facts": {key: asdict(fact) for key, fact in group.items()},
-            }
-            facts = merge(facts, group)
+        with Progress("facts", len(names)) as progress:
+            for name in names:
+                progress.now(name)
+                group = {key: rounded(fact) for key, fact in self.measured[name]().items()}
+                stored[name] = {
+                    "machine": describe_machine(),
+                    "command": f"python -m {self.folder.name} facts --measure {name}",
+                    "facts": {key: asdict(fact) for key, fact in group.items()},
+                }
+                facts = merge(facts, group)
+                progress.step()
         self.store.parent.mkdir(parents=True, exist_ok=True)
         self.store.write_text(json.dumps({n: stored[n] for n in self.measured if n in stored}, indent=1) + "\n")
         return facts
