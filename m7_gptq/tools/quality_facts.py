@@ -1,6 +1,7 @@
 """What documents may quote of `results/quality.json`, under short names.
 
     quality.4.64.textbook.ppl      perplexity of the text that no choice has seen: bits, group size, method
+    quality.4.64.rtn.chinese.ppl   the same of the Chinese text, unlike anything that was calibrated on
     quality.4.64.textbook.closed   the share of the gap from rounding to the nearest to full precision that it closes
     quality.tiny.3.64.rtn.ppl      the same of the tiny model
     quality.a8.token.ppl           the default method at 4 bits, and activations in 8 bits with a scale for each token
@@ -59,6 +60,7 @@ def _perplexities(prefix: str, rows: Mapping[str, Any]) -> dict[str, Fact]:
         key = f"{prefix}.{row['options']['bits']}.{row['options']['group_size']}.{_SLUGS[method]}"
         own = row["perplexity"]["test"]
         facts |= {f"{key}.ppl": Fact(own), f"{key}.seconds": Fact(row["seconds"], "s")}
+        facts |= {f"{key}.{text}.ppl": Fact(value) for text, value in row["perplexity"].items() if text != "test"}
         far = rows.get(f"{bits}: {NEAREST}", {}).get("perplexity", {}).get("test")
         if full is not None and far is not None and far != full:
             facts[f"{key}.closed"] = Fact((far - own) / (far - full), "ratio")
