@@ -40,7 +40,6 @@ from ..rtn import QuantizeOptions
 from .texts import calibration_text
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Written:
     """A folder that has been written."""
