@@ -5,6 +5,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -59,7 +60,7 @@ def test_every_address_within_the_book_leads_somewhere(book: Path) -> None:
     wrong = []
     for file, page in pages.items():
         for target in set(page.targets):
-            address, _, fragment = target.partition("#")
+            address, _, fragment = unquote(target).partition("#")
             if re.match(r"[a-z]+:|//", address):
                 assert address.startswith(("https:", "http:", "data:")), target
                 continue
