@@ -22,6 +22,7 @@ from m0_basics.tools.analysis.roofline import (
     largest_useful_batch,
     max_sequences,
     memory_bound_context,
+    roofline_table,
     roofline_time,
 )
 from m0_basics.tools.bench.workloads import BenchRequest, equal, get_workload, ragged
@@ -286,7 +287,10 @@ def capacity() -> dict[str, Fact]:
     slower = float(roofline()["llama_3_1_8b.verify.256x5.slower"].value)
     # Each query head returns its output, a maximum and a sum, as 4-byte floats.
     partial = 4 * spec.num_hidden_layers * spec.num_attention_heads * (spec.head_dim + 2)
-    return {"capacity.per_gpu": Fact(held), "capacity.gpus": Fact(-(-10_000_000 // held)),
+    [*_, full] = roofline_table(spec, H100, context=2048, batch_sizes=(held,))
+    return {"capacity.tokens_per_s": Fact(full.tokens_per_second, "tokens/s"),
+            "capacity.gpus.by_speed": Fact(100_000 * 20 / full.tokens_per_second),
+            "capacity.per_gpu": Fact(held), "capacity.gpus": Fact(-(-10_000_000 // held)),
             "capacity.gpus.active": Fact(-(-100_000 // held)),
             "accepted.per_step": Fact(per_step), "accepted.per_step.half": Fact(half),
             "accepted.gain_256": Fact(per_step / slower, "ratio"),
