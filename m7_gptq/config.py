@@ -35,7 +35,7 @@ class ModelConfig(m0.ModelConfig):
             raise reject("quantization", self.quantization, ", ".join(METHODS))
         if self.activations not in ACTIVATIONS:
             raise reject("activations", self.activations, ", ".join(ACTIVATIONS))
-        if self.quantization_bits not in BITS or isinstance(self.quantization_bits, bool):
+        if type(self.quantization_bits) is not int or self.quantization_bits not in BITS:
             raise reject("quantization_bits", self.quantization_bits, ", ".join(map(str, BITS)))
         check_int("quantization_group_size", self.quantization_group_size, 8)
 

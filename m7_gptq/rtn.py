@@ -44,7 +44,7 @@ class QuantizeOptions:
     lm_head: bool = option(True, "quantise the output matrix too, and the embedding with it where they are one")
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS or isinstance(self.bits, bool):
+        if type(self.bits) is not int or self.bits not in BITS:
             raise reject("bits", self.bits, ", ".join(map(str, BITS)))
         if self.group_size != -1:
             check_int("group_size", self.group_size, 1)

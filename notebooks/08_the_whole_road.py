@@ -42,12 +42,12 @@ plt.rcParams.update({
 ROAD = {
     "m0": ("m0_basics", "no cache"),
     "m1": ("m1_offline", "KV cache"),
-    "m2": ("m2_continuous_batching", "batches that change"),
+    "m2": ("m2_continuous_batching", "batching"),
     "m3": ("m3_paged_kv", "pages"),
     "m4": ("m4_flash_attn", "kernels"),
     "m5": ("m5_chunked_prefill", "chunks"),
-    "m6": ("m6_prefix_cache", "known beginnings"),
-    "m7": ("m7_gptq", "packed weights"),
+    "m6": ("m6_prefix_cache", "prefixes"),
+    "m7": ("m7_gptq", "4 bits"),
 }
 PAGED = {"num_blocks": 320, "swap_space": 0}
 NAMES = list(ROAD)
@@ -149,7 +149,7 @@ def second_first_token(llm: BaseLLM, name: str) -> tuple[float, float]:
     for ending in (1000, 2000):
         tail = tuple(range(ending, ending + 12))
         run = contender.run(Workload("a question", (BenchRequest((*SHARED, *tail), 1),)))
-        times.append(1e3 * run.metrics.ttft_ms.median / 1e3)
+        times.append(run.metrics.ttft_ms.median)
     return times[0], times[1]
 
 
@@ -172,12 +172,17 @@ for name in NAMES:
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.2), width_ratios=(1, 1.35))
+lines = {}
 for name in NAMES:
     record = one[name].records[0]
     waits = [1e3 * (b - a) for a, b in pairwise(record.token_times)]
     left.plot(range(2, len(waits) + 2), waits, color=COLOURS[name], lw=2.2 if name == "m7" else 1.2)
-    left.annotate(name, (len(waits) + 1, median(waits[-5:])), xytext=(4, 0), textcoords="offset points", fontsize=9,
-                  va="center", color=COLOURS[name])
+    lines[name] = median(waits[-5:])
+top = None
+for name in sorted(lines, key=lambda name: -lines[name]):       # names apart from each other, where lines are not
+    top = lines[name] if top is None else min(lines[name], top / 1.22)
+    left.annotate(name, (len(waits) + 1, top), xytext=(4, 0), textcoords="offset points", fontsize=9, va="center",
+                  color=COLOURS[name])
 left.set(xlabel="token of the answer", ylabel="ms since the one before", yscale="log")
 left.set_title("When each token comes", loc="left")
 bars(right, [one[name].metrics.output_throughput for name in NAMES], "{:.0f}")

@@ -140,7 +140,9 @@ def test_drafts_change_no_token(tiny_model: TinyModels, params: SamplingParams, 
     for ours, theirs in zip(drafted, plain, strict=True):
         assert ours.outputs[0].finish_reason == theirs.outputs[0].finish_reason
         assert len(ours.metrics.token_times) == len(theirs.metrics.token_times) == len(theirs.outputs[0].token_ids)
-        assert (ours.outputs[0].cumulative_logprob or 0) == pytest.approx(theirs.outputs[0].cumulative_logprob or 0)
+        # torch's float32 product sums in another order where it has other rows; eleven log-probabilities are added up.
+        mine, other = (o.outputs[0].cumulative_logprob or 0 for o in (ours, theirs))
+        assert mine == pytest.approx(other, 1e-5)
     lab.check_empty()
     assert scheduler.num_drafted > 0
     if quality == 1.0:

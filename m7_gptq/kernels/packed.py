@@ -92,7 +92,7 @@ def packed_bytes(columns: int, depth: int, group_size: int, bits: int, panel: in
     pieces, piece = pieces_of(group_size)
     groups = depth // group_size * pieces
     inner = groups * piece
-    panels = 2 * _panels_of(columns // 2, panel // 2) // 2 if gated else _panels_of(columns, panel)
+    panels = _panels_of(columns // 2, panel // 2) if gated else _panels_of(columns, panel)
 
     def lines(num_bytes: int) -> int:
         return -(-num_bytes // _LINE) * _LINE

@@ -20,6 +20,7 @@ from m0_basics.loading.loader import load_model as load_plain_model
 from m0_basics.loading.loader import new_model, resolve_device
 from m0_basics.loading.weights import FillLinear, WeightSource, check_layers, fill_linear, load_weights, part_rows
 from m0_basics.model import CausalLM
+from m0_basics.model_spec import ModelSpec
 
 from ..config import ModelConfig
 from ..grid import QuantizedMatrix, can_stack, same_order, stack
@@ -50,7 +51,7 @@ def load_dequantised(config: ModelConfig, checkpoint: Checkpoint) -> CausalLM:
     if checkpoint.method != "gptq":
         return load_plain_model(config)
     model = _empty_model(config, checkpoint)
-    load_weights(model, Dequantised(checkpoint.source, checkpoint.read))
+    load_weights(model, Dequantised(checkpoint.source, checkpoint.read, model.spec))
     return model.eval()
 
 
@@ -84,8 +85,8 @@ def fill_packed(read: ReadMatrix) -> FillLinear:
             linear.bias = _parameter(torch.cat([bias for bias in biases if bias is not None]), model)
         if (whole := join(matrices, parts, source)) is not None:
             return QuantizedLinear(on_device(whole, model.device), linear.bias, model.dtype)
-        values = [source.read(f"{part}.weight") if matrix is None else matrix.dequantise()
-                  for part, matrix in zip(parts, matrices, strict=True)]
+        values = [_read_plain(part, (size, linear.in_features), source) if matrix is None else matrix.dequantise()
+                  for part, matrix, size in zip(parts, matrices, sizes, strict=True)]
         linear.weight = _parameter(torch.cat([value.to(model.dtype) for value in values]), model)
         return linear
 
@@ -177,22 +178,42 @@ def _parameter(values: Tensor, model: CausalLM) -> nn.Parameter:
     return nn.Parameter(values.to(model.device, model.dtype), requires_grad=False)
 
 
+def _read_plain(part: str, expected: tuple[int, int], source: WeightSource) -> Tensor:
+    """The weight of a part that is not packed. Raises LoadError for another shape, or for whole numbers."""
+    weight = source.read(f"{part}.weight")
+    _check(f"{part}.weight", tuple(weight.shape), expected, source)
+    if not weight.dtype.is_floating_point:
+        raise LoadError(f"tensor {part}.weight of {source.location} is {str(weight.dtype).removeprefix('torch.')}; "
+                        "allowed: float32, bfloat16, float16, float64")
+    return weight
+
+
 def _check(name: str, shape: tuple[int, ...], expected: tuple[int, ...], source: WeightSource) -> None:
     if shape != expected:
         raise LoadError(f"{source.location}: {name} has shape {shape}, config.json says {expected}")
 
 
 class Dequantised(WeightSource):
-    """A folder of packed matrices as one of plain weights: `X.weight` where it has `X.qweight`; float32."""
+    """A folder of packed matrices as one of plain weights: `X.weight` where it has `X.qweight`; float32.
 
-    def __init__(self, source: WeightSource, read: ReadMatrix) -> None:
-        self.location, self._source, self._read = source.location, source, read
+    The zero biases that old files carry for layers without one are left out.
+    """
+
+    def __init__(self, source: WeightSource, read: ReadMatrix, spec: ModelSpec) -> None:
+        self.location, self._source, self._read, self._spec = source.location, source, read, spec
         self._packed = {name.removesuffix(".qweight") for name in source.names() if name.endswith(".qweight")}
 
     def names(self) -> Collection[str]:
         parts = [f"{part}.weight" for part in self._packed]
         return [*parts, *(name for name in self._source.names()
-                          if name.rpartition(".")[0] not in self._packed or name.endswith(".bias"))]
+                          if name.rpartition(".")[0] not in self._packed or self._is_bias(name))]
+
+    def _is_bias(self, name: str) -> bool:
+        part, _, kind = name.rpartition(".")
+        layer = part.rpartition(".")[2]
+        spec = self._spec
+        has_one = spec.o_bias if layer == "o_proj" else spec.qkv_bias and layer in ("q_proj", "k_proj", "v_proj")
+        return kind == "bias" and (has_one or bool(self._source.read(name).any()))
 
     def read(self, name: str) -> Tensor:
         part = name.removesuffix(".weight")

@@ -39,7 +39,7 @@ class GPTQSettings:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or self.bits not in BITS:
+        if type(self.bits) is not int or self.bits not in BITS:
             raise reject("bits", self.bits, ", ".join(map(str, BITS)))
         size = self.group_size
         if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):

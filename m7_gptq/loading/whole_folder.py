@@ -26,8 +26,8 @@ def check_target(target: Path, force: bool, source: Path | None = None) -> None:
 
     `source` is a folder that is read meanwhile.
     """
-    if source is not None and target.exists() and source.exists() and target.samefile(source):
-        raise ConfigError(f"folder={str(target)!r} is the model that is read; allowed: another folder")
+    if source is not None and source.resolve().is_relative_to(target.resolve()):
+        raise ConfigError(f"folder={str(target)!r} is the model that is read, or holds it; allowed: another folder")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ConfigError(f"folder={str(target)!r} is not a folder; allowed: a new folder")
     if target.is_dir() and any(target.iterdir()):
@@ -36,6 +36,9 @@ def check_target(target: Path, force: bool, source: Path | None = None) -> None:
         if not (target / "config.json").is_file():
             raise ConfigError(f"folder={str(target)!r} holds no config.json, so it is no model, and is not replaced; "
                               "allowed: a new folder, or one that holds a model")
+        if others := sorted(entry.name for entry in target.iterdir() if entry.is_dir()):
+            raise ConfigError(f"folder={str(target)!r} holds other folders ({others[0]}), which would go too, and is "
+                              "not replaced; allowed: a new folder, or one that holds a model alone")
 
 
 @contextlib.contextmanager
@@ -140,8 +143,8 @@ def _move(scratch: Path, target: Path, force: bool) -> None:
     try:
         scratch.chmod(0o777 & ~current_umask())                    # mkdtemp made it the owner's alone
         scratch.rename(target)
-    except OSError:
-        if aside.exists():
+    except BaseException:                                   # Ctrl-C too
+        if aside.exists() and not target.exists():
             aside.rename(target)
         raise
     shutil.rmtree(aside, ignore_errors=True)

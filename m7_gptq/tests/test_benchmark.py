@@ -93,8 +93,11 @@ def test_the_table_joins_quality_and_speed() -> None:
     cells = [[str(c) for c in column.cells] for column in table.columns]
     assert cells[0] == ["full precision", "4 bits: nearest", "  + activations of 8 bits, by group of 64",
                         "3 bits: nearest"]
-    assert cells[2] == ["11.00", "13.00", "13.50", "23.00"]
+    assert cells[1:3] == [["10.00", "12.00", "-", "22.00"], ["11.00", "13.00", "13.50", "23.00"]]
     assert cells[3:] == [["4", "1", "1", "1"], ["50", "120", "150", "120"], ["400", "350", "600", "350"]]
+    bench["measurements"]["perplexity"] = {"m7": 13.25}
+    last = [list(column.cells)[-1] for column in quality_table(quality, bench).columns]
+    assert last == ["m7, as it runs", "-", "13.25", "1", "150", "600"]
     assert quality_table(quality, None).row_count == 4
     assert form_of("the Q4_1 trap") is None
 

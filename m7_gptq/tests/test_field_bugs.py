@@ -103,10 +103,13 @@ def test_runs_do_not_differ(tiny_model: TinyModels, tmp_path: Path) -> None:
     """vllm#53436: the same request gave other tokens from run to run, by the number of threads or their order."""
     model = pack_gptq(tmp_path / "m", tiny_model("qwen3"))
     options = BASE | {"dtype": "bfloat16"}
-    found = []
-    for threads in (1, 2, 2):
-        torch.set_num_threads(threads)
-        found.append(ask(LLM(str(model.packed), **options)))
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            found.append(ask(LLM(str(model.packed), **options)))
+    finally:
+        torch.set_num_threads(before)
     assert found[0] == found[1] == found[2]
 
 

@@ -230,3 +230,37 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None
     change(tensors)
     save_file(tensors, folder / "model.safetensors.new", {"format": "pt"})
     shutil.move(folder / "model.safetensors.new", folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda k: torch.cat((k, k[:8])), "has shape"), (lambda k: k[:-8], "has shape"),
+    (lambda k: k.to(torch.int8), "is int8; allowed: float32")])
+def test_a_plain_part_beside_packed_ones_is_checked(tiny_model: TinyModels, tmp_path: Path, message: str,
+                                                    change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """q packed, k plain: a k of another shape would shift the rows of v."""
+    model = pack_gptq(tmp_path / "m", tiny_model("llama"))
+    file = model.packed / "model.safetensors"
+    tensors, layer = load_file(file), "model.layers.0.self_attn.k_proj"
+    plain = load_file(model.plain / "model.safetensors")[f"{layer}.weight"]
+    kept = {name: x for name, x in tensors.items() if not name.startswith(f"{layer}.")}
+    save_file(kept | {f"{layer}.weight": plain}, file, {"format": "pt"})
+    load(model.packed)
+    save_file(kept | {f"{layer}.weight": change(plain).contiguous()}, file, {"format": "pt"})
+    with pytest.raises(LoadError, match=message):
+        load(model.packed)
+
+
+def test_zero_biases_of_old_files(tiny_model: TinyModels, tmp_path: Path) -> None:
+    """AutoGPTQ wrote a bias of zeros for every layer: packed or dequantised, the model has none."""
+    model = pack_gptq(tmp_path / "m", tiny_model("llama"))
+    file = model.packed / "model.safetensors"
+    tensors, bias = load_file(file), "model.layers.0.mlp.down_proj.bias"
+    zeros = torch.zeros(tensors[bias.replace("bias", "scales")].shape[1])
+    for values in (zeros, zeros + 1):
+        save_file(tensors | {bias: values}, file, {"format": "pt"})
+        for quantization in ("auto", "none"):
+            if values is zeros:
+                check_logits(load(model.packed, quantization=quantization), model)
+            else:
+                with pytest.raises(LoadError, match="bias"):
+                    load(model.packed, quantization=quantization)

@@ -132,8 +132,10 @@ def test_dead_inputs_are_rounded_to_nearest_and_disturb_nobody() -> None:
         assert factorise(hessian, options).num_dead == len(dead)
         matrix = quantize_matrix(weight, hessian, options)
         assert bool(torch.isfinite(matrix.scales).all())
-        error = (matrix.dequantise() - weight)[:, dead].abs()
-        assert float(error.max()) < 1.0 and bool((error[:, 5:] <= error.max()).all())
+        whole = slice(32, 64)               # no input of this group is alive: rounding has nothing to make up for
+        nearest = round_to_nearest(weight, options).dequantise()
+        error, least = ((w - weight)[:, whole].abs().mean() for w in (matrix.dequantise(), nearest))
+        assert float(error) <= 1.1 * float(least)
         alive = torch.ones(128, dtype=torch.bool)
         alive[dead] = False
         mine, nearest = output_errors(weight, [matrix.dequantise(), round_to_nearest(weight, options).dequantise()],

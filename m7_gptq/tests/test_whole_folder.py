@@ -97,6 +97,20 @@ def test_force_replaces_a_model(tmp_path):
     assert everything_in(tmp_path) == ["model"] and everything_in(target) == ["config.json"]
 
 
+def test_force_takes_nothing_with_it(tmp_path):
+    """A folder that holds the model that is read, or any other folder, is not replaced."""
+    target = tmp_path / "models"
+    for folder in (target, target / "base"):
+        folder.mkdir()
+        write_model(folder)
+    for source in (target, target / "base"):
+        with pytest.raises(ConfigError, match="is the model that is read, or holds it"):
+            check_target(target, True, source)
+    with pytest.raises(ConfigError, match="holds other folders"), whole_folder(target, force=True):
+        raise AssertionError("nothing is written")
+    assert (target / "base" / "config.json").is_file()
+
+
 def test_what_was_there_comes_back_where_the_rename_fails(tmp_path, monkeypatch):
     target = tmp_path / "model"
     target.mkdir()

@@ -57,7 +57,7 @@ def quantize(model: str, folder: Path, options: QuantizeOptions, *, calibration:
              num_samples: int | None = None, length: int = LENGTH, checkpoint_format: str | None = None,
              force: bool = False, console: Console | None = None) -> Written:
     """Quantise `model` into `folder`. `calibration`: UTF-8 text files (default: the prose that comes with the lab);
-    `num_samples` windows of `length` tokens are taken of it (default: 128, or as many as it has).
+    `num_samples` windows of `length` tokens are taken of it (default: `NUM_WINDOWS`, or as many as it has).
 
     `checkpoint_format`: "gptq" or "gptq_v2"; by default the first for symmetric grids, which every reader of the format
     knows, and the second for others, whose zero points GPTQModel takes from anybody only so.
