@@ -3,6 +3,7 @@
     quality.4.64.textbook.ppl      perplexity of the text that no choice has seen: bits, group size, method
     quality.4.64.rtn.chinese.ppl   the same of the Chinese text, unlike anything that was calibrated on
     quality.4.64.textbook.closed   the share of the gap from rounding to the nearest to full precision that it closes
+    quality.4.64.sink.first_value_error    the first token's values: error over size, the median of the layers
     quality.tiny.3.64.rtn.ppl      the same of the tiny model
     quality.a8.token.ppl           the default method at 4 bits, and activations in 8 bits with a scale for each token
 
@@ -11,6 +12,7 @@ The file is quality_suite.py's: "rows" and "tiny", a section for each model, and
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 from m0_basics.tools.documents.factbook import Fact
@@ -61,6 +63,8 @@ def _perplexities(prefix: str, rows: Mapping[str, Any]) -> dict[str, Fact]:
         own = row["perplexity"]["test"]
         facts |= {f"{key}.ppl": Fact(own), f"{key}.seconds": Fact(row["seconds"], "s")}
         facts |= {f"{key}.{text}.ppl": Fact(value) for text, value in row["perplexity"].items() if text != "test"}
+        if "value_error" in row:
+            facts[f"{key}.first_value_error"] = Fact(median(row["value_error"]["first"]), "ratio")
         far = rows.get(f"{bits}: {NEAREST}", {}).get("perplexity", {}).get("test")
         if full is not None and far is not None and far != full:
             facts[f"{key}.closed"] = Fact((far - own) / (far - full), "ratio")
