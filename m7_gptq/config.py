@@ -61,6 +61,11 @@ class EngineConfig(m6.EngineConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         model, drafts = self.model_config, self.speculative_config
+        rounds = model.quantization == "rtn" or drafts.speculative_method == SELF
+        for name in ("quantization_bits", "quantization_group_size"):
+            if not rounds and (value := getattr(model, name)) != getattr(ModelConfig, name):
+                raise ConfigError(f"{name}={value} is about rounding while loading, and nothing is rounded here; "
+                                  f"allowed: quantization=rtn, or no {name}")
         if drafts.speculative_method == SELF and model.quantization not in ("auto", "none"):
             raise ConfigError(f"speculative_method=self drafts with packed weights for the full ones, and "
                               f"quantization={model.quantization} packs both; allowed: quantization=auto or none")

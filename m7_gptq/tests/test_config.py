@@ -85,6 +85,8 @@ def test_activations_on_a_gpu(packed: str) -> None:
     ({"quantization_bits": True}, "quantization_bits"),
     ({"quantization_group_size": 4}, "quantization_group_size=4 is not valid; allowed: an integer >= 8"),
     ({"speculative_method": "myself"}, "speculative_method='myself' .*draft_model, self"),
+    ({"quantization_bits": 3}, "quantization_bits=3 is about rounding while loading, and nothing is rounded here"),
+    ({"quantization_group_size": 32, "quantization": "gptq"}, "allowed: quantization=rtn, or no quantization_group_"),
     ({"bits": 4}, "unknown option bits; this engine knows: .*quantization_bits")])
 def test_values(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
