@@ -183,6 +183,9 @@ def test_command_line_can_be_typed_again(monkeypatch, tmp_path):
     assert command_line() == "python -m m1_offline bench --model 'my model' --rounds 2"
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "tools" / "x.py"), "/elsewhere"])
     assert command_line() == "python tools/x.py /elsewhere"
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "__init__.py").touch()
+    assert command_line() == "python -m tools.x /elsewhere"
 
 
 def test_figures_are_pictures(tmp_path):

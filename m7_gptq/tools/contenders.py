@@ -29,11 +29,15 @@ from ..llm import LLM
 from ..loading.memory import held_bytes
 from ..rtn import QuantizeOptions
 from .quantize_command import quantize
+from .texts import calibration_text
 
 logger = logging.getLogger(__name__)
 NEAREST = QuantizeOptions(method="rtn", search=False, desc_act=False, sink=0.0)
 # What vLLM's CPU build reads: a symmetric grid, and a plain output matrix.
 FOR_VLLM = replace(NEAREST, sym=True, lm_head=False)
+
+# What decides over a folder's codes besides options and text.
+_MAKERS = ("grid.py", "rtn.py", "gptq.py", "calibration.py", "quantize.py", "tools/quantize_command.py")
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,9 @@ def packed_folder(model: str, options: QuantizeOptions) -> Path:
     source = resolve_model(model, torch.float32)
     changed = (source / "config.json").stat().st_mtime_ns
     key = hashlib.sha256(f"{source.resolve()} {changed} {options} {version('llm-inference-lab')}".encode())
+    for maker in _MAKERS:
+        key.update((Path(__file__).parents[1] / maker).read_bytes())
+    key.update(calibration_text().encode())
     folder = cache_dir() / f"quantized-{key.hexdigest()[:24]}"
     if not (folder / "config.json").is_file():
         quantize(model, folder, options)

@@ -127,8 +127,13 @@ def _cells(result: ContenderResult, num_requests: int, wide: bool) -> dict[str, 
 
 def command_line() -> str:
     """The command that started this process, as one would type it again in the repository."""
-    script = Path(sys.argv[0] or "python")
-    head = f"python -m {script.parent.name}" if script.name == "__main__.py" else f"python {_relative(str(script))}"
+    script = Path(_relative(sys.argv[0] or "python"))
+    if script.name == "__main__.py":
+        head = f"python -m {script.parent.name}"
+    elif not script.is_absolute() and (script.parent / "__init__.py").is_file():       # of a package: run as a module
+        head = f"python -m {'.'.join(script.with_suffix('').parts)}"
+    else:
+        head = f"python {script}"
     return " ".join([head, *(shlex.quote(_relative(a)) for a in sys.argv[1:])])
 
 
