@@ -83,18 +83,18 @@ def _scratch_folder(parent: Path) -> Iterator[Path]:
     for left in parent.glob(_PREFIX + "*"):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > 60:         # a younger one's owner is about to lock it
-                with _locked(left):
+                with locked(left):
                     shutil.rmtree(left, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     try:
-        with _locked(scratch):
+        with locked(scratch):
             yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Raises OSError where another process holds the lock."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -121,11 +121,12 @@ def _write_record(folder: Path) -> None:
     """
     _write_json(folder / _RECORD, {"bytes": {file.name: file.stat().st_size for file in sorted(folder.iterdir())}})
     for file in folder.iterdir():
-        _flush(file)
-    _flush(folder)
+        flush_file(file)
+    flush_file(folder)
 
 
-def _flush(path: Path) -> None:
+def flush_file(path: Path) -> None:
+    """To the disk: a file's content, or a folder's names."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -92,7 +92,7 @@ def test_what_a_killed_conversion_left_is_removed(file, cache):
         (folder / "model-00001.safetensors").write_bytes(b"x")
     for folder in (old, busy):
         os.utime(folder, (0, 0))
-    with model_cache._locked(busy):
+    with model_cache.locked(busy):
         converted = convert_gguf(file, torch.float32)
     assert sorted(cache.iterdir()) == sorted([young, busy, converted])
 

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import os
 import shutil
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from m0_basics.config import ConfigError
+from m0_basics.loading.model_cache import flush_file, locked
 
 _OLD = ".old"
 
@@ -55,7 +55,7 @@ def whole_folder(target: Path, force: bool = False) -> Iterator[Path]:
         _remove_left(target)
         check_target(target, force)
         scratch = Path(tempfile.mkdtemp(prefix=_writing(target), dir=target.parent))
-        with _locked(scratch):
+        with locked(scratch):
             yield scratch
             _flush(scratch)
             _move(scratch, target, force)
@@ -104,19 +104,8 @@ def _remove_left(target: Path) -> None:
             if left.suffix == _OLD and not target.exists():
                 left.rename(target)                         # killed between the two renames of `_move`
             elif time.time() - left.stat().st_mtime > 60:
-                with _locked(left):
+                with locked(left):
                     shutil.rmtree(left, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Raises OSError where another process holds the lock."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _flush(folder: Path) -> None:
@@ -124,14 +113,6 @@ def _flush(folder: Path) -> None:
     for file in folder.iterdir():
         flush_file(file)
     flush_file(folder)
-
-
-def flush_file(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _move(scratch: Path, target: Path, force: bool) -> None:

@@ -17,7 +17,6 @@ from m0_basics.config import require
 
 from ..testing.documents import anchor
 
-_TAG = re.compile(r"<[^>]+>")
 # Tags of raw HTML whose addresses have to be followed too.
 _ADDRESS = re.compile(r"""(?P<head><(?:a|img|source)\b[^>]*?\b(?:href|src)=")(?P<target>[^"]+)(?P<tail>")""")
 
@@ -82,8 +81,3 @@ def highlight(code: str, language: str, _attributes: str = "") -> str:
         lexer = lexers.get_lexer_by_name("text")
     inner = pygments.highlight(code, lexer, formatters.HtmlFormatter(nowrap=True))
     return f'<pre class="highlight"><code class="language-{html.escape(language or "text")}">{inner}</code></pre>'
-
-
-def plain_text(markup: str) -> str:
-    """HTML without its tags."""
-    return html.unescape(_TAG.sub("", markup))
