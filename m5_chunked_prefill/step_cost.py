@@ -152,20 +152,22 @@ class StepCost(SchedulerPlugin):
         """
         steps = [*self._decodes, *self._mixed, *((f, s) for _, _, f, s in self._largest)]
         features, seconds = np.array([f for f, _ in steps]), np.array([s for _, s in steps])
-        fitted = nonnegative_least_squares(features / seconds[:, None], np.ones(len(steps)))
+        known = self.coefficients               # little has changed since
+        fitted = nonnegative_least_squares(features / seconds[:, None], np.ones(len(steps)), known)
         usual = seconds < _OUTLIER * np.maximum(features @ fitted, 1e-9)
         if not usual.all() and usual.sum() >= _MIN_STEPS:
-            fitted = nonnegative_least_squares(features[usual] / seconds[usual, None], np.ones(int(usual.sum())))
+            fitted = nonnegative_least_squares(features[usual] / seconds[usual, None], np.ones(int(usual.sum())), fitted)
         for i in (2, 3):
             if not features[:, i].any():
                 fitted[i] = fitted[i - 1]
         return fitted
 
 
-def nonnegative_least_squares(a: Vector, b: Vector, num_rounds: int = 200) -> Vector:
+def nonnegative_least_squares(a: Vector, b: Vector, start: Vector | None = None, num_rounds: int = 200) -> Vector:
     """x >= 0 that makes |a x - b| small: a [n, k], b [n] -> x [k], by descent along one coordinate after the other.
 
-    Columns are scaled to length 1. A column that says nothing is left at 0.
+    Columns are scaled to length 1. A column that says nothing is left at 0. From `start` on, a good guess takes few of
+    the rounds.
     """
     scale = np.sqrt((a * a).sum(axis=0))
     scale[scale == 0] = 1
@@ -173,7 +175,9 @@ def nonnegative_least_squares(a: Vector, b: Vector, num_rounds: int = 200) -> Ve
     gram, target = a.T @ a, a.T @ b
     # A little towards zero: features that move together share the time instead of one taking all.
     gram[np.diag_indices_from(gram)] += 1e-6
-    rows, rest, x = gram.tolist(), target.tolist(), [0.0] * len(target)     # plain floats: faster where there are few
+    first = np.zeros(len(target)) if start is None else start * scale * (a != 0).any(axis=0)
+    rest, x = (target - gram @ first).tolist(), first.tolist()              # plain floats: faster where there are few
+    rows = gram.tolist()
     for _ in range(num_rounds):
         largest = 0.0
         for i, row in enumerate(rows):

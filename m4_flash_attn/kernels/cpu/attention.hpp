@@ -56,12 +56,17 @@ template <class Kind> struct Scratch {
     }
 };
 
-static inline long slot_of(const int32_t* table, int key, int block_size) {
-    return (long)table[key / block_size] * block_size + key % block_size;
+// Where the keys [first, first + count) of a sequence lie in the cache, in elements.
+static inline void find(const int32_t* table, int first, int count, int block_size, long slot_size, long* slots) {
+    const int32_t* block = table + first / block_size;
+    int within = first % block_size;
+    for (int j = 0; j < count; block++, within = 0)
+        for (const long start = (long)*block * block_size; within < block_size && j < count; within++)
+            slots[j++] = (start + within) * slot_size;
 }
 
-// Read an item's first tile once from end to end, one number per cache line: many lines are on their way from memory at
-// a time, which the strided reads of the copies do not achieve. The tiles after it are fetched by the copies.
+// Read a first tile that nobody has fetched once from end to end, one number per cache line: many lines are on their way
+// from memory at a time, which the strided reads of the copies do not achieve.
 template <class T> static inline void touch(const T* cache, const long* slots, int num_keys, int width) {
     uint32_t seen = 0;
     for (int j = 0; j < num_keys; j++)
@@ -137,18 +142,45 @@ template <class Kind> static void merge_part(const Scratch<Kind>& scratch, bool 
                   scratch.m[r], scratch.l[r], head_dim);
 }
 
-// parts: [number][H_q][2 + D], m and l before O.
+// Where a tile lies in the cache: its keys, and the heads of them that are used.
+struct Place {
+    long slots[KEYS];
+    int count = 0, first_head = 0, num_heads = 0;
+    int first_key = -1;         // -1: of no tile
+
+    void clear() { count = 0, first_key = -1; }
+    // The tile of an item that begins with the key `first`.
+    void find(const Item& item, int first, const Shape& shape, const Batch& batch) {
+        if (first == first_key) return;
+        first_key = first, first_head = item.first_head, num_heads = item.num_heads;
+        count = std::max(0, std::min(KEYS, item.end_key - first));
+        attention::find(batch.block_table + item.sequence * batch.max_blocks, first, count, shape.block_size,
+                        (long)shape.num_kv_heads * shape.head_dim, slots);
+    }
+    template <class T> Rows<T> rows(const T* cache, int head, int head_dim) const {
+        return {cache + (first_head + head) * head_dim, slots, count};
+    }
+    // What is fetched of it in one of so many turns.
+    template <class T> Ahead<T> turn(int i, int num_turns, const T* k_cache, const T* v_cache, int head_dim) const {
+        const int offset = first_head * head_dim;
+        return {k_cache + offset, v_cache + offset, slots, count * i / num_turns, count * (i + 1) / num_turns,
+                num_heads * head_dim};
+    }
+};
+
+// parts: [number][H_q][2 + D], m and l before O. With its last tile, the first one of the `next` item is fetched (null: of
+// none), as this one's was if `is_fetched`.
 template <class T, class Out, class Kind>
-static void run_item(const Item& item, const Shape& shape, const Batch& batch, const T* q, long q_stride,
-                     const T* k_cache, const T* v_cache, Out* out, float* parts, const Scratch<Kind>& scratch) {
+static void run_item(const Item& item, const Item* next, bool is_fetched, const Shape& shape, const Batch& batch,
+                     const T* q, long q_stride, const T* k_cache, const T* v_cache, Out* out, float* parts,
+                     const Scratch<Kind>& scratch) {
     constexpr int per = Kind::per_element;
     const int D = shape.head_dim, G = shape.num_heads / shape.num_kv_heads;
     const int rows_per_head = item.num_tokens * G, num_rows = item.num_heads * rows_per_head;
-    const long slot_size = (long)shape.num_kv_heads * D;
     const int first_token = batch.query_start_loc[item.sequence] + item.first_token;
     const int num_new = batch.query_start_loc[item.sequence + 1] - batch.query_start_loc[item.sequence];
     const int position = batch.seq_lens[item.sequence] - num_new + item.first_token;
-    const int32_t* table = batch.block_table + item.sequence * batch.max_blocks;
+    Place places[2], *here = &places[0], *ahead = &places[1];
     // Row r is query head `head_of(r)` of the step's token `token_of(r)`.
     auto token_of = [&](int r) { return first_token + r % rows_per_head / G; };
     auto head_of = [&](int r) { return (item.first_head + r / rows_per_head) * G + r % G; };
@@ -167,28 +199,32 @@ static void run_item(const Item& item, const Shape& shape, const Batch& batch, c
         if (behind_window && first >= shape.num_sinks) continue;
         // Every row sees the whole tile where it ends at or before the first row's position, and no window cuts it.
         const bool masked = columns > num_keys || first + num_keys - 1 > position || shape.window;
-        const int num_ahead = std::max(0, std::min(KEYS, item.end_key - first - KEYS));
-        long slots[2 * KEYS];
-        for (int j = 0; j < num_keys + num_ahead; j++)
-            slots[j] = slot_of(table, first + j, shape.block_size) * slot_size;
+        here->find(item, first, shape, batch);
+        const bool is_last = first + KEYS >= item.end_key;
+        ahead->clear();
+        if (!is_last) ahead->find(item, first + KEYS, shape, batch);
+        else if (next) ahead->find(*next, next->first_key, shape, batch);
         // All heads of a tile, then the next tile: the cache is read in the order in which it lies in memory.
-        if (first == item.first_key) {
-            touch(k_cache + item.first_head * D, slots, num_keys, item.num_heads * D);
-            touch(v_cache + item.first_head * D, slots, num_keys, item.num_heads * D);
+        if (first == item.first_key && !is_fetched) {
+            touch(k_cache + item.first_head * D, here->slots, num_keys, item.num_heads * D);
+            touch(v_cache + item.first_head * D, here->slots, num_keys, item.num_heads * D);
         }
         for (int h = 0; h < item.num_heads; h++) {
             const int row = h * rows_per_head;
-            const T *k_head = k_cache + (item.first_head + h) * D, *v_head = v_cache + (item.first_head + h) * D;
-            const Rows<T> k_rows(k_head, slots, num_keys), k_ahead(k_head, slots + KEYS, num_ahead);
-            const Rows<T> v_rows(v_head, slots, num_keys), v_ahead(v_head, slots + KEYS, num_ahead);
-            copy_keys(Kind{}, scratch.k, k_rows, k_ahead, D);
+            const Rows<T> k_rows = here->rows(k_cache, h, D), v_rows = here->rows(v_cache, h, D);
+            auto fetching = ahead->turn(h, item.num_heads, k_cache, v_cache, D);
+            copy_keys(Kind{}, scratch.k, k_rows, fetching, D);
+            fetching.fetch_between(D);
             multiply<Kind>(rows_per_head, columns, D / per, scratch.q + row * (D / per), D / per,
                            scratch.k, KEYS, scratch.s + row * KEYS, KEYS, nullptr);
+            fetching.fetch_between(D);
             softmax_rows<Kind>(scratch, shape, row, rows_per_head, G, position, first, columns, masked);
-            copy_values(Kind{}, scratch.v, v_rows, v_ahead, D);
+            copy_values(Kind{}, scratch.v, v_rows, fetching, D);
+            fetching.fetch_rest();
             multiply<Kind>(rows_per_head, D, (num_keys + per - 1) / per, scratch.p + row * (KEYS / per),
                            KEYS / per, scratch.v, D, scratch.o + row * D, D, scratch.alpha + row);
         }
+        std::swap(here, ahead);
     }
     const bool merged = item.merge < 0 && item.end_key > PART;
     if (merged) merge_part(scratch, false, num_rows, D);
@@ -268,11 +304,16 @@ static void share(Member& member, const Work<T>& work, const Shape& shape, const
     typedef typename KindOf<T>::type Kind;
     const Plan& plan = work.plan;
     const Scratch<Kind> scratch = work.scratch_of(member.thread, shape);
-    // The last items of a prompt are the longest: they go first, so that nobody waits for one at the end.
+    // The last items of a prompt are the longest: they go first, so that nobody waits for one at the end. Where they take
+    // turns, a thread can tell which one it will have next.
+    auto item_of = [&](int i) { return i < plan.num_items ? &plan.items[plan.num_items - 1 - i] : nullptr; };
+    const Item* fetched = nullptr;
     member.share_in_order(plan.num_items, [&](int first, int last) {
         for (int i = first; i < last; i++) {
-            const Item& item = plan.items[plan.num_items - 1 - i];
-            run_item<T, Out, Kind>(item, shape, batch, q, q_stride, k_cache, v_cache, out, work.parts, scratch);
+            const Item &item = *item_of(i), *next = item_of(i + 1 < last ? i + 1 : i + member.team.num_threads);
+            run_item<T, Out, Kind>(item, next, fetched == &item, shape, batch, q, q_stride, k_cache, v_cache, out,
+                                   work.parts, scratch);
+            fetched = next;
             if (item.merge < 0) continue;
             const Merge& merge = plan.merges[item.merge];
             if ((work.done[item.merge].fetch_add(1, std::memory_order_acq_rel) + 1) % merge.num_parts == 0)

@@ -83,15 +83,26 @@ template <class T> static void silu_mul(long first, long last, int n, const T* g
     }
 }
 
-// One head: norm (where the model has one), then rotation. `out` may be `x`.
+// One head: norm (where the model has one), then rotation: each number of its left half with one of its right. `out` may
+// be `x`.
 template <class T>
 static void rotate_head(const T* x, const T* norm, float eps, const T* cos, const T* signed_sin, T* out, int n) {
-    float row[MAX_HEAD_DIM];
     const float factor = norm ? inverse_rms(x, n, eps) : 1.0f;
-    for (int i = 0; i < n; i++) row[i] = norm ? to_float(x[i]) * factor * to_float(norm[i]) : to_float(x[i]);
-    for (int i = 0; i < n / 2; i++) {
-        put(out + i, row[i] * to_float(cos[i]) + row[n / 2 + i] * to_float(signed_sin[i]));
-        put(out + n / 2 + i, row[n / 2 + i] * to_float(cos[n / 2 + i]) + row[i] * to_float(signed_sin[n / 2 + i]));
+    const int half = n / 2;
+    int i = 0;
+    for (; i + VL <= half; i += VL) {
+        const int j = i + half;
+        vf left = load(x + i), right = load(x + j);
+        if (norm) left = left * factor * load(norm + i), right = right * factor * load(norm + j);
+        store(out + i, left * load(cos + i) + right * load(signed_sin + i));
+        store(out + j, right * load(cos + j) + left * load(signed_sin + j));
+    }
+    for (; i < half; i++) {
+        const int j = i + half;
+        float left = to_float(x[i]), right = to_float(x[j]);
+        if (norm) left = left * factor * to_float(norm[i]), right = right * factor * to_float(norm[j]);
+        put(out + i, left * to_float(cos[i]) + right * to_float(signed_sin[i]));
+        put(out + j, right * to_float(cos[j]) + left * to_float(signed_sin[j]));
     }
 }
 

@@ -25,7 +25,7 @@ namespace linear {
 constexpr int64_t X_BYTES = 384 << 10;      // rows of x that are worked on together: most of a small L2 cache
 constexpr int MAX_ROWS = 192;               // of them
 constexpr int64_t SLICE = 256;              // elements of K that are unpacked together: a tile in L1
-constexpr int64_t PIECE_NS = 20'000;        // how long a piece of work should take, by the estimates in `grain`
+constexpr int64_t PIECE_NS = 10'000;        // how long a piece of work should take, by the estimates in `grain`
 
 // What is left to do with a panel's sums. GATED: its left columns are a gate, the right ones what it lets through: VL
 // columns of silu(left) * right.

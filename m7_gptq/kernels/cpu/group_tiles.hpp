@@ -125,24 +125,25 @@ template <class P> static Tile<P> tall_tile_of(int64_t rows) {
     return tiles[rows - 1];
 }
 
-// Fetches the codes some way ahead, from the first to the last: as many at each step as it uses.
-template <class P> struct FetchByStep {
+// Fetches panels some way ahead, from the first byte to the last: at each step as many as it uses of the codes, at each
+// group those that its scales and offsets take.
+struct FetchByStep {
     const char* next;
-    inline __attribute__((always_inline)) void group() {}
-    inline __attribute__((always_inline)) void step() {
-        constexpr int64_t STEP_BYTES = 2 * 4 * VL;
-        for (int64_t byte = 0; byte < STEP_BYTES; byte += 64) __builtin_prefetch(next + byte, 0, 3);
-        next += STEP_BYTES;
+    int64_t grid_bytes;
+    inline __attribute__((always_inline)) void take(int64_t bytes) {
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(next + byte, 0, 3);
+        next += bytes;
     }
+    inline __attribute__((always_inline)) void group() { take(grid_bytes); }
+    inline __attribute__((always_inline)) void step() { take(2 * 4 * VL); }
 };
 
 // All rows that there are, in one tile: it takes the packed codes apart in registers, and fetches what comes behind them.
 template <class P, int ROWS>
 static __attribute__((noinline))
 void few_tile(const Rows<typename P::Arithmetic>& x, const P& panel, const Grid& grid, int64_t group, int64_t g,
-              int64_t end, float* sums) {
-    const char* begin = panel.codes + g * group * PANEL * P::BITS / 8;
-    tile<P, ROWS>(x, panel, grid, group, g, end, sums, FetchByStep<P>{begin + linear::LEAD});
+              int64_t end, float* sums, const char* fetched, int64_t grid_bytes) {
+    tile<P, ROWS>(x, panel, grid, group, g, end, sums, FetchByStep{fetched, grid_bytes});
 }
 
 }  // namespace quantized
