@@ -156,7 +156,8 @@ class StepCost(SchedulerPlugin):
         fitted = nonnegative_least_squares(features / seconds[:, None], np.ones(len(steps)), known)
         usual = seconds < _OUTLIER * np.maximum(features @ fitted, 1e-9)
         if not usual.all() and usual.sum() >= _MIN_STEPS:
-            fitted = nonnegative_least_squares(features[usual] / seconds[usual, None], np.ones(int(usual.sum())), fitted)
+            of_usual = features[usual] / seconds[usual, None]
+            fitted = nonnegative_least_squares(of_usual, np.ones(len(of_usual)), fitted)
         for i in (2, 3):
             if not features[:, i].any():
                 fitted[i] = fitted[i - 1]

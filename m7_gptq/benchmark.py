@@ -3,6 +3,7 @@
   ragged     64 requests of all lengths at once: this engine's ways to hold weights, the earlier ones, peers
   single     one request: against llama.cpp, and against what the memory's bandwidth allows for the weights' bytes
   linear     a linear layer alone: plain, packed, packed with 8-bit activations
+  phases     a decode step's native call, phase by phase: what is left to gain, and where
   drafts     the packed weights draft for the full ones: speed, and how many guesses were right
   bytes      what each way holds in memory
   perplexity of each engine, by its own kernels: what 8-bit activations cost, apart from the weights
@@ -26,9 +27,12 @@ from m0_basics.tools.analysis import calculators as calc
 from m0_basics.tools.analysis.cpu_roofline import read_bandwidth
 from m0_basics.tools.bench import BenchReport, Comparison, Contender, ContenderResult, Workload, compare, get_workload
 from m2_continuous_batching.engine import engine_of
+from m4_flash_attn.kernels.cpu import build as plain_build
+from m4_flash_attn.tools import phase_times
 from m5_chunked_prefill.tools import draft_table
 
 from .calibration import cut_windows
+from .kernels.cpu import build
 from .llm import LLM
 from .tools import linear_bench
 from .tools.bench_views import draw, key, print_tables
@@ -39,6 +43,8 @@ from .tools.texts import evaluation_text
 DEFAULT_PEERS = ("transformers-static",)
 SINGLE = "equal-1:prompt_len=80,output_len=64"
 ROWS = (1, 4, 16, 64, 256)
+PHASE_SIZES = (1, 64)                   # sequences
+FEW_ROWS = 4                            # up to here a product has one phase: see product.hpp
 WINDOWS = 16, 512                       # of the held-out text, and their tokens
 DRAFT_KINDS, DRAFT_SIZES = ("story", "quote"), {1: 128, 4: 64}
 
@@ -76,6 +82,7 @@ def run(config_options: dict[str, Any], *, workload: str | None = None, rounds: 
     unfinished.write_text(json.dumps([c.to_dict() for c in comparisons] + [measurements]))
     measurements["perplexity"] = perplexities(ours, *((1, 32) if quick else WINDOWS))
     measurements["linear"] = linear_products(*((1, ROWS[:2], 1) if quick else (llm.spec.num_hidden_layers, ROWS, 7)))
+    measurements["phases"] = phases(ours, *(((1,), 2) if quick else (PHASE_SIZES, 48)))
     measurements["drafts"] = drafts(base, ours, rounds, quick)
     report = BenchReport.create("m7_gptq", base, tuple(comparisons), measurements)
     report.print()
@@ -152,6 +159,18 @@ def perplexities(ours: Ours, num_windows: int, length: int) -> dict[str, float]:
     token_ids = ours.llms["m6"].get_tokenizer().encode(evaluation_text("test"))
     windows = cut_windows(token_ids, length, num_windows)
     return {name: perplexity_of_llm(llm, windows) for name, llm in ours.llms.items() if name != "m4"}
+
+
+def phases(ours: Ours, sizes: Sequence[int], steps: int) -> list[dict[str, Any]]:
+    """Milliseconds of a decode step's native call by kind of phase, for plain and for packed weights."""
+    found = []
+    for size in sizes:
+        packed = phase_times.measure(ours.llms["m7"], size, steps=steps, sources=build.SOURCES,
+                                     include=[plain_build.SOURCES], per_product=1 if size <= FEW_ROWS else 2)
+        plain = phase_times.measure(ours.llms["m6"], size, steps=steps)
+        found += [{"name": name, "num_requests": size, **phase_times.table(step)}
+                  for name, step in (("m6", plain), ("m7", packed))]
+    return found
 
 
 def drafts(base: dict[str, Any], ours: Ours, rounds: int, quick: bool) -> list[dict[str, Any]]:

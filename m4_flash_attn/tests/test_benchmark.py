@@ -16,6 +16,7 @@ from m0_basics.tools.cli.options import as_flags
 from m0_basics.tools.documents.factbook import read_json_file, read_result
 from m0_basics.tools.testing.fixtures import TinyModels
 from m4_flash_attn import LLM, benchmark
+from m4_flash_attn.tools import phase_times
 from m4_flash_attn.tools.attention_bench import AttentionCase, peak_bytes, prefill_memory
 from m4_flash_attn.tools.facts import bench_results
 from m4_flash_attn.tools.start_up import first_token_s
@@ -97,6 +98,26 @@ def test_parts_of_a_step_add_up(tiny_model: TinyModels) -> None:
     for costs in (entry, apart):
         assert all(0 < value < 1 for key, value in costs.items() if key.endswith("_share") and key != "step_share")
     assert llm.manager.usage == 0
+
+
+@pytest.mark.parametrize("num_sequences", [1, 6])
+def test_phases_of_the_native_call(num_sequences: int, tiny_model: TinyModels) -> None:
+    """Every phase has its time, and together they are no more than the call."""
+    llm = LLM(str(tiny_model("qwen3")), dtype="float32", skip_tokenizer_init=True, max_model_len=64, max_num_seqs=8)
+    step = phase_times.measure(llm, num_sequences, prompt_len=8, steps=3)
+    assert {phase.name for phase in step.phases} == {*phase_times.LAYER, "output_matrix"}
+    assert all(phase.seconds > 0 for phase in step.phases) and llm.manager.usage == 0
+    of_first = [phase.work[0] + phase.wait[0] for phase in step.phases]
+    assert 0 < sum(of_first) < step.total
+    assert 0 < step.products <= sum(phase.seconds for phase in step.phases)
+    assert phase_times.table(step)["call_ms"] == pytest.approx(1e3 * step.total)
+
+
+def test_phases_need_one_native_call(tiny_model: TinyModels) -> None:
+    llm = LLM(str(tiny_model("qwen3")), dtype="float32", skip_tokenizer_init=True, max_model_len=64,
+              attention_backend="sdpa")
+    with pytest.raises(ValueError, match="not one native call"):
+        phase_times.measure(llm, 1)
 
 
 @pytest.mark.parametrize("apart", [False, True])

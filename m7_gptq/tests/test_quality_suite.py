@@ -15,7 +15,18 @@ from m0_basics.loading.loader import load_model
 from m7_gptq.rtn import QuantizeOptions
 from m7_gptq.tools.fake_int8 import rounded, rounded_inputs
 from m7_gptq.tools.q4_1_trap import q4_1_trap, with_minimums
-from m7_gptq.tools.quality_suite import DEFAULT, METHODS, TINY_MODEL, Material, Results, Suite, gap_closed, main, run
+from m7_gptq.tools.quality_suite import (
+    CHOICES,
+    DEFAULT,
+    METHODS,
+    TINY_MODEL,
+    Material,
+    Results,
+    Suite,
+    gap_closed,
+    main,
+    run,
+)
 from m7_gptq.tools.sink import value_errors, watch
 
 
@@ -61,10 +72,13 @@ def test_all_parts_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     results = Results(tmp_path / "a.json")
     suite, tiny = Suite(small, results, "rows"), Suite(small, results, "tiny")
     monkeypatch.setattr("m7_gptq.tools.quality_suite.METHODS", {n: METHODS[n] for n in ("nearest", DEFAULT)})
-    run(suite, tiny, ["full", "4", "3", "8", "tiny"])
+    chooser = Suite(small, results, "choices")
+    monkeypatch.setattr("m7_gptq.tools.quality_suite.CHOICES", {n: CHOICES[n] for n in ("activation order", "GPTAQ 1")})
+    run(suite, tiny, chooser, ["full", "4", "3", "8", "tiny", "choices"])
     assert list(suite.rows) == ["full precision", "4 bits: nearest", f"4 bits: {DEFAULT}", "3 bits: nearest",
                                 f"3 bits: {DEFAULT}", "8 bits: nearest"]
-    assert len(tiny.rows) == 7 and json.loads((tmp_path / "a.json").read_text()) == results.sections
+    assert len(tiny.rows) == 7 and list(chooser.rows) == ["4 bits: activation order", "4 bits: GPTAQ 1"]
+    assert json.loads((tmp_path / "a.json").read_text()) == results.sections
     full, eight = (suite.rows[name]["perplexity"]["test"] for name in ("full precision", "8 bits: nearest"))
     assert eight == pytest.approx(full, rel=0.01)
     int8 = suite.rows["4 bits: nearest"]["int8_activations"]

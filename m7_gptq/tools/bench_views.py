@@ -39,6 +39,12 @@ def print_tables(report: BenchReport) -> None:
         rows = [(str(e["rows"]), *(f"{e[kind]:.3f}" for kind in kinds)) for e in found["linear"]]
         console.print(_table("The linear products of all layers, weights from memory: milliseconds",
                              ("rows", *(kind.removesuffix("_ms") for kind in kinds)), rows))
+    if "phases" in found:
+        kinds = list(found["phases"][0]["phases"])
+        rows = [(e["name"], str(e["num_requests"]), f"{e['call_ms']:.2f}",
+                 *(f"{e['phases'][kind]['ms']:.2f}" for kind in kinds)) for e in found["phases"]]
+        console.print(_table("A decode step's native call, and what its phases add to it: milliseconds",
+                             ("", "requests", "call", *(kind.replace("_", " ") for kind in kinds)), rows))
     rows = [(e["task"], str(e["num_requests"]), name, f"{c['tokens_per_s']:.1f}", f"{c['decode_ratio']:.2f}",
              "-" if c["acceptance"] is None else f"{c['acceptance']:.0%}")
             for e in found["drafts"] for name, c in e["contenders"].items()]

@@ -62,6 +62,10 @@ def bench_results(found: Mapping[str, Any]) -> dict[str, Result]:
     for i, entry in enumerate(measured.get("linear", ())):
         facts |= {f"bench.linear.{entry['rows']}.{key}": _bench(f"measurements.linear.{i}.{key}", "ms")
                   for key in entry if key.endswith("_ms")}
+    for i, entry in enumerate(measured.get("phases", ())):
+        path, name = f"measurements.phases.{i}", f"bench.phases.{entry['num_requests']}.{entry['name']}"
+        facts |= {f"{name}.{key}": _bench(f"{path}.{key}", "ms") for key in ("call_ms", "products_ms")}
+        facts |= {f"{name}.{phase}_ms": _bench(f"{path}.phases.{phase}.ms", "ms") for phase in entry["phases"]}
     for i, entry in enumerate(measured["drafts"]):
         for name in entry["contenders"]:
             path = f"measurements.drafts.{i}.contenders.{name}"

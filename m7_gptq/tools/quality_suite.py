@@ -35,7 +35,7 @@ from .q4_1_trap import q4_1_trap
 from .sink import Watched, value_errors, watch
 from .texts import calibration_text, evaluation_text
 
-PARTS = ("full", "4", "3", "8", "q4_1", "tiny")
+PARTS = ("full", "4", "3", "8", "q4_1", "tiny", "choices")
 TINY_MODEL = Path(__file__).parents[1] / "tests" / "tiny_qwen3"
 _NEAREST = QuantizeOptions(method="rtn", search=False, desc_act=False, sink=0.0, gptaq=0.0)
 _TEXTBOOK = replace(_NEAREST, method="gptq")
@@ -50,6 +50,15 @@ METHODS: dict[str, QuantizeOptions] = {
     "GPTQ, + GPTAQ": replace(_TEXTBOOK, search=True, sink=0.1, desc_act=True, gptaq=0.5),
 }
 DEFAULT = "GPTQ, + GPTAQ"                   # whose options are those of `quantize`
+# What the defaults were chosen among, on a text of its own: "dev", which is neither calibrated on nor reported.
+_BEST = replace(_TEXTBOOK, search=True, sink=0.1, gptaq=0.5)
+CHOICES: dict[str, QuantizeOptions] = {
+    "inputs as they come": _BEST,
+    "activation order": replace(_BEST, desc_act=True),
+    "groups in activation order": replace(_BEST, desc_act=True, act_group_aware=True),
+    **{f"GPTAQ {share:g}": replace(_BEST, gptaq=share) for share in (0.0, 0.25, 1.0)},
+    "no first token": replace(_BEST, sink=0.0),
+}
 
 
 @dataclass
@@ -148,6 +157,18 @@ class Suite:
                     self.quantized, chosen, activations=bits == 4 and name in ("nearest", DEFAULT)))
 
 
+    def choices(self) -> None:
+        """What the defaults were chosen among."""
+        for name, options in CHOICES.items():
+            self.row(f"4 bits: {name}", partial(self.chosen, replace(options, bits=4, group_size=64)))
+
+    def chosen(self, options: QuantizeOptions) -> dict[str, Any]:
+        """One way to quantise it: no more than its perplexity."""
+        model = self.material.load()
+        quantize_model(model, self.material.calibration, options, use_tqdm=True)
+        return {"options": asdict(options), "perplexity": self.material.judge(model)}
+
+
 def _errors(result: QuantizedModel) -> dict[str, Any]:
     """Per matrix, and the mean over them."""
     layers = [asdict(report) for report in result.report if report.error is not None]
@@ -170,7 +191,7 @@ def gap_closed(rows: dict[str, Any], bits: int, text: str = "test", method: str 
     return (nearest - best) / (nearest - full)
 
 
-def run(suite: Suite, tiny: Suite, parts: list[str]) -> None:
+def run(suite: Suite, tiny: Suite, chooser: Suite, parts: list[str]) -> None:
     """The rows of some parts, in an order that shows something early."""
     if "full" in parts:
         suite.row("full precision", suite.full)
@@ -183,6 +204,8 @@ def run(suite: Suite, tiny: Suite, parts: list[str]) -> None:
         tiny.row("full precision", tiny.full)
         for bits in (4, 3, 2):
             tiny.methods(bits, 64)
+    if "choices" in parts:
+        chooser.choices()
 
 
 def main(output: Annotated[Path, typer.Option(help="The JSON file of the rows.")],
@@ -201,9 +224,10 @@ def main(output: Annotated[Path, typer.Option(help="The JSON file of the rows.")
     suite = Suite(Material.of(model, 512, calibration, evaluation, names), results, "rows")
     english = [name for name in names if name != "chinese"]            # the tiny model has read nothing else
     tiny = Suite(Material.of(str(TINY_MODEL), 128, 128, 128, english), results, "tiny")
-    for name, each in (("about", suite), ("about_tiny", tiny)):
+    chooser = Suite(Material.of(model, 512, calibration, evaluation, ["dev"]), results, "choices")
+    for name, each in (("about", suite), ("about_tiny", tiny), ("about_choices", chooser)):
         results.sections.setdefault(name, about(each.material))
-    run(suite, tiny, chosen)
+    run(suite, tiny, chooser, chosen)
     print(f"{time.perf_counter() - start:.0f} s in all")
 
 
