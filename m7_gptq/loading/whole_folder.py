@@ -3,6 +3,8 @@
     target                          appears by one rename, when every file in it is on the disk
     .target.writing-XXXX            what is being written; gone when that ends, however it ends
     .target.writing-XXXX.old        what is being replaced, between two renames
+
+Who works on one of the last two holds its lock.
 """
 from __future__ import annotations
 
@@ -100,12 +102,11 @@ def _writing(target: Path) -> str:
 def _remove_left(target: Path) -> None:
     """What killed processes left behind. One that lives holds the lock of its own, or is about to take it."""
     for left in target.parent.glob(glob.escape(_writing(target)) + "*"):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), locked(left):
             if left.suffix == _OLD and not target.exists():
                 left.rename(target)                         # killed between the two renames of `_move`
             elif time.time() - left.stat().st_mtime > 60:
-                with locked(left):
-                    shutil.rmtree(left, ignore_errors=True)
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:
@@ -116,19 +117,28 @@ def _flush(folder: Path) -> None:
 
 
 def _move(scratch: Path, target: Path, force: bool) -> None:
-    """Into its place. What is to be replaced steps aside first, and comes back if that fails."""
+    """Into its place. What is to be replaced steps aside first, and comes back if that fails.
+
+    It is locked meanwhile, so that no other process takes it for one that was left behind.
+    """
     check_target(target, force)                             # another process may have been faster
     aside = Path(f"{scratch}{_OLD}")
-    if target.exists():
-        target.rename(aside)
-    try:
-        scratch.chmod(0o777 & ~current_umask())                    # mkdtemp made it the owner's alone
-        scratch.rename(target)
-    except BaseException:                                   # Ctrl-C too
-        if aside.exists() and not target.exists():
-            aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        if target.exists():
+            try:
+                stack.enter_context(locked(target))
+            except BlockingIOError as error:
+                raise ConfigError(f"folder={str(target)!r} is being replaced by another process; allowed: one at a "
+                                  "time") from error
+            target.rename(aside)
+        try:
+            scratch.chmod(0o777 & ~current_umask())                # mkdtemp made it the owner's alone
+            scratch.rename(target)
+        except BaseException:                               # Ctrl-C too
+            if aside.exists() and not target.exists():
+                aside.rename(target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def current_umask() -> int:

@@ -146,6 +146,36 @@ def test_what_killed_processes_left_is_cleaned_up(tmp_path):
     assert (tmp_path / "model" / "config.json").read_text() == "old"
 
 
+def test_a_model_that_stands_aside_is_left_to_who_replaces_it(tmp_path, monkeypatch):
+    """Between the two renames another process comes: it finds the old model locked, and does not put it back."""
+    target, real, seen = tmp_path / "model", Path.rename, []
+    target.mkdir()
+    write_model(target, "old")
+
+    def rename(self, new):
+        if self.suffix != ".old" and Path(new) == target:
+            module._remove_left(target)                     # the other process, at the worst moment
+            seen.append(everything_in(tmp_path))
+        return real(self, new)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with whole_folder(target, force=True) as folder:
+        write_model(folder)
+    assert len(seen) == 1 and [name.endswith(".old") for name in sorted(seen[0], key=len)] == [False, True]
+    assert everything_in(tmp_path) == ["model"] and (target / "config.json").read_text() == "new"
+
+
+def test_two_processes_that_replace_one_model(tmp_path):
+    target = tmp_path / "model"
+    target.mkdir()
+    write_model(target, "old")
+    with (module.locked(target),
+          pytest.raises(ConfigError, match="is being replaced by another process; allowed: one at a time"),
+          whole_folder(target, force=True) as folder):
+        write_model(folder)
+    assert everything_in(tmp_path) == ["model"] and (target / "config.json").read_text() == "old"
+
+
 # --- finished parts ------------------------------------------------------------------------------------------------
 
 def matrix(seed=0, order=True):
