@@ -31,22 +31,17 @@ def is_packed(source: WeightSource, part: str) -> bool:
     return f"{part}.qweight" in source.names()
 
 
-def read_matrix(source: WeightSource, part: str, settings: GPTQSettings,
-                shape: tuple[int, int] | None = None) -> QuantizedMatrix | None:
-    """The packed layer `part`, of `shape` (outputs, inputs) where that is known; None where it is plain or not there.
+def read_matrix(source: WeightSource, part: str, settings: GPTQSettings) -> QuantizedMatrix | None:
+    """The packed layer `part`; None where it is plain or not there.
 
-    Raises LoadError for tensors that are missing, misshapen or of another kind than the settings say.
+    Raises LoadError for tensors that are missing, misshapen or of another kind than the settings say. That the matrix
+    has its layer's shape is checked where it is put in place.
     """
     if not is_packed(source, part):
         if left := [name for name in ("qzeros", "scales", "g_idx") if f"{part}.{name}" in source.names()]:
             raise LoadError(f"{source.location} lacks the tensor {part}.qweight, and holds {part}.{left[0]}")
         return None
-    packed = _read_packed(source, part, settings)
-    outputs, inputs = packed.scales.shape[1], packed.g_idx.shape[0]
-    if shape is not None and shape != (outputs, inputs):
-        raise LoadError(f"{source.location}: {part} is packed as {outputs} x {inputs}, "
-                        f"config.json says {shape[0]} x {shape[1]}")
-    matrix = unpack_matrix(packed, settings.bits, settings.version)
+    matrix = unpack_matrix(_read_packed(source, part, settings), settings.bits, settings.version)
     return _with_true_zeros(matrix, source, part, settings)
 
 

@@ -31,9 +31,9 @@ from m0_basics.model_spec import ModelSpec
 
 from ..config import ModelConfig
 from ..grid import QuantizedMatrix
-from .checkpoint import is_packed, read_matrix
+from .checkpoint import read_matrix
 from .gguf_blocks import GGUFBlocks, read_gguf_matrix
-from .settings import GPTQSettings, read_settings
+from .settings import read_settings
 
 # (where tensors are read, Hugging Face's name of a layer) -> its matrix; None where it is stored plain.
 ReadMatrix = Callable[[WeightSource, str], QuantizedMatrix | None]
@@ -66,11 +66,7 @@ def find_checkpoint(config: ModelConfig) -> Checkpoint:
         raise ConfigError(f"quantization_config of method {method!r} is not supported; allowed: gptq, a GGUF file, or "
                           "float32, bfloat16 or float16 weights")
     settings = read_settings(folder)
-    return Checkpoint("gptq", folder, spec, tensors, partial(_read_if_packed, settings), settings.tied)
-
-
-def _read_if_packed(settings: GPTQSettings, source: WeightSource, part: str) -> QuantizedMatrix | None:
-    return read_matrix(source, part, settings) if is_packed(source, part) else None
+    return Checkpoint("gptq", folder, spec, tensors, partial(read_matrix, settings=settings), settings.tied)
 
 
 @lru_cache(maxsize=16)

@@ -161,7 +161,10 @@ def test_other_orders_for_query_and_key_are_refused(tiny_model: TinyModels, tmp_
     (lambda t: t.update({"model.layers.0.mlp.up_proj.bias": torch.ones(96)}), "has no place"),
     (lambda t: t.update({n: x[:, :32].contiguous() if "qzeros" not in n else x[:, :4].contiguous()
                          for n, x in t.items() if ".0.mlp.up_proj." in n and x.dim() == 2}),
-     r"layers\.0\.mlp\.up_proj has shape \(32, 64\), config\.json says \(96, 64\)")])
+     r"layers\.0\.mlp\.up_proj has shape \(32, 64\), config\.json says \(96, 64\)"),
+    (lambda t: t.pop("model.layers.1.mlp.down_proj.qweight"),
+     r"lacks the tensor model\.layers\.1\.mlp\.down_proj\.qweight, and holds model\.layers\.1\.mlp\.down_proj\.qzeros"),
+    (lambda t: t.pop("lm_head.qweight"), r"lacks the tensor lm_head\.qweight, and holds lm_head\.qzeros")])
 def test_folders_that_do_not_fit(tiny_model: TinyModels, tmp_path: Path, message: str,
                                  change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
     model = pack_gptq(tmp_path / "m", tiny_model("qwen3"))
