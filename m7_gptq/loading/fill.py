@@ -30,6 +30,7 @@ from .checkpoint import read_bias
 from .source import Checkpoint, ReadMatrix, dtype_of, find_checkpoint
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+_ROWS = 4096                            # compared at once
 
 
 def load_model(config: ModelConfig) -> CausalLM:
@@ -126,6 +127,9 @@ def _fill_ends(model: CausalLM, source: _Remaining, checkpoint: Checkpoint) -> N
     """
     tied, read = model.spec.tie_word_embeddings, checkpoint.read
     head, embedding = read(source, HEAD), read(source, EMBEDDING)
+    if checkpoint.head_is_embedding and head is None:
+        raise LoadError(f"{source.location} is marked as one whose packed output matrix is the embedding too, and "
+                        f"lacks the tensor {HEAD}.qweight")
     if head is None and embedding is None:
         return
     expected = (model.spec.vocab_size, model.spec.hidden_size)
@@ -134,8 +138,8 @@ def _fill_ends(model: CausalLM, source: _Remaining, checkpoint: Checkpoint) -> N
             _check(name, matrix.shape, expected, source)
             read_bias(source, name, expected[0], expected=False)
     stored = source.names()
-    if checkpoint.head_is_embedding and f"{EMBEDDING}.weight" in stored:
-        source.read(f"{EMBEDDING}.weight")              # the same values, for readers that do not look them up packed
+    if checkpoint.head_is_embedding and head is not None and f"{EMBEDDING}.weight" in stored:
+        _check_same(head, source)
         embedding = head
     elif embedding is None and tied and f"{EMBEDDING}.weight" not in stored:
         embedding = head
@@ -148,6 +152,18 @@ def _fill_ends(model: CausalLM, source: _Remaining, checkpoint: Checkpoint) -> N
         model.embed_tokens = QuantizedEmbedding(held[id(embedding)], model.dtype)
     source.hide_what_was_read()
     model.spec = replace(model.spec, tie_word_embeddings=False)         # for m0's loader: what is left is not tied
+
+
+def _check_same(head: QuantizedMatrix, source: WeightSource) -> None:
+    """The embedding, stored for readers that do not look it up packed, holds the packed output matrix's values."""
+    name = f"{EMBEDDING}.weight"
+    stored = source.read(name)
+    _check(name, tuple(stored.shape), head.shape, source)
+    for first in range(0, len(stored), _ROWS):
+        rows = stored[first:first + _ROWS]
+        if not torch.equal(head.rows(first, first + _ROWS).dequantise().to(rows.dtype), rows):
+            raise LoadError(f"{source.location} is marked as one whose packed output matrix is the embedding too, and "
+                            f"the values of {name} are others; allowed: the same, or no tied_lm_head in its settings")
 
 
 def round_model(model: CausalLM, config: ModelConfig, embedding: bool = True) -> CausalLM:

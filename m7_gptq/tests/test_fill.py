@@ -96,6 +96,22 @@ def test_an_output_matrix_apart_from_a_tied_embedding(tiny_model: TinyModels, tm
     assert isinstance(ours.lm_head, QuantizedLinear)
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda t: t["model.embed_tokens.weight"][-1, 3].add_(1), r"the values of model\.embed_tokens\.weight are others"),
+    (lambda t: t["lm_head.scales"][0, 5].mul_(2), r"the values of model\.embed_tokens\.weight are others"),
+    (lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][:-1].contiguous()}),
+     r"model\.embed_tokens\.weight has shape \(287, 64\), config\.json says \(288, 64\)"),
+    (lambda t: [t.pop(f"lm_head.{n}") for n in ("qweight", "qzeros", "scales", "g_idx")],
+     r"is marked as one .* and lacks the tensor lm_head\.qweight")])
+def test_a_mark_that_lies(tiny_model: TinyModels, tmp_path: Path, message: str,
+                          change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """The mark says that the packed output matrix is the embedding; what the folder holds says something else."""
+    model = pack_gptq(tmp_path / "m", tiny_model("llama_tied"))
+    edit(model.packed, change)
+    with pytest.raises(LoadError, match=message):
+        load(model.packed)
+
+
 def test_parts_that_do_not_go_together_are_dequantised(tiny_model: TinyModels, tmp_path: Path) -> None:
     """A key that is stored plain, as GPTQModel's rules allow: that layer is plain, and all others are packed."""
     model = pack_gptq(tmp_path / "m", tiny_model("qwen3"))
