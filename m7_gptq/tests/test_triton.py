@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from m4_flash_attn.tests.test_triton import run
-from m7_gptq.kernels.triton.packing import STRIP, can_pack, pack, unpack_codes
+from m7_gptq.kernels.triton.packing import STRIP, can_pack, pack
 from m7_gptq.tests.random_matrices import Kind, random_matrix
 
 TESTS = Path(__file__).parent
@@ -46,7 +46,6 @@ def test_codes_lie_where_the_kernels_look(bits) -> None:
                 byte = strips[k // 32, output, k % 16]
                 code = byte & 15 if k % 32 < 16 else byte >> 4
             assert code == matrix.codes[output, k]
-    assert torch.equal(unpack_codes(pack(matrix)), matrix.codes)
 
 
 @pytest.mark.parametrize("half", [True, False])

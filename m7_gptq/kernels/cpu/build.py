@@ -5,7 +5,6 @@ import ctypes
 from pathlib import Path
 
 from m4_flash_attn.kernels.cpu import build
-from m4_flash_attn.kernels.cpu.build import BuildError
 
 SOURCES = Path(__file__).parent
 
@@ -23,12 +22,3 @@ def int8_tier() -> str:
     ask = library().quantized_int8_tier
     ask.restype = ctypes.c_char_p
     return bytes(ask()).decode()
-
-
-def has_int8() -> bool:
-    """Whether `activations="int8"` does anything here: the kernels can be built."""
-    try:
-        library()
-    except BuildError:
-        return False
-    return True

@@ -71,14 +71,6 @@ def pack(matrix: QuantizedMatrix) -> PackedMatrix:
                         matrix.order, bits, matrix.group_size)
 
 
-def unpack_codes(packed: PackedMatrix) -> Tensor:
-    """The codes, uint8 [N, K], in the packed order of inputs: what the kernels find in the strips."""
-    strips = packed.strips.transpose(0, 1)
-    if packed.bits == 4:
-        strips = torch.cat([strips & 15, strips >> 4], dim=2)
-    return strips.flatten(1)
-
-
 def _stored_bits(matrix: QuantizedMatrix) -> int:
     return 8 if matrix.bits == 8 else 4
 
