@@ -16,6 +16,7 @@ from m4_flash_attn.kernels.cpu.linear import PackedGatedLinear, PackedLinear
 
 from ..kernels.cpu.linear import CpuQuantizedEmbedding, CpuQuantizedGatedLinear, CpuQuantizedLinear
 from ..kernels.packed import Offsets, packed_bytes
+from ..kernels.triton.packing import PackedMatrix as GpuMatrix
 from ..linear import QuantizedEmbedding, QuantizedLinear
 from .fingerprint import tensors_of
 
@@ -95,6 +96,8 @@ def _memory_of(module: nn.Module) -> Iterator[tuple[int, int]]:
         return
     elif isinstance(module, QuantizedLinear | QuantizedEmbedding):
         tensors += tensors_of(module.matrix)
+    elif isinstance(packed := getattr(module, "packed", None), GpuMatrix):      # their classes are Triton's to import
+        tensors += [packed.strips, packed.grids, packed.order, getattr(module, "bias", None)]
     for tensor in tensors:
         if tensor is not None and tensor.device.type != "meta":
             yield tensor.data_ptr(), tensor.nbytes

@@ -34,6 +34,7 @@ from m7_gptq.kernels.triton.numbers import whole_number
 from m7_gptq.kernels.triton.packing import pack
 from m7_gptq.kernels.triton.product import multiply
 from m7_gptq.linear import QuantizedEmbedding, QuantizedLinear
+from m7_gptq.loading.memory import held_bytes
 from m7_gptq.rtn import QuantizeOptions, round_to_nearest
 from m7_gptq.tests.random_matrices import Kind, check_product, random_matrix, without_memory
 
@@ -227,6 +228,22 @@ def test_which_layers_are_packed() -> None:
     assert pack_embedding(embedding, head, is_tied=False).packed is not head.packed
     unpacked = QuantizedEmbedding(short.matrix, torch.float32)
     assert pack_embedding(unpacked, short, is_tied=True) is unpacked
+
+
+def test_bytes_held() -> None:
+    """All that layers keep in memory; a matrix that is output matrix and embedding once."""
+    bias = nn.Parameter(torch.zeros(64))
+    linear = TritonQuantizedLinear(random_matrix(64, 96, Kind(4, 32, ordered=True)), bias, torch.bfloat16)
+    gated = TritonQuantizedGatedLinear(TritonQuantizedLinear(random_matrix(64, 128, Kind(3, 64)), None, torch.float32))
+    head = TritonQuantizedLinear(random_matrix(50, 96, Kind(8, 32)), None, torch.bfloat16, torch.float32)
+    embedding = TritonQuantizedEmbedding(head.packed, torch.bfloat16)
+    # codes; a word of two float16 for each group; eight bytes for each input that has an order; the bias in float32
+    assert held_bytes(linear) == 64 * 96 // 2 + 4 * 64 * 3 + 8 * 96 + 4 * 64 == linear.nbytes
+    assert held_bytes(gated) == 64 * 128 // 2 + 4 * 64 * 2 == gated.nbytes
+    assert held_bytes(head) == 50 * 96 + 4 * 50 * 3 == head.nbytes == held_bytes(nn.ModuleList([head, embedding]))
+    other = TritonQuantizedEmbedding(pack(random_matrix(50, 96, Kind(8, 32))), torch.bfloat16)
+    model = nn.ModuleList([linear, gated, head, embedding, other, nn.Linear(4, 4, bias=False)])
+    assert held_bytes(model) == linear.nbytes + gated.nbytes + 2 * head.nbytes + 4 * 4 * 4
 
 
 def test_tokens_of_the_engine(tiny_model) -> None:
