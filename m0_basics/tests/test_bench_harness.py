@@ -4,6 +4,7 @@ import re
 import sys
 import time
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -181,11 +182,31 @@ def test_command_line_can_be_typed_again(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "m1_offline" / "__main__.py"), "bench", "--model",
                                       str(tmp_path / "my model"), "--rounds", "2"])
     assert command_line() == "python -m m1_offline bench --model 'my model' --rounds 2"
-    monkeypatch.setattr(sys, "argv", [str(tmp_path / "tools" / "x.py"), "/elsewhere"])
-    assert command_line() == "python tools/x.py /elsewhere"
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "tools" / "x.py"), "a/b", "--size=1/2"])
+    assert command_line() == "python tools/x.py a/b --size=1/2"
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "__init__.py").touch()
-    assert command_line() == "python -m tools.x /elsewhere"
+    assert command_line() == "python -m tools.x a/b --size=1/2"
+
+
+def test_a_command_tells_no_place_outside_the_repository(monkeypatch, tmp_path):
+    """An environment's Python is called by the environment, whatever the option looks like."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [
+        "/somewhere/run.py", "--peer-python", "/envs/vllm/bin/python", "--output-dir=/r/x y", "--model", "/models/big",
+        f"--prompts={tmp_path}/in here.txt"])
+    assert command_line() == ("python <run.py> --peer-python <vllm> --output-dir=<x y> --model <big> "
+                              "'--prompts=in here.txt'")
+
+
+def test_stored_results_tell_no_place_of_a_machine():
+    """Neither in commands nor anywhere else: what is stored has to mean something on another machine."""
+    root = Path(__file__).parents[2]
+    stored = sorted(root.glob("m[0-9]*/results/**/*.json"))
+    assert len(stored) > 5
+    for file in stored:
+        found = re.findall(r"""[\s"'=]/\w+/[^\s"']*""", file.read_text(encoding="utf-8"))
+        assert not found, f"{file}: {found}"
 
 
 def test_figures_are_pictures(tmp_path):

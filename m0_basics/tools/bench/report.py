@@ -126,17 +126,26 @@ def _cells(result: ContenderResult, num_requests: int, wide: bool) -> dict[str, 
 
 
 def command_line() -> str:
-    """The command that started this process, as one would type it again in the repository."""
-    script = Path(_relative(sys.argv[0] or "python"))
+    """The command that started this process, as one would type it again in the repository.
+
+    A place outside of it is called by its name: `--peer-python <vllm>` for the Python of an environment `vllm`.
+    """
+    script = Path(sys.argv[0].removeprefix(f"{Path.cwd()}{os.sep}") or "python")
     if script.name == "__main__.py":
         head = f"python -m {script.parent.name}"
     elif not script.is_absolute() and (script.parent / "__init__.py").is_file():       # of a package: run as a module
         head = f"python -m {'.'.join(script.with_suffix('').parts)}"
     else:
-        head = f"python {script}"
-    return " ".join([head, *(shlex.quote(_relative(a)) for a in sys.argv[1:])])
+        head = f"python {_without_place(str(script))}"
+    return " ".join([head, *map(_without_place, sys.argv[1:])])
 
 
-def _relative(argument: str) -> str:
-    """A path below the working directory without that directory; anything else as it is."""
-    return argument.removeprefix(f"{Path.cwd()}{os.sep}")
+def _without_place(argument: str) -> str:
+    """An argument as a shell takes it, of a path what means something on another machine too."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    path = Path(value.removeprefix(f"{Path.cwd()}{os.sep}"))
+    if not Path(value).is_absolute():
+        return shlex.quote(argument)
+    if path.is_absolute():
+        return f"{option}{equals}<{(path.parent.parent if path.parent.name == 'bin' else path).name}>"
+    return shlex.quote(f"{option}{equals}{path}")
