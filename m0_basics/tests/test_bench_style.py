@@ -81,3 +81,30 @@ def test_saved_results_can_be_drawn_again(tmp_path: Path) -> None:
     draw(report, tmp_path)
     assert sorted(p.name for p in tmp_path.glob("*.png")) == sorted(
         p.name for p in (ROOT / "m0_basics/results").glob("*.png"))
+
+
+def test_names_and_values_of_labelled_lines() -> None:
+    figure, axes = style.new_figure()
+    axes.plot([0, 4], [1, 20], color=style.HERO, label="up")
+    axes.plot([0, 1], [5, 2], color=style.GREY, label="short")
+    axes.plot([0, 4], [3, 3], color=style.GREY)
+    axes.axhline(10, color=style.INK, label="level")
+    style.name_lines(axes, "{:.1f}")
+    texts = {text.get_text(): text for text in axes.texts}
+    assert {name: text.get_color() for name, text in texts.items()} == {
+        "up 20.0": style.HERO, "short 2.0": style.GREY, "level 10.0": style.INK}
+    assert texts["up 20.0"].xy[0] == texts["level 10.0"].xy[0] == 1.0, "to the right of the axes"
+    assert texts["up 20.0"].xy[1] > texts["level 10.0"].xy[1]
+    assert texts["short 2.0"].xy[0] < 0.5
+    style.names_above(axes, {"pale": style.FAINT, "dark": style.HERO})
+    figure.canvas.draw()
+    assert [text.get_color() for text in axes.get_legend().get_texts()] == [style.INK, style.HERO]
+    assert axes.get_legend().get_window_extent().y0 >= axes.bbox.y1
+
+
+def test_notebooks_draw_in_the_same_style() -> None:
+    import matplotlib
+    with matplotlib.rc_context():
+        style.for_notebooks()
+        assert matplotlib.rcParams["axes.titlelocation"] == "left"
+        assert matplotlib.rcParams["text.color"] == style.INK and not matplotlib.rcParams["axes.spines.top"]

@@ -99,7 +99,7 @@ def grouped_bars(groups: Mapping[str, Mapping[str, float]], path: Path, *, title
     style.title(axes, title, pad=28)
     axes.set_ylabel(ylabel)
     axes.margins(y=0.1)
-    _names_above(axes, names, colours)
+    style.names_above(axes, colours)
     return style.write(figure, path)
 
 
@@ -111,13 +111,3 @@ def _plain_numbers(axis: Any) -> None:
     few = low > 0 and high / low < 30
     axis.set_minor_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}" if f"{value:g}"[0] in "25" else "")
                              if few and axis.axis_name == "y" else ticker.NullFormatter())
-
-
-def _names_above(axes: Any, names: Sequence[str], colours: Mapping[str, str]) -> None:
-    """The names in one row above the axes, left to right, without boxes or samples."""
-    lines = require("matplotlib.lines", "a figure")
-    samples = [lines.Line2D([], [], marker="s", linestyle="", color=colours[name], label=name) for name in names]
-    legend = axes.legend(handles=samples, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(names), fontsize=9,
-                         frameon=False, borderaxespad=0.2, handletextpad=0.1, columnspacing=1.4, borderpad=0)
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set_color(colours[name])

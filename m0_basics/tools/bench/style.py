@@ -6,7 +6,7 @@ stands over the data.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from m0_basics.config import require
 INK, HERO, GREY, FAINT, PAPER = "#22313f", "#2f6f9f", "#9aa5b1", "#e8ecf0", "#ffffff"
 CYCLE = (HERO, "#e08a3c", "#4c9a6a", "#b5483a", "#7d6aa8", "#5b6770")       # where nobody is the hero
 GREYS = ("#7d8894", "#a9b2bb", "#939ea9", "#bcc4cb", "#6b7681")
+ORANGE, GREEN, RED = CYCLE[1:4]
+SKY = "#9cc3de"                             # the hero's pale companion
 DASHES = ("-", "--", ":", "-.", (0, (5, 1)))
 _MILESTONE = re.compile(r"m(\d)(?!\d)")
 _SETTINGS = {"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY, "xtick.color": INK,
@@ -32,6 +34,13 @@ def new_figure(width: float = 7.5, height: float = 4.2, rows: int = 1) -> tuple[
         figure = require("matplotlib.figure", "a figure").Figure(figsize=(width, height), layout="constrained")
         axes = figure.subplots(rows, 1, sharex=True)
     return figure, axes
+
+
+def for_notebooks() -> None:
+    """Let pyplot draw in this style, at the sizes of a notebook's page."""
+    require("matplotlib", "a figure").rcParams.update(_SETTINGS | {
+        "font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
+        "axes.titlecolor": INK, "figure.dpi": 110, "figure.constrained_layout.use": True, "legend.frameon": False})
 
 
 def title(axes: Any, text: str, size: float = 12, pad: float = 12) -> None:
@@ -85,6 +94,30 @@ def label_ends(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> None
         place = (1.0, heights[i]) if i in heights else places[i]
         axes.annotate(name, place, xycoords="axes fraction", xytext=(6, 0), textcoords="offset points", va="center",
                       color=colour, fontsize=9, annotation_clip=False)
+
+
+def name_lines(axes: Any, form: str = "") -> None:
+    """Write each labelled line's label where it ends, in its colour; with its last value in the format `form`."""
+    axes.figure.canvas.draw()                                   # a line across the axes ends where the axes do
+    ends = []
+    for line in axes.get_lines():
+        if not line.get_label().startswith("_"):
+            last = line.get_xydata()[-1]
+            place = axes.transData.inverted().transform(line.get_transform().transform(last))
+            value = " " + form.format(last[1]) if form else ""
+            ends.append((line.get_label() + value, float(place[0]), float(place[1]), line.get_color()))
+    label_ends(axes, ends)
+
+
+def names_above(axes: Any, colours: Mapping[str, str]) -> None:
+    """Names in one row above the axes, each in its colour behind a square of it. A title needs `pad=28` above them."""
+    lines = require("matplotlib.lines", "a figure")
+    samples = [lines.Line2D([], [], marker="s", linestyle="", color=colour, label=name)
+               for name, colour in colours.items()]
+    legend = axes.legend(handles=samples, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(samples), fontsize=9,
+                         frameon=False, borderaxespad=0.2, handletextpad=0.1, columnspacing=1.4, borderpad=0)
+    for text, colour in zip(legend.get_texts(), colours.values(), strict=True):
+        text.set_color(INK if colour in (FAINT, PAPER, SKY) else colour)
 
 
 def spread_out(places: Sequence[float], gap: float) -> list[float]:
