@@ -12,7 +12,7 @@ from m7_gptq import benchmark
 from m7_gptq.loading.memory import gptq_form, predict
 from m7_gptq.rtn import QuantizeOptions
 from m7_gptq.tools import contenders, linear_bench
-from m7_gptq.tools.bench_views import form_of, quality_table
+from m7_gptq.tools.bench_views import choices_table, form_of, in_order, quality_table
 from m7_gptq.tools.facts import bench_results
 
 from .packed_models import pack_gguf, use_cache
@@ -99,7 +99,36 @@ def test_the_table_joins_quality_and_speed() -> None:
     last = [list(column.cells)[-1] for column in quality_table(quality, bench).columns]
     assert last == ["m7, as it runs", "-", "13.25", "1", "150", "600"]
     assert quality_table(quality, None).row_count == 4
-    assert form_of("the Q4_1 trap") is None
+    assert "of one folder for each number of bits" in str(table.caption)
+    assert form_of("the Q4_1 trap", {}) is None
+
+
+def test_an_order_of_inputs_has_no_speed_of_another_form() -> None:
+    """Only activation order in groups of its own needs a gather; groups that stay what they are need none."""
+    orders = [{"desc_act": False, "act_group_aware": False}, {"desc_act": True, "act_group_aware": True},
+              {"desc_act": True, "act_group_aware": False}]
+    assert [form_of("4 bits: x", options) for options in orders] == ["m7-a16", "m7-a16", None]
+
+
+def test_rows_from_the_simplest_to_the_best() -> None:
+    """Whatever was measured last."""
+    names = ["full precision", "4 bits: nearest", "4 bits: GPTQ, + GPTAQ", "3 bits: GPTQ, textbook", "3 bits: nearest",
+             "4 bits: GPTQ, textbook", "8 bits: nearest"]
+    assert in_order(dict.fromkeys(names)) == [
+        "full precision", "4 bits: nearest", "4 bits: GPTQ, textbook", "4 bits: GPTQ, + GPTAQ", "3 bits: nearest",
+        "3 bits: GPTQ, textbook", "8 bits: nearest"]
+
+
+def test_the_table_of_what_defaults_were_chosen_by() -> None:
+    def row(value: float) -> dict[str, dict[str, float]]:
+        return {"perplexity": {"dev": value}}
+
+    table = choices_table({"full precision": row(10), "4 bits: the default": row(11), "4 bits: GPTAQ 0": row(12.5),
+                           "3 bits: the default": row(14)})
+    assert [str(column.header) for column in table.columns] == ["", "4 bits", "3 bits"]
+    assert [list(column.cells) for column in table.columns] == [
+        ["full precision", "the default", "GPTAQ 0"], ["10.00", "11.00", "12.50"], ["10.00", "14.00", "-"]]
+    assert choices_table({"4 bits: nearest": row(1)}).row_count == 1
 
 
 def test_products_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from m7_gptq.tools.quality_facts import METHODS, quality_facts
+from m7_gptq.tools.quality_facts import CHOICES, METHODS, quality_facts
+from m7_gptq.tools.quality_suite import CHOICES as CHOSEN_AMONG
 from m7_gptq.tools.quality_suite import DEFAULT
 from m7_gptq.tools.quality_suite import METHODS as MEASURED
 
@@ -24,7 +25,10 @@ FOUND = {
              "the Q4_1 trap": {"relative_error": {"floating-point minimum, groups of 32": 1e-7,
                                                   "integer zero point, groups of 64": 0.1}}},
     "tiny": {"full precision": {"perplexity": {"test": 4.0}}, "2 bits: nearest": row(2, 6.0),
-             "2 bits: GPTQ, textbook": row(2, 4.5)}}
+             "2 bits: GPTQ, textbook": row(2, 4.5)},
+    "dev": {"full precision": {"perplexity": {"dev": 11.0}}, "4 bits: the default": {"perplexity": {"dev": 11.5}},
+            "3 bits: GPTAQ 0.25": {"perplexity": {"dev": 13.0}}},
+    "about_dev": {"tokens": {"dev": 4096}}}
 
 
 @pytest.mark.parametrize(("name", "value"), [
@@ -33,7 +37,8 @@ FOUND = {
     ("quality.8.64.rtn.ppl", 10.0), ("quality.tiny.full.ppl", 4.0), ("quality.tiny.2.64.textbook.closed", 0.75),
     ("quality.calibration_tokens", 16384), ("quality.heldout_tokens", 8192), ("quality.sink.attention", 0.6),
     ("quality.sink.layer", 1), ("quality.a8.token.ppl", 11.0), ("quality.a8.group.ppl", 10.6),
-    ("quality.trap.32.minimum.error", 1e-7), ("quality.trap.64.integer.error", 0.1)])
+    ("quality.dev.full.ppl", 11.0), ("quality.dev.4.default.ppl", 11.5), ("quality.dev.3.gptaq_25.ppl", 13.0),
+    ("quality.dev.tokens", 4096), ("quality.trap.32.minimum.error", 1e-7), ("quality.trap.64.integer.error", 0.1)])
 def test_each_by_its_name(name: str, value: float) -> None:
     assert quality_facts(FOUND)[name].value == pytest.approx(value)
 
@@ -46,3 +51,4 @@ def test_what_was_not_measured_has_no_name() -> None:
 
 def test_every_row_of_the_suite_has_a_name() -> None:
     assert set(MEASURED) <= set(METHODS.values())
+    assert set(CHOSEN_AMONG) == set(CHOICES.values())

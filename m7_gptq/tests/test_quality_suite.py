@@ -59,9 +59,20 @@ def test_every_method_adds_one_thing() -> None:
     rungs = list(METHODS.values())[2:]
     changed = [[name for name, value in vars(after).items() if value != getattr(before, name)]
                for before, after in pairwise(rungs)]
-    assert changed == [["search"], ["sink"], ["desc_act"], ["gptaq"]]
+    assert changed == [["search"], ["sink"], ["desc_act"], ["act_group_aware"], ["gptaq"]]
     assert METHODS[DEFAULT] == QuantizeOptions()
     assert replace(METHODS["GPTQ, textbook"], method="rtn") == METHODS["nearest"]
+
+
+def test_every_choice_changes_one_thing() -> None:
+    """The default stands among the values that it was chosen from: of GPTAQ's share five, spread evenly."""
+    default = QuantizeOptions()
+    assert CHOICES["the default"] == default
+    for name, options in CHOICES.items():
+        changed = {key for key, value in vars(options).items() if value != getattr(default, key)}
+        if name not in ("nearest", "the default"):
+            assert len(changed - {"act_group_aware"}) == 1 or changed == {"act_group_aware"}
+    assert sorted({options.gptaq for name, options in CHOICES.items() if name != "nearest"}) == [0, 0.25, 0.5, 0.75, 1]
 
 
 def test_all_parts_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,12 +83,16 @@ def test_all_parts_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     results = Results(tmp_path / "a.json")
     suite, tiny = Suite(small, results, "rows"), Suite(small, results, "tiny")
     monkeypatch.setattr("m7_gptq.tools.quality_suite.METHODS", {n: METHODS[n] for n in ("nearest", DEFAULT)})
-    chooser = Suite(small, results, "choices")
-    monkeypatch.setattr("m7_gptq.tools.quality_suite.CHOICES", {n: CHOICES[n] for n in ("activation order", "GPTAQ 1")})
-    run(suite, tiny, chooser, ["full", "4", "3", "8", "tiny", "choices"])
+    dev = Suite(Material.of(str(TINY_MODEL), 64, 6, 3, ["dev"]), results, "dev")
+    monkeypatch.setattr("m7_gptq.tools.quality_suite.CHOICES", {n: CHOICES[n] for n in ("nearest", "GPTAQ 1")})
+    run(suite, tiny, dev, ["full", "4", "3", "8", "tiny", "dev"])
     assert list(suite.rows) == ["full precision", "4 bits: nearest", f"4 bits: {DEFAULT}", "3 bits: nearest",
                                 f"3 bits: {DEFAULT}", "8 bits: nearest"]
-    assert len(tiny.rows) == 7 and list(chooser.rows) == ["4 bits: activation order", "4 bits: GPTAQ 1"]
+    assert len(tiny.rows) == 7 and list(dev.rows) == ["full precision", *(f"{bits} bits: {name}" for bits in (4, 3)
+                                                                          for name in ("nearest", "GPTAQ 1"))]
+    assert all(list(row["perplexity"]) == ["dev"] for row in dev.rows.values())
+    full, near = (dev.rows[name]["perplexity"]["dev"] for name in ("full precision", "3 bits: nearest"))
+    assert full < dev.rows["3 bits: GPTAQ 1"]["perplexity"]["dev"] < near
     assert json.loads((tmp_path / "a.json").read_text()) == results.sections
     full, eight = (suite.rows[name]["perplexity"]["test"] for name in ("full precision", "8 bits: nearest"))
     assert eight == pytest.approx(full, rel=0.01)

@@ -12,7 +12,11 @@ from m0_basics.tools.bench import BenchReport
 from m0_basics.tools.bench.figures import throughput_bars
 from m5_chunked_prefill.tools import draft_table
 
+from .quality_suite import METHODS
+
 Rows = list[tuple[str, ...]]
+SPEEDS = ("Bytes and speed: of one folder for each number of bits, its inputs as they come; 3 bits are held as 4. "
+          "Inputs in an order of activations cost a gather more, and are not timed.")
 
 
 def key(name: str) -> str:
@@ -55,14 +59,15 @@ def print_tables(report: BenchReport) -> None:
 def quality_table(quality: dict[str, Any], bench: dict[str, Any] | None) -> Table:
     """Every way to hold the weights: perplexity, and, where the benchmark ran, bytes and speed of its form.
 
-    Speed depends on a form's bits and activations alone, not on how its codes were found.
+    Speed depends on a form's bits, its activations and its order of inputs, not on how its codes were found.
     """
     rows: Rows = []
     texts = list(dict.fromkeys(text for row in quality.values() for text in row.get("perplexity", {})))
-    for name, row in quality.items():
+    for name in in_order(quality):
+        row = quality[name]
         if "perplexity" not in row or name.startswith("tiny"):
             continue
-        form = form_of(name)
+        form = form_of(name, row.get("options", {}))
         speed = speed_of(bench, form) if bench and form else ("-",) * 3
         rows.append((name, *(_number(row["perplexity"].get(text)) for text in texts), *speed))
         for way, values in row.get("int8_activations", {}).items():
@@ -73,18 +78,49 @@ def quality_table(quality: dict[str, Any], bench: dict[str, Any] | None) -> Tabl
         assert bench is not None
         rows.append((f"{name}, as it runs", *(_number(own[name]) if text == "test" else "-" for text in texts),
                      *speed_of(bench, name)))
-    return _table("Perplexity; no choice has seen the text 'test'. 'As it runs': by the engine's kernels, on a part",
-                  ("", *texts, "weights, MB", "decode, tokens/s", "64 requests, tokens/s"), rows)
+    table = _table("Perplexity; no choice has seen the text 'test'. 'As it runs': by the engine's kernels, on a part",
+                   ("", *texts, "weights, MB", "decode, tokens/s", "64 requests, tokens/s"), rows)
+    if bench:
+        table.caption, table.caption_justify = SPEEDS, "left"
+    return table
+
+
+def choices_table(rows: dict[str, Any]) -> Table:
+    """What the defaults were chosen by: each change of one thing, at each number of bits."""
+    bits = list(dict.fromkeys(name.partition(" ")[0] for name in rows if " bits: " in name))
+    full = rows.get("full precision", {}).get("perplexity", {}).get("dev")
+    lines: Rows = [] if full is None else [("full precision", *[_number(full)] * len(bits))]
+    for choice in dict.fromkeys(name.partition(": ")[2] for name in rows if " bits: " in name):
+        found = (rows.get(f"{number} bits: {choice}", {}).get("perplexity", {}).get("dev") for number in bits)
+        lines.append((choice, *map(_number, found)))
+    return _table("Perplexity of 'dev', by which defaults were chosen", ("", *(f"{number} bits" for number in bits)),
+                  lines)
+
+
+def in_order(rows: dict[str, Any]) -> list[str]:
+    """The rows' names: bits as they come in the file, methods from the simplest to the best."""
+    bits, ladder = list(dict.fromkeys(name.partition(": ")[0] for name in rows)), list(METHODS)
+
+    def place(name: str) -> tuple[int, int]:
+        number, _, method = name.partition(": ")
+        return bits.index(number), ladder.index(method) if method in ladder else 0
+
+    return sorted(rows, key=place)
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def form_of(name: str) -> str | None:
-    """The contender whose speed a row of the quality suite has, with activations as they are."""
+def form_of(name: str, options: dict[str, Any]) -> str | None:
+    """The contender whose speed a row of the quality suite has, with activations as they are.
+
+    None where there is none: the benchmark's folders have their inputs as they come.
+    """
     if name.startswith("full"):
         return "m6"
+    if options.get("desc_act") and not options.get("act_group_aware"):
+        return None
     if name.startswith(("4 bits", "3 bits")):           # 3 bits are held as 4
         return "m7-a16"
     return "m7-8bit" if name.startswith("8 bits") else None

@@ -18,7 +18,7 @@ from ..config import EngineConfig
 from ..kernels.cpu.build import int8_tier
 from ..llm import LLM
 from ..loading.memory import held_bytes
-from .bench_views import quality_table
+from .bench_views import choices_table, quality_table
 from .perplexity import perplexity_of_llm
 from .quantize_command import COMMAND
 from .texts import evaluation_text
@@ -60,8 +60,10 @@ def quality(
                       f"{windows.numel():,} tokens; weights of {held_bytes(engine_of(llm).runner.model):,} bytes",
                       highlight=False, soft_wrap=True)
         return
-    stored, bench = RESULTS / "quality.json", RESULTS / "bench.json"
-    console.print(quality_table(read_json_file(stored)["rows"], read_json_file(bench) if bench.is_file() else None))
+    stored, bench = read_json_file(RESULTS / "quality.json"), RESULTS / "bench.json"
+    console.print(quality_table(stored["rows"], read_json_file(bench) if bench.is_file() else None))
+    if chosen_by := stored.get("dev"):
+        console.print(choices_table(chosen_by))
     console.print("Measured by: python -m m7_gptq.tools.quality_suite --output m7_gptq/results/quality.json, and "
                   "python -m m7_gptq bench", soft_wrap=True, highlight=False)
 

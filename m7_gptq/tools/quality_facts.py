@@ -6,8 +6,9 @@
     quality.4.64.sink.first_value_error    the first token's values: error over size, the median of the layers
     quality.tiny.3.64.rtn.ppl      the same of the tiny model
     quality.a8.token.ppl           the default method at 4 bits, and activations in 8 bits with a scale for each token
+    quality.dev.4.gptaq_25.ppl     the default with one thing changed, on the text that defaults were chosen by
 
-The file is quality_suite.py's: "rows" and "tiny", a section for each model, and "about".
+The file is quality_suite.py's: "rows" and "tiny", a section for each model, "dev", and "about".
 """
 from __future__ import annotations
 
@@ -25,6 +26,10 @@ METHODS = {"rtn": NEAREST, "rtn_search": "nearest, searched grids", "textbook": 
            "search": "GPTQ, searched grids", "sink": "GPTQ, + first token", "order": "GPTQ, + activation order",
            "gptaq": "GPTQ, + GPTAQ", "aware": "GPTQ, group-aware order"}
 _SLUGS = {name: slug for slug, name in METHODS.items()}
+# Of the section "dev".
+CHOICES = {"rtn": NEAREST, "default": "the default", "as_come": "inputs as they come", "order": "activation order",
+           "gptaq_0": "GPTAQ 0", "gptaq_25": "GPTAQ 0.25", "gptaq_75": "GPTAQ 0.75", "gptaq_100": "GPTAQ 1",
+           "sink_0": "first token 0", "sink_30": "first token 0.3", "no_search": "grids not searched"}
 _ACTIVATIONS = {"token": "by token", "group": "by group of 64"}
 _GRIDS = {"32.minimum": "floating-point minimum, groups of 32", "64.minimum": "floating-point minimum, groups of 64",
           "32.integer": "integer zero point, groups of 32", "64.integer": "integer zero point, groups of 64"}
@@ -36,6 +41,9 @@ def quality_facts(found: Mapping[str, Any]) -> dict[str, Fact]:
     facts: dict[str, Fact] = {}
     for prefix, section in (("quality", rows), ("quality.tiny", found.get("tiny", {}))):
         facts |= _perplexities(prefix, section)
+    facts |= _choices(found.get("dev", {}))
+    if about := found.get("about_dev"):
+        facts["quality.dev.tokens"] = Fact(about["tokens"]["dev"], "tokens")
     if about := found.get("about"):
         facts["quality.calibration_tokens"] = Fact(about["calibration_tokens"], "tokens")
         facts["quality.heldout_tokens"] = Fact(about["tokens"]["test"], "tokens")
@@ -47,6 +55,17 @@ def quality_facts(found: Mapping[str, Any]) -> dict[str, Fact]:
     errors = rows.get(TRAP, {}).get("relative_error", {})
     return facts | {f"quality.trap.{slug}.error": Fact(errors[name], "ratio")
                     for slug, name in _GRIDS.items() if name in errors}
+
+
+def _choices(rows: Mapping[str, Any]) -> dict[str, Fact]:
+    """What the defaults were chosen by."""
+    facts = {"quality.dev.full.ppl": Fact(rows[FULL]["perplexity"]["dev"])} if FULL in rows else {}
+    slugs = {name: slug for slug, name in CHOICES.items()}
+    for name, row in rows.items():
+        bits, _, choice = name.partition(" bits: ")
+        if choice in slugs:
+            facts[f"quality.dev.{bits}.{slugs[choice]}.ppl"] = Fact(row["perplexity"]["dev"])
+    return facts
 
 
 def _perplexities(prefix: str, rows: Mapping[str, Any]) -> dict[str, Fact]:

@@ -3,8 +3,8 @@
     python -m m7_gptq.tools.quality_suite --output m7_gptq/results/quality.json
 
 Every row is one way to quantise the whole model, judged on "test", a text that no choice has seen, and "chinese",
-unlike anything that was calibrated on. Settings were chosen with `--texts dev`. Rows are saved as they are finished;
-started again, the command goes on with the missing ones.
+unlike anything that was calibrated on. What the defaults were chosen by are rows on "dev", a third text, in a section
+of their own. Rows are saved as they are finished; started again, the command goes on with the missing ones.
 """
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ from .q4_1_trap import q4_1_trap
 from .sink import Watched, value_errors, watch
 from .texts import calibration_text, evaluation_text
 
-PARTS = ("full", "4", "3", "8", "q4_1", "tiny", "choices")
+PARTS = ("full", "4", "3", "8", "q4_1", "tiny", "dev")
 TINY_MODEL = Path(__file__).parents[1] / "tests" / "tiny_qwen3"
-_NEAREST = QuantizeOptions(method="rtn", search=False, desc_act=False, sink=0.0, gptaq=0.0)
+_NEAREST = QuantizeOptions(method="rtn", search=False, desc_act=False, act_group_aware=False, sink=0.0,
+                           gptaq=0.0)
 _TEXTBOOK = replace(_NEAREST, method="gptq")
 # From rounding to nearest to the best, one thing more in each row.
 METHODS: dict[str, QuantizeOptions] = {
@@ -47,18 +48,23 @@ METHODS: dict[str, QuantizeOptions] = {
     "GPTQ, searched grids": replace(_TEXTBOOK, search=True),
     "GPTQ, + first token": replace(_TEXTBOOK, search=True, sink=0.1),
     "GPTQ, + activation order": replace(_TEXTBOOK, search=True, sink=0.1, desc_act=True),
-    "GPTQ, + GPTAQ": replace(_TEXTBOOK, search=True, sink=0.1, desc_act=True, gptaq=0.5),
+    "GPTQ, group-aware order": replace(_TEXTBOOK, search=True, sink=0.1, desc_act=True, act_group_aware=True),
+    "GPTQ, + GPTAQ": replace(_TEXTBOOK, search=True, sink=0.1, desc_act=True, act_group_aware=True, gptaq=0.5),
 }
 DEFAULT = "GPTQ, + GPTAQ"                   # whose options are those of `quantize`
-# What the defaults were chosen among, on a text of its own: "dev", which is neither calibrated on nor reported.
-_BEST = replace(_TEXTBOOK, search=True, sink=0.1, gptaq=0.5)
+# What the defaults were chosen among, on the text "dev", which is neither calibrated on nor reported: full precision,
+# rounding, the default, and the default with one thing changed.
+_BEST = METHODS[DEFAULT]
 CHOICES: dict[str, QuantizeOptions] = {
-    "inputs as they come": _BEST,
-    "activation order": replace(_BEST, desc_act=True),
-    "groups in activation order": replace(_BEST, desc_act=True, act_group_aware=True),
-    **{f"GPTAQ {share:g}": replace(_BEST, gptaq=share) for share in (0.0, 0.25, 1.0)},
-    "no first token": replace(_BEST, sink=0.0),
+    "nearest": _NEAREST,
+    "the default": _BEST,
+    "inputs as they come": replace(_BEST, desc_act=False, act_group_aware=False),
+    "activation order": replace(_BEST, act_group_aware=False),
+    **{f"GPTAQ {share:g}": replace(_BEST, gptaq=share) for share in (0.0, 0.25, 0.75, 1.0)},
+    **{f"first token {weight:g}": replace(_BEST, sink=weight) for weight in (0.0, 0.3)},
+    "grids not searched": replace(_BEST, search=False),
 }
+CHOICE_BITS = (4, 3)
 
 
 @dataclass
@@ -156,17 +162,20 @@ class Suite:
                 self.row(f"{bits} bits: {name}", partial(
                     self.quantized, chosen, activations=bits == 4 and name in ("nearest", DEFAULT)))
 
-
     def choices(self) -> None:
-        """What the defaults were chosen among."""
-        for name, options in CHOICES.items():
-            self.row(f"4 bits: {name}", partial(self.chosen, replace(options, bits=4, group_size=64)))
+        """What the defaults were chosen among: no more than its perplexity."""
+        self.row("full precision", partial(self.judged, None))
+        for bits in CHOICE_BITS:
+            for name, options in CHOICES.items():
+                self.row(f"{bits} bits: {name}", partial(self.judged, replace(options, bits=bits, group_size=64)))
 
-    def chosen(self, options: QuantizeOptions) -> dict[str, Any]:
-        """One way to quantise it: no more than its perplexity."""
+    def judged(self, options: QuantizeOptions | None) -> dict[str, Any]:
+        """The model's perplexity, quantised unless `options` is None."""
         model = self.material.load()
-        quantize_model(model, self.material.calibration, options, use_tqdm=True)
-        return {"options": asdict(options), "perplexity": self.material.judge(model)}
+        if options is None:
+            return {"perplexity": self.material.judge(model)}
+        seconds = quantize_model(model, self.material.calibration, options, use_tqdm=True).seconds
+        return {"options": asdict(options), "seconds": round(seconds, 1), "perplexity": self.material.judge(model)}
 
 
 def _errors(result: QuantizedModel) -> dict[str, Any]:
@@ -191,7 +200,7 @@ def gap_closed(rows: dict[str, Any], bits: int, text: str = "test", method: str 
     return (nearest - best) / (nearest - full)
 
 
-def run(suite: Suite, tiny: Suite, chooser: Suite, parts: list[str]) -> None:
+def run(suite: Suite, tiny: Suite, dev: Suite, parts: list[str]) -> None:
     """The rows of some parts, in an order that shows something early."""
     if "full" in parts:
         suite.row("full precision", suite.full)
@@ -204,30 +213,27 @@ def run(suite: Suite, tiny: Suite, chooser: Suite, parts: list[str]) -> None:
         tiny.row("full precision", tiny.full)
         for bits in (4, 3, 2):
             tiny.methods(bits, 64)
-    if "choices" in parts:
-        chooser.choices()
+    if "dev" in parts:
+        dev.choices()
 
 
 def main(output: Annotated[Path, typer.Option(help="The JSON file of the rows.")],
          parts: Annotated[str, typer.Option(help=f"Of {', '.join(PARTS)}.")] = ",".join(PARTS),
          model: Annotated[str, typer.Option(help="The model: a name, or a folder.")] = DEFAULT_MODEL,
          calibration: Annotated[int, typer.Option(help="Windows of 512 tokens to calibrate on.")] = 32,
-         evaluation: Annotated[int | None, typer.Option(help="At most so many windows of each text.")] = 32,
-         texts: Annotated[str, typer.Option(help="To judge on: of dev, test, chinese.")] = "test,chinese") -> None:
+         evaluation: Annotated[int | None, typer.Option(help="At most so many windows of each text.")] = 32) -> None:
     """Measure perplexity for every method, and save each row as it is done."""
     chosen = [part.strip() for part in parts.split(",")]
     if wrong := [part for part in chosen if part not in PARTS]:
         raise reject("parts", wrong[0], ", ".join(PARTS))
     start = time.perf_counter()
     results = Results(output)
-    names = [name.strip() for name in texts.split(",")]
-    suite = Suite(Material.of(model, 512, calibration, evaluation, names), results, "rows")
-    english = [name for name in names if name != "chinese"]            # the tiny model has read nothing else
-    tiny = Suite(Material.of(str(TINY_MODEL), 128, 128, 128, english), results, "tiny")
-    chooser = Suite(Material.of(model, 512, calibration, evaluation, ["dev"]), results, "choices")
-    for name, each in (("about", suite), ("about_tiny", tiny), ("about_choices", chooser)):
+    suite = Suite(Material.of(model, 512, calibration, evaluation), results, "rows")
+    tiny = Suite(Material.of(str(TINY_MODEL), 128, 128, 128, ["test"]), results, "tiny")       # it has read no Chinese
+    dev = Suite(Material.of(model, 512, calibration, evaluation, ["dev"]), results, "dev")
+    for name, each in (("about", suite), ("about_tiny", tiny), ("about_dev", dev)):
         results.sections.setdefault(name, about(each.material))
-    run(suite, tiny, chooser, chosen)
+    run(suite, tiny, dev, chosen)
     print(f"{time.perf_counter() - start:.0f} s in all")
 
 
