@@ -26,7 +26,7 @@ def packing() -> dict[str, Fact]:
     """Bytes of models once they are packed for the CPU: what `loading/memory.py` predicts, filled panels and all."""
     facts = {}
     for name, size in (("SmolLM2-135M", 64), ("Qwen3-0.6B", 128), ("Llama-3.1-8B", 128)):
-        form = gptq_form(4, size, desc_act=True)           # as `quantize` writes it
+        form = gptq_form(4, size, desc_act=False)          # as `quantize` writes it
         plain = not SPECS[name].tie_word_embeddings
         slug = {"SmolLM2-135M": "smollm2", "Qwen3-0.6B": "qwen3_06b", "Llama-3.1-8B": "llama_8b"}[name]
         facts[f"pack.{slug}.bytes"] = Fact(predict(SPECS[name], torch.bfloat16, form, form, PANEL, plain).total, "B")
@@ -80,6 +80,21 @@ def bench_results(found: Mapping[str, Any]) -> dict[str, Result]:
     return facts
 
 
+def spread(found: Mapping[str, Any]) -> dict[str, Fact]:
+    """The lowest and the highest of the rounds, for what tables show the median of."""
+    facts: dict[str, Fact] = {}
+    for position, table in enumerate(("ragged", "single")):
+        for contender in found["comparisons"][position]["contenders"] if found else ():
+            rounds, name = contender["rounds"], _slug(contender["name"])
+            values = {f"bench.{table}.{name}.ratio": (contender["ratios"], "ratio"),
+                      f"bench.{table}.{name}.tokens_per_s": ([r["output_throughput"] for r in rounds], "tokens/s")}
+            if table == "single" and all(r["tpot_ms"] for r in rounds):
+                values[f"bench.decode.{name}.tokens_per_s"] = [1e3 / r["tpot_ms"]["median"] for r in rounds], "tokens/s"
+            for key, (numbers, unit) in values.items():
+                facts |= {f"{key}.low": Fact(min(numbers), unit), f"{key}.high": Fact(max(numbers), unit)}
+    return facts
+
+
 def _slug(name: str) -> str:
     return name.replace(" ", "_").replace("-", "_").replace(".", "_")
 
@@ -96,5 +111,6 @@ def _stored(name: str) -> dict[str, Any]:
 FOLDER = Path(__file__).parents[1]
 FACTS = Facts(FOLDER, computed={"formats": arithmetic.formats, "memory": arithmetic.memory, "speed": arithmetic.speed,
                                 "algorithm": arithmetic.algorithm, "packing": packing,
-                                "quality": lambda: quality_facts(_stored(QUALITY))},
+                                "quality": lambda: quality_facts(_stored(QUALITY)),
+                                "spread": lambda: spread(_stored("bench.json"))},
               results=bench_results(_stored("bench.json")) if _stored("bench.json") else {})
