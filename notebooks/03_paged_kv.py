@@ -357,7 +357,7 @@ plt.show()
 # While a sequence is on the host its tokens stand still, and the others have its blocks. It comes back to other blocks
 # than before, and only its table knows.
 #
-# **Question.** On the host the order of a sequence's blocks is turned round. Where in `preempt` does that come from?
+# **Question.** On the host the order of a sequence's blocks is turned round. Where does that come from? (`preempt` calls `swap_out`.)
 #
 # <details><summary>Answer</summary>
 #

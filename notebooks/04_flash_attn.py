@@ -126,6 +126,8 @@ def all_scores(layer: int) -> Tensor:
 #
 # In most heads of this model the largest score is among the very first tokens, and then nothing has to be corrected. We
 # look for a row whose maximum rises often.
+#
+# **Predict.** In what share of all heads does the maximum never rise after the first tile: a few, or most?
 
 # %%
 ROW, TILE = 31, 4
@@ -155,9 +157,23 @@ right.set_title("The sum, corrected when the maximum rises")
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Most: about two thirds, for this row. The first tile holds the sink, the token that draws attention whatever is
+# asked.
+#
+# </details>
+#
 # The dashed box is the sum before the tile came. Where the blue bar stays below its box, the maximum has risen.
 #
 # **Question.** What would the correction be if all scores came in falling order? And in rising order?
+#
+# <details><summary>Answer</summary>
+#
+# In falling order the first tile brings the largest score: every factor is one, and nothing is ever corrected. In
+# rising order each tile corrects all before it. The answer is the same, up to rounding.
+#
+# </details>
 
 # %% [markdown]
 # ## 2. Add the values, and walk over the tiles
@@ -191,12 +207,21 @@ plt.show()
 # %% [markdown]
 # **Question.** The walk goes along a row of tiles before it begins the next. What would have to be written to slow memory
 # if it went down the columns instead?
+#
+# <details><summary>Answer</summary>
+#
+# `m`, `l` and `o` of every query, after each tile, and they would be read again for the next one. Along a row they
+# stay in fast memory until the row is done.
+#
+# </details>
 
 # %% [markdown]
 # ## 3. A right answer at every moment
 #
 # At any moment `o / l` is the right answer to a smaller question: attention over the keys so far. We follow some queries
 # from tile to tile, and measure how far that answer is from the last one.
+#
+# **Predict.** Does the answer settle early, so that the last tiles could be skipped?
 
 # %%
 QUERIES = (n - 1, n // 2, n // 4)
@@ -208,17 +233,23 @@ for colour, query in zip((BLUE, ORANGE, GREEN), QUERIES, strict=True):
     ends = [t.keys.stop for t in steps]
     # The rows of a trace are the query heads of each key-value head in turn.
     answers = [finish(t.state).flatten(0, 1)[head] for t in steps]
-    left.plot(ends, [t.state.m.flatten()[head] for t in steps], color=colour, drawstyle="steps-post", label=f"m, query {query}")
-    left.plot(ends, [t.state.l.flatten()[head] for t in steps], color=colour, ls="--", label=f"l, query {query}")
+    left.plot(ends, [t.state.m.flatten()[head] for t in steps], color=colour, drawstyle="steps-post", label=f"m, {query}")
+    left.plot(ends, [t.state.l.flatten()[head] for t in steps], color=colour, ls="--", label=f"l, {query}")
     right.plot(ends, [(answer - final[head]).norm() / final[head].norm() for answer in answers], color=colour,
                label=f"query {query}")
-left.set(xlabel="keys seen", title="m and l")
+left.set(xlabel="keys seen", title="m and l of three queries")
 right.set(xlabel="keys seen", ylabel="distance, relative", title="o / l, from the final answer")
-left.legend(fontsize=9)
-right.legend()
+style.name_lines(left)
+style.name_lines(right)
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Not here.
+#
+# </details>
+#
 # The distance ends at zero, and not before: no key may be left out just because it comes late.
 
 # %% [markdown]
@@ -229,6 +260,9 @@ plt.show()
 # and reads those.
 #
 # Dots are counted. Lines are the formula. A step in a line is one more tile of queries, for which everything is read again.
+#
+# **Predict.** Which grows with the square of the length: the bytes moved, the bytes held, or both? For each of the
+# two.
 
 # %%
 SRAM = 228 * 1024 // 2          # elements of bfloat16 in the fast memory of one multiprocessor of an H100
@@ -248,21 +282,27 @@ def bytes_of(name: str, what: str, length: int) -> int:
 
 
 for axes, what, title in ((left, "total", "Bytes moved"), (middle, "peak", "Bytes held in slow memory")):
-    draw_growth(axes, LENGTHS, {name: [getattr(t, what) for t in traffic] for name, traffic in runs.items()},
+    draw_growth(axes, LENGTHS, {name: [getattr(t, what) for t in runs[name]] for name in ("tiled", "naive")},
                 {name: partial(bytes_of, name, what) for name in runs})
     axes.set(xlabel="tokens", ylabel="bytes, one head", title=title)
 sizes = [1 << power for power in range(12, 24)]
 for colour, head_dim in ((BLUE, 64), (ORANGE, 128)):
     totals = {name: [formula(name, Heads(4096, 4096, head_dim), m).total for m in sizes] for name in ("naive", "tiled")}
-    right.plot(sizes, totals["tiled"], "o-", color=colour, label=f"tiled, head size {head_dim}")
-    right.plot(sizes, totals["naive"], ":", color=colour, label=f"naive, head size {head_dim}")
+    right.plot(sizes, totals["tiled"], "o-", color=colour, label=f"tiled, size {head_dim}")
+    right.plot(sizes, totals["naive"], ":", color=colour, label=f"naive, size {head_dim}")
 right.set(xscale="log", yscale="log", xlabel="elements of fast memory", ylabel="bytes moved, one head",
-          title="More fast memory, fewer readings")
-right.legend(fontsize=9)
+          title="More fast memory, by head size")
 right.grid(alpha=0.25)
+style.name_lines(right)
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# For the naive one both grow with the square. For the tiled one only what is moved does.
+#
+# </details>
+#
 # What is *held* grows with the square for one and with the length for the other. So a fixed factor that flash attention
 # "saves" cannot be named: it grows with the text.
 #
@@ -271,6 +311,13 @@ plt.show()
 # gain is small.
 #
 # **Question.** Where do the curves on the right become flat, and what is moved then?
+#
+# <details><summary>Answer</summary>
+#
+# Where the fast memory holds all queries in one tile: then each of q, k, v is read once and the output is written
+# once. Less cannot be moved.
+#
+# </details>
 
 # %% [markdown]
 # ## 5. Decode: nothing to save
@@ -279,6 +326,8 @@ plt.show()
 # row.
 #
 # What helps here is another thing: query heads that share keys sit in one tile, and the keys are read once for all.
+#
+# **Predict.** What share of the bytes does tiling save in decode? And sharing?
 
 # %%
 CONTEXT = 4096
@@ -305,11 +354,19 @@ axes.set_title(f"Decode at a context of {CONTEXT:,}: sharing counts, tiling does
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Tiling saves a few percent, the row of scores. Sharing saves all readings but one: with three heads, two thirds.
+#
+# </details>
+#
 # ## 6. Does it show on a processor?
 #
 # A CPU has fast and slow memory too: its caches and its DRAM. We time three ways to attend over a whole prompt, for the
 # heads of one layer of this model: everything written out, the readable tiles of this milestone, and PyTorch's own kernel,
 # which is tiled too.
+#
+# **Predict.** The readable tiles are loops in Python. Can they be faster than one large matrix product?
 
 # %%
 PROMPTS = (128, 256, 512, 1024, 2048)
@@ -344,10 +401,17 @@ axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms for one layer",
 axes.set_xticks(PROMPTS, [f"{p:,}" for p in PROMPTS])
 axes.minorticks_off()
 axes.grid(alpha=0.25)
-axes.legend()
+style.name_lines(axes, "{:.0f} ms")
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# They can, at every length measured here. Each tile stays in the cache, while the matrix goes out to memory and comes
+# back several times. PyTorch's kernel has no loop in Python, and gains once more.
+#
+# </details>
+#
 # All three do arithmetic that grows with the square, so all lines have the same slope in the end. The tiles also skip what
 # the mask hides, which is half of it.
 
@@ -374,7 +438,7 @@ def layer_parts(fast: int) -> dict[str, list]:
 
 
 for hardware, fast in ((gpu, SRAM), (cpu, CPU_FAST)):
-    print(f"{hardware.name}: ridge at {hardware.ridge_point('bfloat16'):.0f} FLOP/byte in bfloat16; tiles of "
+    print(f"{hardware.name}: ridge at {hardware.ridge_point('bfloat16'):.3g} FLOP/byte in bfloat16; tiles of "
           f"{tile_sizes(spec.head_dim, fast)[0]} rows")
 for name, parts in layer_parts(SRAM).items():
     print(f"  {name:35} " + ", ".join(f"{part.intensity:.1f}" for part in parts) + " FLOP/byte")
@@ -391,6 +455,13 @@ plt.show()
 # that share keys, or keys in fewer bits.
 #
 # **Question.** Which point would a draft of several tokens move, that a large model checks in one step?
+#
+# <details><summary>Answer</summary>
+#
+# Decode attention: the keys are read once for several queries, so its point moves to the right by their number. The
+# linear layers' point moves too, as it does with a larger batch.
+#
+# </details>
 
 # %% [markdown]
 # ## 8. Split the keys, merge the results
@@ -437,6 +508,14 @@ plt.show()
 #
 # **Question.** A worker whose keys are all behind the window has seen nothing. What does it hand over, and what does the
 # merge do with it?
+#
+# <details><summary>Answer</summary>
+#
+# The empty state: `m` is minus infinity, `l` and `o` are zero. In the merge its factor is the exponential of minus
+# infinity, which is zero. The code must take care of two such states, where the difference of the two maxima is no
+# number.
+#
+# </details>
 
 # %% [markdown]
 # ## 9. Windows and sinks
@@ -444,6 +523,8 @@ plt.show()
 # A sliding window lets a query see only the latest keys. Tiles behind the window are not computed, and their keys need not
 # be kept. But this model, like most, puts much of its attention on the very first token: the sink. We measure what a window
 # takes away, with and without keeping a few first tokens.
+#
+# **Predict.** How much of the attention weight does the window alone keep? And how much do a few first tokens add?
 
 # %%
 WINDOW, SINKS = 64, 4
@@ -471,16 +552,29 @@ for axes, sinks, title in ((left, 0, "window"), (middle, 2, "window and sinks"))
     draw_tile(axes, tile_stages(small, SMALL, SMALL)[-1], small[-1])
     axes.set_title(f"{title}: {len(small)} tiles")
 for colour, (name, share) in zip((GREY, BLUE), mass.items(), strict=True):
-    right.plot(range(len(share)), share, "o-", color=colour, ms=4, label=name)
+    right.plot(range(len(share)), share, "o-", color=colour, ms=4, label=name.replace("window and ", "and "))
 right.set(ylim=(0, 1.03), xlabel="layer", ylabel="attention weight kept", title=f"A window of {WINDOW}, late queries")
-right.legend(loc="lower right")
+style.name_lines(right, "{:.2f}")
 plt.show()
 
 # %% [markdown]
-# A few kept tokens save most of what the window would lose. It is still another model than the one that was trained, and
+# <details><summary>Answer</summary>
+#
+# About half. Four tokens bring more than half of the rest back.
+#
+# </details>
+#
+# A few kept tokens save more than half of what the window would lose. It is still another model than the one that was trained, and
 # what it can no longer see it cannot find.
 #
 # **Question.** Which blocks of a paged cache may be given back while a window slides on, and which never?
+#
+# <details><summary>Answer</summary>
+#
+# Those that lie wholly behind the window of the next query may go. The blocks with the sinks never do, nor do blocks
+# that another sequence still holds: it only lets go of its own hold.
+#
+# </details>
 #
 # ## Try it
 #
@@ -488,3 +582,14 @@ plt.show()
 # 2. In section 4, set `SRAM = 16 * 1024 // 2`. Which ratio changes, and which does not?
 # 3. In section 7, put `Heads(8, 2048, spec.head_dim, GROUP)` among the parts: a draft of eight tokens that is checked.
 # 4. In section 8, set `WORKERS = n`. What is each worker's state?
+#
+# <details><summary>Answers</summary>
+#
+# 1. One for each rise: a few more than before, in a row of another head, since more but smaller tiles see more of the
+#    order. With one tile as long as the row there are none: it is the plain softmax.
+# 2. The ratio of what is moved: it falls to less than two, and hardly grows with the length. What is held stays the
+#    same, because no term of it has to do with the fast memory.
+# 3. Its point lies about eight times as far to the right as that of one token: the keys are read once for all eight.
+# 4. `m` is its only score, `l` is one, and `o` is its value. The merge does all the work, and is the whole softmax.
+#
+# </details>

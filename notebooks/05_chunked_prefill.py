@@ -88,6 +88,9 @@ def add(llm: LLM | m4.LLM, prompt: dict[str, list[int]], length: int) -> Request
 #
 # Two requests are being answered. After some tokens a long prompt arrives. First the engine of the milestone before,
 # then this one, on the same work.
+#
+# **Predict.** With the prompt in pieces, what becomes shorter, and what longer: the streams' longest wait, the time
+# until the long prompt has its first token, the time until all is done?
 
 # %%
 rng = random.Random(0)
@@ -144,6 +147,14 @@ plt.show()
 print("the same tokens from both:", outputs[0] == outputs[1])
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# The streams' longest wait becomes many times shorter. The long prompt has its first token later, because the streams
+# run beside it. All is done at about the same time: the same tokens are computed, and every piece pays for one more
+# reading of the weights.
+#
+# </details>
+#
 # Above, one wide bar: nobody else is in it. Below, the streams are in every step, and the prompt takes what is left of a
 # step that may take three times as long as one that only decodes. All of the prompt's tokens are still computed, and
 # the streams beside them: so the prompt itself comes later. What changed is who waits.
@@ -153,6 +164,9 @@ print("the same tokens from both:", outputs[0] == outputs[1])
 #
 # How does the engine know how many tokens fit? It fits a model of a step's time to the steps that ran. We let a second
 # observer do the same and compare each prediction with what came.
+#
+# **Predict.** The model knows how many tokens and how many cached keys a step has, and nothing of the machine. How
+# near does it come, for half of the steps: within a tenth, or within a half?
 
 # %%
 check = CostCheck()
@@ -168,25 +182,35 @@ for round_number in range(3):
 
 _, predictions = check.predictions()
 figure, axes = plt.subplots(figsize=(6, 5.4))
-for kind, colour, mixed in (("only decodes", BLUE, False), ("with a chunk", ORANGE, True)):
+for colour, mixed in ((BLUE, False), (ORANGE, True)):
     points = [(1e3 * p, 1e3 * s) for shape, p, s in predictions if (shape.num_tokens > shape.num_rows) == mixed]
-    axes.scatter(*zip(*points, strict=True), s=18, color=colour, label=kind, alpha=0.7)
+    axes.scatter(*zip(*points, strict=True), s=18, color=colour, alpha=0.7)
 limit = 1e3 * max(s for _, _, s in predictions)
 axes.plot([0, limit], [0, limit], color=GREY, linewidth=1)
 axes.set(xlabel="predicted, ms", ylabel="measured, ms", xscale="log", yscale="log")
-axes.set_title("Each step, before and after it ran", loc="left")
-axes.legend()
+axes.set_title("Each step, before and after it ran", pad=28)
+style.names_above(axes, {"only decodes": BLUE, "with a chunk": ORANGE})
 plt.show()
 for kind, numbers in check.summary().items():
     if isinstance(numbers, dict):
         print(f"{kind:7} steps: {numbers['num_steps']:3}, half of them predicted within {numbers['error_median']:.0%}")
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Here within about a tenth. A step's time is nearly a straight line in its tokens, and the line is learned from the
+# steps before. What it cannot know is when something else wants the processor, and that spreads the dots.
+#
+# </details>
+#
 # ## 3. Guesses, right and wrong, on real text
 #
 # The model is asked to repeat some notes. A suffix automaton finds the longest end of the text that occurred before, and
 # guesses what followed it there. Green: tokens that came as guesses and were right. Red: guesses that were refused, in the
 # place where the model said something else. The rest the model wrote token by token.
+#
+# **Predict.** How many steps do the notes take for their tokens, if most guesses are right? And a story, that repeats
+# nothing: how many guesses are made for it?
 
 
 # %%
@@ -244,8 +268,16 @@ for name, w in (("notes to repeat", watch), ("a story", story)):
 show(story)
 
 # %% [markdown]
-# The story repeats nothing, so guesses are wrong, and soon none are made: the length of a draft follows what was right so
-# far. A try now and then remains. The same, step by step: what each one brought, and what it ran in vain.
+# <details><summary>Answer</summary>
+#
+# The notes take a small part of a step for each token. The story repeats hardly anything, so most guesses are wrong,
+# and soon few are made: the length of a draft follows what was right so far. A try now and then remains.
+#
+# </details>
+#
+# The same, step by step: what each one brought, and what it ran in vain.
+#
+# **Predict.** A wrong guess costs a row of a step. Does it ever cost a token?
 
 # %%
 figure, axes = plt.subplots(2, 1, figsize=(13, 4.6), sharey=True)
@@ -254,22 +286,32 @@ for row, (name, w) in zip(axes, (("notes to repeat", watch), ("a story", story))
              for g, said in w.steps]
     wrong = [len(g) - r for (g, _), r in zip(w.steps, right, strict=True)]
     numbers = range(len(w.steps))
-    row.bar(numbers, [1] * len(right), color=LIGHT, label="a token of its own")
-    row.bar(numbers, right, bottom=1, color=GREEN, label="guesses that were right")
-    row.bar(numbers, [-n for n in wrong], color=RED, label="refused")
+    row.bar(numbers, [1] * len(right), color=LIGHT)
+    row.bar(numbers, right, bottom=1, color=GREEN)
+    row.bar(numbers, [-n for n in wrong], color=RED)
     row.axhline(0, color=INK, linewidth=0.6)
     row.set(ylabel="tokens")
-    row.set_title(name, loc="left")
+    row.set_title(f"{name}: {sum(right)} guesses right, {sum(wrong)} refused", pad=28 if row is axes[0] else None)
 axes[1].set(xlabel="step")
-axes[0].legend(ncols=3, loc="upper right")
+style.names_above(axes[0], {"a token of its own": LIGHT, "guesses that were right": GREEN, "refused": RED})
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# No. The lightest bars are there in every step: where the first guess is wrong, the model's own token is the one that
+# would have come anyway. What is lost is the time of the rows below the line.
+#
+# </details>
+#
 # ## 4. How far to guess
 #
 # If each guess is right with probability p, the j-th of a draft counts only when all before it were right: it adds p^j
 # tokens. Every row costs something, too. `plan` takes guesses in the order of what they add, and stops where tokens per
 # second would fall.
+#
+# **Predict.** Half of the guesses are right. What does a draft of sixteen bring, in tokens of a step? And is it worth
+# guessing at all, if a row costs three tenths of a step?
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.4))
@@ -278,38 +320,53 @@ for p, colour in ((0.5, RED), (0.8, ORANGE), (0.9, BLUE), (0.97, GREEN)):
     left.plot(lengths, [expected_tokens(p, k) for k in lengths], color=colour, label=f"p = {p}")
 left.set(xlabel="guesses", ylabel="tokens of a step")
 left.set_title("What a draft brings", loc="left")
-left.legend()
+style.name_lines(left, "brings {:.1f}")
 for row_cost, colour in ((0.02, GREEN), (0.1, BLUE), (0.3, RED)):
     chances = [i / 50 for i in range(1, 50)]
     right.plot(chances, [plan([p], [16], 16, lambda n, depth, c=row_cost: 1 + c * n)[0] for p in chances], color=colour,
-               label=f"a row costs {row_cost:.0%} of a step")
+               label=f"a row costs {row_cost:.0%}")
 right.set(xlabel="chance that a guess is right", ylabel="guesses that pay")
-right.set_title("How far it pays to guess", loc="left")
-right.legend()
+right.set_title("How far it pays to guess, by what a row costs of a step", loc="left")
+style.name_lines(right)
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Two tokens, and never more, however long the draft: one of its own, and halves of halves. One guess pays if it is
+# right more often than a row costs, so with half of the guesses right it still does; a second one, right a quarter of
+# the time, does not.
+#
+# </details>
+#
 # ## 5. Two ways to be exact
 #
 # The textbook refuses a guess at random so that what remains has the target's distribution. This engine draws with a
 # number that depends on seed and position alone, and keeps a guess that is the same as the draw. Both are exact. They
 # keep different shares: here for pairs of distributions that are nearly alike, and less and less so.
+#
+# **Predict.** Which way keeps more of a drafting model's guesses?
 
 # %%
 torch.manual_seed(0)
 logits, other = 2 * torch.randn(40), 2 * torch.randn(40)
 mixes = [i / 20 for i in range(21)]
 pairs = [(torch.softmax(logits, 0), torch.softmax((1 - m) * logits + m * other, 0)) for m in mixes]
-plt.figure(figsize=(7, 4))
-plt.plot(mixes, [kept_by_rejection(p, q) for p, q in pairs], color=BLUE, label="rejection sampling")
-plt.plot(mixes, [kept_by_same_draw(p, q) for p, q in pairs], color=ORANGE, label="the same draw")
-plt.xlabel("how far the drafter is from the target")
-plt.ylabel("share of guesses kept")
-plt.ylim(0)
-plt.title("What each way keeps", loc="left")
-plt.legend()
+figure, axes = plt.subplots(figsize=(8, 4))
+axes.plot(mixes, [kept_by_rejection(p, q) for p, q in pairs], color=GREY, label="rejection")
+axes.plot(mixes, [kept_by_same_draw(p, q) for p, q in pairs], color=BLUE, label="the same draw")
+axes.set(xlabel="how far the drafter is from the target", ylabel="share of guesses kept", ylim=(0, None))
+axes.set_title("What each way keeps")
+style.name_lines(axes, "{:.2f}")
 plt.show()
 
 # %% [markdown]
-# Rejection keeps more where a *model* drafts at a temperature. The same draw needs no probabilities of the drafter, so it
+# <details><summary>Answer</summary>
+#
+# Rejection, wherever a *model* drafts at a temperature: it keeps all that the two distributions have in common, which
+# is the most that any exact way can keep. Only where the two are equal do both keep everything.
+#
+# </details>
+#
+# The same draw needs no probabilities of the drafter, so it
 # works with look-ups, and the answer does not depend on whether anybody guessed.

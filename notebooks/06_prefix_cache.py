@@ -158,11 +158,15 @@ plt.show()
 readable = model = ours = theirs = None     # the memory is wanted for other engines
 
 # %% [markdown]
-# **Answer.** In the first layer they are equal: its keys and values know a token and its position, nothing else. From
+# <details><summary>Answer</summary>
+#
+# In the first layer they are equal: its keys and values know a token and its position, nothing else. From
 # then on every token has looked at the changed word, and is another one.
 #
 # So it is the beginning that can be shared, up to the first token that differs. What comes behind it cannot, however
 # similar it looks.
+#
+# </details>
 
 # %% [markdown]
 # ## 2. A name for a block, and for all before it
@@ -225,10 +229,14 @@ axes.set_title("Each block and the beginning of its name. Blue: the name is that
 plt.show()
 
 # %% [markdown]
-# **Answer.** A change turns all names behind it into others. So one look into a table of names is enough: if the last
+# <details><summary>Answer</summary>
+#
+# A change turns all names behind it into others. So one look into a table of names is enough: if the last
 # block is found, all before it is the same text.
 #
 # A salt changes them all from the root on. Tenants who must not learn from each other's waiting times get one each.
+#
+# </details>
 
 # %% [markdown]
 # ## 3. Two conversations, and a tree
@@ -345,8 +353,12 @@ assert talks.turns[1].found == same
 print(f"B found {talks.turns[1].found} tokens")
 
 # %% [markdown]
-# **Answer.** All that are the same. The full blocks are shared as they are. The first tokens of the block in which
+# <details><summary>Answer</summary>
+#
+# All that are the same. The full blocks are shared as they are. The first tokens of the block in which
 # the two part are copied into a block of B's own. We look at that copy in section 6.
+#
+# </details>
 #
 # Now both go on. We ask both second questions at the same time, and look at the tree while they are being answered.
 # Then each asks once more.
@@ -401,6 +413,8 @@ plt.show()
 # prompt is there once for two. When they end, nothing is erased: the blocks turn blue and stay.
 #
 # What did each turn find? We compare with a search through everything that was ever stored.
+#
+# **Predict.** A prompt gets longer with every turn. Does the part that has to be computed get longer too?
 
 # %%
 def by_search(prompt: list[int], before: list[Turn]) -> int:
@@ -411,13 +425,13 @@ def by_search(prompt: list[int], before: list[Turn]) -> int:
 def draw_found(axes: plt.Axes, turns: list[Turn], middle: float = 0.0) -> None:
     """Tokens of each turn's prompt: found, and computed."""
     places = [middle + i for i in range(len(turns))]
-    axes.bar(places, [t.found for t in turns], 0.7, color=BLUE, label="found")
-    axes.bar(places, [len(t.prompt) - t.found for t in turns], 0.7, bottom=[t.found for t in turns], color=ORANGE,
-             label="computed")
+    found, computed = [t.found for t in turns], [len(t.prompt) - t.found for t in turns]
+    for bars in (axes.bar(places, found, 0.7, color=BLUE), axes.bar(places, computed, 0.7, bottom=found, color=ORANGE)):
+        axes.bar_label(bars, fmt=lambda value: f"{value:.0f}" if value else "", label_type="center", color="white")
     axes.set_xticks(places, [f"{t.name}, turn {1 + sum(other.name == t.name for other in turns[:i])}"
                              for i, t in enumerate(turns)])
     axes.set_ylabel("prompt tokens")
-    axes.legend(loc="upper left")
+    style.names_above(axes, {"found": BLUE, "computed": ORANGE})
 
 
 for number, turn in enumerate(talks.turns):
@@ -427,12 +441,15 @@ print(f"{num_found} of {num_prompt} prompt tokens found, {num_found / num_prompt
 
 figure, axes = plt.subplots(figsize=(9, 3.8))
 draw_found(axes, talks.turns)
-axes.set_title("What each turn found", loc="left")
+axes.set_title("What each turn found", pad=28)
 plt.show()
 
 # %% [markdown]
-# A prompt gets longer with every turn. What has to be computed does not: it is the newest question, and the end of
-# the last answer, which had not filled its block.
+# <details><summary>Answer</summary>
+#
+# No. It is the newest question, and the end of the last answer, which had not filled its block.
+#
+# </details>
 
 # %% [markdown]
 # ## 4. Too little room
@@ -521,7 +538,9 @@ figure.legend(handles=[*(Patch(color=c, label=f"of {name} alone") for name, c in
 plt.show()
 
 # %% [markdown]
-# **Answer.** As a rule those of the conversation that was silent for longest, from its end to its beginning. (A block
+# <details><summary>Answer</summary>
+#
+# As a rule those of the conversation that was silent for longest, from its end to its beginning. (A block
 # whose first tokens somebody else has copied counts as used.) Follow the red numbers back to the left: each was the
 # last block of its text, as far as it was still there. What is left of a conversation is always its beginning, and a
 # beginning can be found.
@@ -529,6 +548,8 @@ plt.show()
 # No rule about trees is needed for that. A sequence that ends lets go of its last block first. So the end of a text
 # is always older than what it stands on, and a plain list in the order of use is enough. The dark blocks were used by
 # everybody, so they stay.
+#
+# </details>
 
 # %%
 small = stories = evictions = None
@@ -573,17 +594,22 @@ for share in SHARES:
 
 # %%
 figure, axes = plt.subplots(figsize=(8, 4.2))
-axes.axhline(cold, color=GREY, linestyle="--", label="cold: nothing in the cache")
-axes.plot([0, 100], [cold, 0], color=GREY, linewidth=1, linestyle=":", label="in proportion to what is computed")
+axes.axhline(cold, color=GREY, linestyle="--", label="cold")
+axes.plot([0, 100], [cold, 0], color=GREY, linewidth=1, linestyle=":")
 axes.plot([100 * share for share in SHARES], list(known_ms.values()), "o-", color=BLUE, label="warm")
-axes.set(xlabel="percent of the prompt known", ylabel="ms to the first token", ylim=(0, None))
+axes.set(xlabel="percent of the prompt known. Dotted: in proportion to what is computed", ylabel="ms to the first token",
+         ylim=(0, None))
 axes.set_title(f"A prompt of {LENGTH} tokens, medians of {ROUNDS}", loc="left")
-axes.legend(loc="lower left")
+style.name_lines(axes, "{:.0f} ms")
 plt.show()
 
 # %% [markdown]
-# **Answer.** No. A step has a price of its own: all weights are read, however few tokens it runs. With nearly
+# <details><summary>Answer</summary>
+#
+# No. A step has a price of its own: all weights are read, however few tokens it runs. With nearly
 # everything known that price is what remains. The longer the prompt, the less it counts.
+#
+# </details>
 
 # %% [markdown]
 # ## 6. A part of a block
@@ -658,17 +684,18 @@ assert not edits["hash"][1]
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.2), width_ratios=(1.5, 1))
-left.plot(curves["radix"], color=BLUE, linewidth=2, label="radix tree")
-left.plot(curves["hash"], color=ORANGE, linewidth=2, drawstyle="steps-post", label="table of block hashes")
+left.plot(curves["radix"], color=BLUE, linewidth=2, label="tree")
+left.plot(curves["hash"], color=ORANGE, linewidth=2, drawstyle="steps-post", label="hashes")
 left.fill_between(range(len(LONG)), curves["hash"], curves["radix"], color=BLUE, alpha=0.12, step="post")
 left.set(xlabel="place of the changed token", ylabel="tokens found")
-left.set_title("The indexes alone", loc="left")
-left.legend()
+left.set_title("The indexes alone: a radix tree, a table of block hashes", loc="left")
+style.name_lines(left, "{:.0f}")
 for place, (found, made, _) in enumerate(edits.values()):
     num_copied = sum(copy.num_slots for copy in made)
-    right.barh(place, found - num_copied, color=BLUE)
-    right.barh(place, num_copied, left=found - num_copied, color=GREEN)
-    right.barh(place, len(other) - found, left=found, color=ORANGE)
+    for start, width, colour in ((0, found - num_copied, BLUE), (found - num_copied, num_copied, GREEN),
+                                 (found, len(other) - found, ORANGE)):
+        right.bar_label(right.barh(place, width, left=start, color=colour), [str(width) if width else ""],
+                        label_type="center", color="white")
 right.set_yticks(range(len(edits)), list(edits))
 right.set_xlabel("tokens of the prompt")
 right.set_title("The engine, on the edited text", loc="left")
@@ -677,9 +704,13 @@ right.legend(handles=[Patch(color=BLUE, label="blocks shared"), Patch(color=GREE
 plt.show()
 
 # %% [markdown]
-# **Answer.** The tree follows the diagonal; the table goes down to the last full block. Between them lies half a
+# <details><summary>Answer</summary>
+#
+# The tree follows the diagonal; the table goes down to the last full block. Between them lies half a
 # block on average. That is little for a long prompt. It counts where prompts are short, where blocks are large, and
 # where many short questions follow one system prompt that does not end with a block.
+#
+# </details>
 
 # %% [markdown]
 # ## 7. What would be found?
@@ -721,9 +752,13 @@ for question, found in answers.items():
 assert list(answers.values()) == [len(PROMPT) - 1, len(PROMPT), len(PROMPT) // 2 - 1, len(PROMPT) - 1, 0, 0, 0]
 
 # %% [markdown]
-# **Answer.** Two rules give all of them. Only beginnings count, so a change at the front costs everything. And one
+# <details><summary>Answer</summary>
+#
+# Two rules give all of them. Only beginnings count, so a change at the front costs everything. And one
 # token is always left to run, even if all are known: the next token is drawn from its logits, and those are not in
 # the cache. That is why the same prompt is found but for one token, and with one token more it is found whole.
+#
+# </details>
 
 # %% [markdown]
 # ## 8. When it does not help
@@ -733,6 +768,9 @@ assert list(answers.values()) == [len(PROMPT) - 1, len(PROMPT), len(PROMPT) // 2
 # prompt.
 #
 # And for prompts that share nothing there is nothing to find. Looking for it should cost little, at least.
+#
+# **Predict.** All of the prompt is known but one token. Which of the two times gets shorter, and which stays? And how
+# long does the look take, next to computing the prompt?
 
 # %%
 def times_of(prompt: list[int]) -> tuple[float, float]:
@@ -771,12 +809,27 @@ for axes, number, title in ((left, 0, "The first token"), (right, 1, "Each later
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# The first token comes many times sooner, the later ones not at all: they read the same keys and values. The look
+# takes microseconds, computing takes hundreds of milliseconds.
+#
+# </details>
+#
 # So it helps where prompts are long, answers are short, and beginnings repeat: chats, examples before each question,
 # agents that call tool after tool. It does not help a single long story. It does not help if something that changes
 # stands at the front, such as the time of day. Put what changes last.
 #
 # **Question.** A server has four replicas, each with a cache of its own, and sends each request to the next one in
 # turn. What does that do to the hits, and what would you do about it? (`tools/routing.py` counts it.)
+#
+# <details><summary>Answer</summary>
+#
+# A conversation finds its history on one replica of four, so three turns in four read it anew, and all four caches
+# hold copies of the same system prompt. Send a request where its beginning is likely to lie: by a hash of its first
+# blocks, or by the user. Give that up where the queue is too long.
+#
+# </details>
 #
 # ## Read on
 #
@@ -794,3 +847,17 @@ plt.show()
 # 3. In section 4, set `ORDER = "AAABBBCCC"`. Who loses what? Then make `FEW` twice as large: which assertion fails, and
 #    why is that good news?
 # 4. In section 5, set `LENGTH = 480`. How much sooner is the first token now, with nearly everything known?
+#
+# <details><summary>Answers</summary>
+#
+# 1. Two paths from the root. They have the few tokens of the message's head in common, less than a block, and B
+#    copies those at most. (The assertion on what B found compares with the old prompt, and has to change too.)
+# 2. Hardly anything of the own history: the prompt of each turn differs from the last one near its first token. A and
+#    B in the same turn have the same number in front, so they still share the system prompt.
+# 3. Nobody, of what is asked for again: each conversation is over when its blocks go, from its end to its beginning.
+#    With twice the blocks the assertion on `evictions.log` fails, because nothing has to go. Every turn then finds
+#    all its history.
+# 4. More than before, in proportion. What is left of a prompt grows with it, but the price of a step does not, and
+#    that was most of the rest.
+#
+# </details>

@@ -126,7 +126,7 @@ asymmetric, symmetric = (group_values(options, group) for options in list(kinds.
 assert asymmetric[0][1] - asymmetric[0][0] < symmetric[0][1] - symmetric[0][0]
 
 # %% [markdown]
-# <details><summary><b>Answer.</b></summary>
+# <details><summary>Answer</summary>
 #
 # The asymmetric grid does not cover the empty stretch on one side, so its step is smaller. A symmetric grid has one code
 # more below zero than above it. Where the largest weight lies above, it is clipped.
@@ -155,7 +155,7 @@ for size, (x, y) in zip(sizes, points[4], strict=True):
     axes.annotate(f"group {size}", (x, y), textcoords="offset points", xytext=(6, 2), fontsize=8, color=GREY)
 axes.set_yscale("log")
 axes.set(xlabel="bits per weight, scales and zero points included", ylabel="relative error of the weights",
-         xlim=(1.2, 10))
+         xlim=(1.2, 10), ylim=(None, 0.8))
 axes.set_title("Rounded to the nearest", loc="left")
 plt.show()
 for bits, own in points.items():
@@ -163,7 +163,7 @@ for bits, own in points.items():
                                      for size, (x, y) in zip(sizes, own, strict=True)))
 
 # %% [markdown]
-# <details><summary><b>Answer.</b></summary>
+# <details><summary>Answer</summary>
 #
 # Compare along the curves and between them. Within one curve the error falls slowly, as the group shrinks. From one
 # curve to the next it falls by half and more. So smaller groups are worth it as long as they cost little, and at the
@@ -227,7 +227,7 @@ axes.set_title("Lines of equal error of the output", loc="left")
 plt.show()
 
 # %% [markdown]
-# <details><summary><b>Answer.</b></summary>
+# <details><summary>Answer</summary>
 #
 # One down, one up: then the errors cancel where the inputs agree. The lines of equal error are long in that direction.
 # GPTQ walks there in two steps. It rounds the first weight, slides along the valley by changing the second, and rounds
@@ -315,7 +315,7 @@ print(f"an input's strongest relative has a correlation of {float(off.abs().amax
 assert most < len(spectrum) / 2
 
 # %% [markdown]
-# <details><summary><b>Answer.</b></summary>
+# <details><summary>Answer</summary>
 #
 # A lot. Most of the energy lies in a part of the directions. An error that points into the others costs nearly nothing.
 # That is the room in which GPTQ hides its errors: rounding to the nearest spreads them evenly over all directions.
@@ -370,7 +370,7 @@ axes[0].legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=3)
 plt.show()
 
 # %% [markdown]
-# <details><summary><b>Answer.</b></summary>
+# <details><summary>Answer</summary>
 #
 # The weights are further off, the outputs nearer. On other text the gain is a little smaller than on the samples: a part
 # of it was fitted to them. Never judge by the samples alone.
@@ -425,7 +425,7 @@ assert few[0] < many[0], "a small sample is fitted best"
 assert many[1] < plain < curves[0.001][3][1], "and makes things worse than rounding, on other text"
 
 # %% [markdown]
-# <details><summary><b>Answer.</b></summary>
+# <details><summary>Answer</summary>
 #
 # On few samples the error is small, on other text it is larger than by rounding: overfitting, without a single step of
 # training. And more text first makes it worse. With a handful of tokens `H` is mostly damping, and the method does
@@ -476,7 +476,7 @@ for way, errors in at_first.items():
 assert median(at_first["GPTQ, with the term"]) < median(at_first["GPTQ, no term"])
 
 # %% [markdown]
-# <details><summary><b>Answer.</b></summary>
+# <details><summary>Answer</summary>
 #
 # It trades it. The first token counts once in each window, and its error is given away for those of all the others. But
 # all later tokens read its value, and with much weight: so the error is added to everything. The remedy is to let it
@@ -523,18 +523,19 @@ assert by_method["GPTQ, default"][1] < by_method["nearest"][1]
 
 # %%
 figure, axes = plt.subplots(figsize=(8.5, 4.2))
-for (way, own), colour, above in zip(by_method.items(), (GREY, ORANGE, BLUE), (4, 10, -16), strict=True):
-    axes.plot((2, 3, 4), own, "o-", color=colour)
-    axes.annotate(way, (2, own[0]), textcoords="offset points", xytext=(10, above), color=colour)
-axes.axhline(tiny_full, color=INK, linestyle="--")
-axes.annotate("full precision", (4, tiny_full), textcoords="offset points", xytext=(-4, -14), ha="right")
+for (way, own), colour in zip(by_method.items(), (GREY, ORANGE, BLUE), strict=True):
+    axes.plot((2, 3, 4), own, "o-", color=colour, label=way)
+    axes.annotate(f"{own[0]:.2f}", (2, own[0]), textcoords="offset points", xytext=(-8, 0), ha="right", va="center",
+                  color=colour)
+axes.axhline(tiny_full, color=INK, linestyle="--", label="full precision")
 axes.set_xticks((2, 3, 4))
-axes.set(xlabel="bits", ylabel="perplexity per byte, other text")
+axes.set(xlabel="bits", ylabel="perplexity per byte, other text", xlim=(1.8, 4.1))
 axes.set_title("The tiny model, groups of 32", loc="left")
+style.name_lines(axes, "{:.2f}")
 plt.show()
 
 # %% [markdown]
-# <details><summary><b>Answer.</b></summary>
+# <details><summary>Answer</summary>
 #
 # Each bit less costs several times what the one before did. GPTQ takes away a good part of it, and more, the fewer the
 # bits. At four bits this model hardly minds either way. For the real one the table of the README has the numbers: it
@@ -567,7 +568,7 @@ for kind, error in errors.items():
 assert errors["floating-point minimum, group 32"] < 0.01 * errors["floating-point minimum, group 64"]
 
 # %% [markdown]
-# <details><summary><b>Answer.</b></summary>
+# <details><summary>Answer</summary>
 #
 # Next to nothing: each weight finds the value that it has. A perfect result that says nothing. Before you believe
 # "lossless", ask what the original was.
@@ -632,14 +633,14 @@ for name, (speed, text) in engines.items():
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), width_ratios=(1.6, 1))
-for (name, own), colour, above in zip(timed.items(), (GREY, ORANGE, BLUE), (8, 8, -16), strict=True):
-    left.plot(ROWS, own, "o-", color=colour)
-    left.annotate(name, (ROWS[1], own[1]), textcoords="offset points", xytext=(0, above), ha="center", color=colour)
+for (name, own), colour in zip(timed.items(), (GREY, ORANGE, BLUE), strict=True):
+    left.plot(ROWS, own, "o-", color=colour, label=name)
 left.set_xscale("log", base=2)
 left.set_yscale("log")
 left.set_xticks(ROWS, [str(rows) for rows in ROWS])
 left.set(xlabel="rows", ylabel="ms")
 left.set_title("One product, cold weights", loc="left")
+style.name_lines(left, "{:.2f}")
 bars = right.bar(list(engines), [speed for speed, _ in engines.values()], 0.55, color=[GREY, BLUE])
 right.bar_label(bars, fmt="{:.0f}", padding=2)
 right.set_ylabel("tokens/s while decoding")
@@ -647,7 +648,7 @@ right.set_title("One request", loc="left")
 plt.show()
 
 # %% [markdown]
-# <details><summary><b>Answer.</b></summary>
+# <details><summary>Answer</summary>
 #
 # For one row the gain comes from bytes, and a call's own price takes some of it away. A whole engine gains less: attention,
 # norms and Python do not shrink. For many rows arithmetic decides: with exact activations the lines meet. Where the packed
@@ -655,8 +656,10 @@ plt.show()
 # does one in floating point. On a GPU with fast sixteen-bit arithmetic there would be nothing left.
 # </details>
 #
-# <details><summary><b>Question.</b> A server runs a model in four bits. Sixty-four users write at once, each with a long
-# text. What would you quantise next?</summary>
+# **Question.** A server runs a model in four bits. Sixty-four users write at once, each with a long text. What would
+# you quantise next?
+#
+# <details><summary>Answer</summary>
 #
 # The keys and values. Read once per sequence and step, they are most of what is read by then, and the weights are read
 # once for all.
@@ -678,3 +681,17 @@ plt.show()
 # 3. In section 6, set `damp_percent=0.1`. What becomes of the two curves?
 # 4. In section 7, use windows of `LENGTH = 64`. Why is the textbook better then?
 # 5. In section 8, calibrate on the Chinese text: `evaluation_text("chinese")`. How much is lost?
+#
+# <details><summary>Answers</summary>
+#
+# 1. To the nearest, both: `(1, 1)`. Without correlation there is nothing to make up for, and with a negative one two
+#    errors of the same sign cancel already. The cell's assertions know `0.8` only.
+# 2. Damping adds to the diagonal. With ten times the mean of it, `H` looks as if all inputs were unrelated, so no
+#    error is passed on to other weights. The search for grids remains.
+# 3. The hill of the curve on other text gets lower, and the error on the samples rises a little. More damping trusts
+#    the samples less.
+# 4. A first token is one in `64` then, no longer one in `256`. So the textbook's own `H` counts it more, and its
+#    error is given away less readily.
+# 5. @5@
+#
+# </details>

@@ -113,6 +113,13 @@ assert all(tokens == answers["m0"] for tokens in answers.values()), "all engines
 print(f"{len(answers)} engines, {len(answers['m0'])} tokens each, all equal:\n{text}")
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# They do not part here. In `float32` the engines' scores differ by millionths, and the best two tokens are hardly
+# ever that near to each other. If they part it is rather late than early: every token is one more chance.
+#
+# </details>
+#
 # ## 2. One request alone
 #
 # Now the fast settings, each engine in the format that it prefers on this machine. One prompt, one answer. We note
@@ -204,12 +211,20 @@ right.set_title("One request, its prompt included", loc="left")
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# The first step, the KV cache, is among the largest, and the kernels are the other. Batching, pages, chunks and known
+# beginnings make none.
+#
+# </details>
+#
 # The first engine reads its whole text again for every token, so its tokens come later and later. All others keep what
 # they have read. After that a single request only gains where a token itself gets cheaper: where the kernels change,
 # and where fewer bytes of weights have to come from memory.
 #
-# <details><summary><b>Question.</b> Continuous batching, pages, chunks and known beginnings do nothing here. Why not?
-# </summary>
+# **Question.** Continuous batching, pages, chunks and known beginnings do nothing here. Why not?
+#
+# <details><summary>Answer</summary>
 #
 # Each of them shares something among requests: a step, the memory, the time of a step, a beginning. One request alone
 # has nobody to share with.
@@ -218,6 +233,9 @@ plt.show()
 # ## 3. Eight at once
 #
 # Eight requests arrive together. Their prompts and answers have different lengths.
+#
+# **Predict.** For how long does the last request wait for its first token, in an engine that takes one at a time?
+# From which milestone on does that change?
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), sharey=True)
@@ -245,12 +263,19 @@ gain = eight[best].metrics.output_throughput / eight["m0"].metrics.output_throug
 print(f"most with {best}: {gain:.0f} times the first engine")
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Until the seven before it are done. It changes with continuous batching.
+#
+# </details>
+#
 # The second engine still takes one request after the other. From the third on all of them run in every step, and a
 # place is given to the next one as soon as an answer ends. Look at the light bars: with batches nobody waits for the
 # answers of others.
 #
-# <details><summary><b>Question.</b> A batch of eight is not eight times as fast as one request. What sets the limit?
-# </summary>
+# **Question.** A batch of eight is not eight times as fast as one request. What sets the limit?
+#
+# <details><summary>Answer</summary>
 #
 # Weights are read once for all eight, so as long as reading them is what takes the time, seven come for free. Then
 # arithmetic becomes the limit, and keys and values are read for each sequence by itself. Prompts have to be computed
@@ -277,12 +302,20 @@ assert max(gaps[name] for name in ("m5", "m6", "m7")) < min(gaps[name] for name 
     "chunks bound the gap")
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# The one that cuts prompts into chunks, `m5`. Those after it keep it.
+#
+# </details>
+#
 # Up to the fifth engine a prompt runs whole, and everybody waits for it. Faster kernels shorten the wait. Chunks end
 # it: each step takes as much of the prompt as the others can bear.
 #
 # ## 5. A beginning that is known
 #
 # The same long text twice, with another question behind it each time. One request after the other, nothing else runs.
+#
+# **Predict.** Which engines answer the second question sooner than the first?
 
 # %%
 figure, axes = plt.subplots(figsize=(10, 3.8))
@@ -300,10 +333,18 @@ plt.show()
 assert all(firsts[name][1] < 0.6 * firsts[name][0] for name in ("m6", "m7")), "what is known is not computed again"
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# The last two only. All others keep nothing of a request that has ended, and read the same text again.
+#
+# </details>
+#
 # ## 6. What the weights weigh
 #
 # The model has the same parameters everywhere. What differs is how many bytes each engine keeps for them, in the
 # format that it prefers here.
+#
+# **Predict.** Does only the last engine differ?
 
 # %%
 figure, axes = plt.subplots(figsize=(10, 3.6))
@@ -314,6 +355,14 @@ plt.show()
 assert sizes["m7"] < 0.5 * sizes["m6"]
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# No. From the kernels on there are more bytes than before: the matrix that makes logits is packed for the kernels,
+# while the embedding, which is the same matrix, is kept as it was to look rows up in it. The last engine has the
+# fewest by far.
+#
+# </details>
+#
 # ## 7. The road in one picture
 #
 # Each column is one of the questions above. In each the first engine that could be asked is one, and a higher number
@@ -349,8 +398,10 @@ plt.show()
 # No milestone helps with everything, and none of them is of no use. Pages gain nothing in these pictures: they are
 # about how many requests fit, and everything above fitted. Their own notebook makes memory short.
 #
-# <details><summary><b>Question.</b> You may keep three of the seven steps. Your users chat, one system prompt for all,
-# on a machine without a GPU. Which three?</summary>
+# **Question.** You may keep three of the seven steps. Your users chat, one system prompt for all, on a machine
+# without a GPU. Which three?
+#
+# <details><summary>Answer</summary>
 #
 # The KV cache without a doubt, or every answer gets slower with each token. Then what a chat does most: it sends a
 # long text that is known, so known beginnings. The third depends on the load: packed weights and kernels for few users
@@ -368,3 +419,15 @@ plt.show()
 # 1. Give `EIGHT` equal lengths: `equal:num_requests=8`. Which engines gain, and which lose their lead?
 # 2. In section 4, load the engines from the sixth on with `max_step_slowdown=1.2`. What becomes shorter, what longer?
 # 3. In section 5, change the first token of the second question's text. What is left of the gain?
+#
+# <details><summary>Answers</summary>
+#
+# 1. Those that batch: with equal answers all eight run to the end, and no step is half empty. The first two take one
+#    request at a time, and do not mind. Nobody loses a lead; a static batch would win back its loss, but none of
+#    these engines has one.
+# 2. The gap among the streams gets shorter: a step may take only a little longer than one without a prompt. The long
+#    prompt comes in smaller pieces, so its own first token comes later.
+# 3. Nothing. A beginning is known up to the first token that differs, and here that is the first one. The last two
+#    engines read the whole text again, as the others do.
+#
+# </details>

