@@ -35,9 +35,9 @@ class QuantizeOptions:
     sym: bool = option(False, "symmetric: the zero point is the middle of the codes")
     method: str = option("gptq", "gptq, or rtn: round to nearest")
     search: bool = option(True, "search the span of each grid, instead of taking smallest and largest weight")
-    desc_act: bool = option(True, "quantise the inputs with the largest activations first, and group them so")
-    act_group_aware: bool = option(False, "with desc_act: reorder whole groups, and inputs within a group, so that the "
-                                          "finished matrix needs no order of its own")
+    desc_act: bool = option(True, "quantise the inputs with the largest activations first")
+    act_group_aware: bool = option(True, "with desc_act: reorder whole groups, and inputs within a group, so that the "
+                                         "finished matrix needs no order of its own; else groups are made in that order")
     damp_percent: float = option(0.05, "added to the Hessian's diagonal, as a share of its mean")
     sink: float = option(0.1, "weight of the first token's own Hessian for q, k and v: the attention sink; 0: none")
     gptaq: float = option(0.5, "share of the earlier layers' error that a layer is asked to undo, 0 to 1 (GPTAQ)")
@@ -54,8 +54,6 @@ class QuantizeOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= highest:
                 raise reject(name, value, f"a number from 0 to {highest:g}")
-        if self.act_group_aware and not self.desc_act:
-            raise reject("act_group_aware", True, "false without desc_act")
 
     def group_of(self, num_inputs: int) -> int:
         """Inputs of a group in a matrix of `num_inputs`. Raises ConfigError where they do not divide."""

@@ -80,7 +80,6 @@ def measure(llm: BaseLLM, num_sequences: int, *, prompt_len: int = 80, steps: in
     def timed_step() -> dict[str, float]:
         ctypes.memset(ctypes.addressof(times), 0, ctypes.sizeof(times))
         engine.step()
-        assert not times.work[0][len(names)], "a phase that has no name"
         seconds = {"total": 1e-9 * times.total}
         for kind, table in (("work", times.work), ("wait", times.wait)):
             for thread in range(THREADS):
@@ -95,6 +94,7 @@ def measure(llm: BaseLLM, num_sequences: int, *, prompt_len: int = 80, steps: in
         found = decode_steps(llm, engine, timed_step, num_sequences, steps, prompt_len)
     finally:
         decoder._native = usual
+    assert not times.work[0][len(names)], "a phase of the last step has no name"
     means = {key: mean(step[key] for step in found) for key in found[0]}
     threads = [t for t in range(THREADS) if any(means[f"work {t} {name}"] for name in names)]
     phases = tuple(PhaseTime(name, *(tuple(means[f"{kind} {t} {name}"] for t in threads) for kind in ("work", "wait")))

@@ -120,7 +120,5 @@ def test_bad_options_are_named(field: str, value: object) -> None:
 
 
 def test_options_that_do_not_go_together() -> None:
-    with pytest.raises(ConfigError, match="act_group_aware"):
-        QuantizeOptions(desc_act=False, act_group_aware=True)
     with pytest.raises(ConfigError, match=r"group_size=64 .* divisor of the matrix's 96"):
         round_to_nearest(torch.zeros(1, 96), PLAIN)
