@@ -652,8 +652,8 @@ print(f"{num_output} new tokens, {sum(lengths)} tokens run: {1 - (lengths[-1] / 
 figure, axes = plt.subplots(figsize=(9, 4.2))
 for step, length in enumerate(lengths):
     fresh = length if step == 0 else 1
-    axes.barh(step, length - fresh, color=GREY, height=0.85)
-    axes.barh(step, fresh, left=length - fresh, color=BLUE, height=0.85)
+    axes.barh(step, length - fresh, color=GREY, height=1)
+    axes.barh(step, fresh, left=length - fresh, color=BLUE, height=1)
 axes.text(lengths[0] / 2, len(lengths) * 0.7, "computed before, and computed again", color="white", fontweight="bold")
 axes.annotate("new", (lengths[0], 0), xytext=(8, 0), textcoords="offset points", va="center", color=BLUE, fontweight="bold")
 axes.invert_yaxis()

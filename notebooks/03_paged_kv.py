@@ -395,8 +395,8 @@ plt.show()
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Copying, at every length, by a factor of a hundred and more here. On this CPU a copy stays inside one memory, and
-# computing is slow. A GPU turns both around: its cache crosses a narrow bus, and it computes fast.
+# Copying, at every length and by far. On this CPU a copy stays inside one memory, and computing is slow. A GPU turns
+# both around: its cache crosses a narrow bus, and it computes fast.
 #
 # </details>
 #

@@ -407,7 +407,7 @@ plt.show()
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# They can, at every length measured here. Each tile stays in the cache, while the matrix goes out to memory and comes
+# They can, but for the shortest prompts. Each tile stays in the cache, while the matrix goes out to memory and comes
 # back several times. PyTorch's kernel has no loop in Python, and gains once more.
 #
 # </details>

@@ -198,8 +198,9 @@ for kind, numbers in check.summary().items():
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Here within about a tenth. A step's time is nearly a straight line in its tokens, and the line is learned from the
-# steps before. What it cannot know is when something else wants the processor, and that spreads the dots.
+# On a quiet machine within about a tenth. A step's time is nearly a straight line in its tokens, and the line is
+# learned from the steps before. What it cannot know is when something else wants the processor, and that spreads the
+# dots.
 #
 # </details>
 #
@@ -324,9 +325,9 @@ style.name_lines(left, "brings {:.1f}")
 for row_cost, colour in ((0.02, GREEN), (0.1, BLUE), (0.3, RED)):
     chances = [i / 50 for i in range(1, 50)]
     right.plot(chances, [plan([p], [16], 16, lambda n, depth, c=row_cost: 1 + c * n)[0] for p in chances], color=colour,
-               label=f"a row costs {row_cost:.0%}")
+               label=f"{row_cost:.0%}")
 right.set(xlabel="chance that a guess is right", ylabel="guesses that pay")
-right.set_title("How far it pays to guess, by what a row costs of a step", loc="left")
+right.set_title("How far it pays, by a row's share of a step", loc="left")
 style.name_lines(right)
 plt.show()
 

@@ -35,7 +35,7 @@ def write_address(address: str, folder: Path = NOTEBOOKS, branch: str = "main") 
         old = file.read_text(encoding="utf-8")
         link = f"{COLAB}{name}/blob/{branch}/notebooks/{file.stem}.ipynb" if name else COLAB
         home = f"https://github.com/{name}" if name else ""
-        new = _VARIABLE.sub(lambda quoted, home=home: f"{quoted[1]}{home}{quoted[1]}", _LINK.sub(link, old))
+        new = _VARIABLE.sub(rf"\g<1>{home}\g<1>", _LINK.sub(link, old))
         if new != old:
             file.write_text(new, encoding="utf-8")
             changed.append(file)
