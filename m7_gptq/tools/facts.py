@@ -95,6 +95,17 @@ def spread(found: Mapping[str, Any]) -> dict[str, Fact]:
     return facts
 
 
+def step_shares() -> dict[str, Fact]:
+    """What a decode step of one request is made of, by the benchmark's clocks: the native call, and Python around it."""
+    measured = _stored("bench.json").get("measurements", {})
+    [call] = [e for e in measured.get("phases", ()) if (e["name"], e["num_requests"]) == ("m7", 1)] or [None]
+    if call is None:
+        return {}
+    speed = measured["weight_bytes"]["m7"] / (1e-3 * call["products_ms"])
+    return {"step.products_bandwidth_share": Fact(100 * speed / measured["limits"]["bytes_per_second"], "%"),
+            "step.python_share": Fact(100 * (1 - 1e-3 * call["call_ms"] * measured["decode_tokens_per_s"]["m7"]), "%")}
+
+
 def _slug(name: str) -> str:
     return name.replace(" ", "_").replace("-", "_").replace(".", "_")
 
@@ -110,7 +121,7 @@ def _stored(name: str) -> dict[str, Any]:
 
 FOLDER = Path(__file__).parents[1]
 FACTS = Facts(FOLDER, computed={"formats": arithmetic.formats, "memory": arithmetic.memory, "speed": arithmetic.speed,
-                                "algorithm": arithmetic.algorithm, "packing": packing,
+                                "algorithm": arithmetic.algorithm, "packing": packing, "steps": step_shares,
                                 "quality": lambda: quality_facts(_stored(QUALITY)),
                                 "spread": lambda: spread(_stored("bench.json"))},
               results=bench_results(_stored("bench.json")) if _stored("bench.json") else {})
