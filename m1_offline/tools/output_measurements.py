@@ -81,7 +81,10 @@ def best_of() -> dict[str, Fact]:
 
 
 def divergence(tokens: int = 100) -> dict[str, Fact]:
-    """Greedy outputs of this engine and of transformers, in both precisions: how many part, and how close it was."""
+    """Greedy outputs of this engine and of transformers, in both precisions: how many part, and how close it was.
+
+    How many part in 16 bits depends on the order of sums, so on the processor, on the number of threads and on torch.
+    """
     facts: dict[str, Fact] = {"divergence.prompts": Fact(len(PROMPTS)), "divergence.tokens": Fact(tokens)}
     for dtype in ("bfloat16", "float32"):
         llm = LLM(dtype=dtype, max_model_len=1024)
