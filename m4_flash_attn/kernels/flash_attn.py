@@ -23,7 +23,7 @@ from ..metadata import FlashMetadata
 PAGE_MULTIPLE = 256         # FlashAttention 2's tiles of keys divide it, so no tile crosses a page
 _INSTALL_FLASH_ATTN = ("install it with `pip install flash-attn --no-build-isolation` (version 2: it is compiled, with "
                        "nvcc) or `pip install flash-attn-4` (Hopper and newer)")
-_INSTALL_TORCH = "install torch 2.13 or newer"
+_INSTALL_TORCH = "install torch 2.12 or newer"
 
 
 class LibraryError(RuntimeError):
@@ -57,10 +57,10 @@ def load_flash_attn(dtype: torch.dtype, block_size: int, capability: tuple[int, 
 
 
 def load_torch_varlen(dtype: torch.dtype, block_size: int, capability: tuple[int, int]) -> Attend:
-    """torch's `varlen_attn`, which takes a block table from version 2.13 on. Arguments and errors as above."""
+    """torch's `varlen_attn`, which takes a block table from version 2.12 on. Arguments and errors as above."""
     _check_gpu(dtype, capability)
     functions = _functions("torch.nn.attention.varlen", "varlen_attn")
-    if functions is None or "block_table" not in inspect.signature(functions[0]).parameters:
+    if functions is None or not {"block_table", "num_splits"} <= set(inspect.signature(functions[0]).parameters):
         raise LibraryError(f"torch {torch.__version__} has no varlen_attn with a block table; {_INSTALL_TORCH}")
     if block_size % PAGE_MULTIPLE:
         raise _pages_do_not_fit(block_size)
@@ -103,7 +103,8 @@ def _torch_varlen(varlen: Callable[..., Any]) -> Attend:
         return varlen(q, k, v, metadata.query_starts, _key_starts(metadata), metadata.max_query_len,
                       metadata.max_seq_len, scale=scale, window_size=(-1 if window is None else window - 1, 0),
                       enable_gqa=q.shape[1] != k_cache.shape[1], seqused_k=metadata.seq_lens,
-                      block_table=metadata.block_table)
+                      block_table=metadata.block_table,
+                      num_splits=1)     # split keys over pages leave rows unwritten: pytorch#194167 (August 2026)
     return attend
 
 
