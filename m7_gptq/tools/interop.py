@@ -205,7 +205,8 @@ def main(
         [str(gptqmodel_python), "-c", "from importlib.metadata import version as v; print(v('gptqmodel'), v('torch'))"],
         capture_output=True, text=True, check=True).stdout.split()
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({
+    others = json.loads(output.read_text()) if output.is_file() else {}         # interop_readers.py's
+    output.write_text(json.dumps(others | {
         "command": "python -m m7_gptq.tools.interop --gptqmodel-python PYTHON", "gptqmodel": versions[0],
         "gptqmodel_torch": versions[1], "forms": [dataclasses.asdict(one) for one in found]}, indent=1) + "\n")
     if not all(one.equal for one in found):
