@@ -96,7 +96,7 @@ def spread(found: Mapping[str, Any]) -> dict[str, Fact]:
 
 
 def step_shares() -> dict[str, Fact]:
-    """What a decode step of one request is made of, by the benchmark's clocks: the native call, and Python around it."""
+    """What a decode step of one request consists of, by the benchmark's clocks: the native call, Python around it."""
     measured = _stored("bench.json").get("measurements", {})
     [call] = [e for e in measured.get("phases", ()) if (e["name"], e["num_requests"]) == ("m7", 1)] or [None]
     if call is None:

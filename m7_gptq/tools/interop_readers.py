@@ -122,8 +122,8 @@ def compare(ours: CausalLM, prompts: list[list[int]], answers: list[list[int]]) 
 
 
 def without_places(message: str) -> str:
-    """The first line of an error, its absolute paths cut to their last part."""
-    line = next((line for line in message.splitlines() if line.strip()), message)
+    """An error in one line, its absolute paths cut to their last part, without what pydantic appends."""
+    line = " ".join(message.split()).partition(" [type=")[0]
     return re.sub(r"(?<![\w.<])/(?:[^\s'\":,/]+/)+([^\s'\":,/]*)", r"<\1>", line)[:200]
 
 
