@@ -37,7 +37,7 @@ class QuantizeOptions:
     search: bool = option(True, "search the span of each grid, instead of taking smallest and largest weight")
     desc_act: bool = option(True, "quantise the inputs with the largest activations first")
     act_group_aware: bool = option(True, "with desc_act: reorder whole groups, and inputs within a group, so that the "
-                                         "finished matrix needs no order of its own; else groups are made in that order")
+                                         "finished matrix has no order of its own; else groups are made in that order")
     damp_percent: float = option(0.05, "added to the Hessian's diagonal, as a share of its mean")
     sink: float = option(0.1, "weight of the first token's own Hessian for q, k and v: the attention sink; 0: none")
     gptaq: float = option(0.5, "share of the earlier layers' error that a layer is asked to undo, 0 to 1 (GPTAQ)")
