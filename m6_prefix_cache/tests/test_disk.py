@@ -204,6 +204,7 @@ def test_roots_outlive_what_stands_on_them(model: str, tmp_path: Path) -> None:
     disk_of(first).flush()
     size = max(path.stat().st_size for path in disk_of(first).store.folder.iterdir())
     again = start(model, tmp_path, prefix_cache_disk=2.5 * size / 2**30)
+    disk_of(again).seconds_to_read = 0.0        # on a busy machine it may seem slower than computing
     assert ask(again)[1] == 16
 
 
