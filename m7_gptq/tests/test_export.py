@@ -112,7 +112,7 @@ def test_a_tied_output_matrix_that_stays_plain_is_stored_once(tmp_path, tiny_mod
     ({}, GPTQSettings(8, 32, True, lm_head=True), r"has 4 bits in groups of 32; allowed: 8 bits in groups of 32"),
     ({}, GPTQSettings(4, 16, True, lm_head=True), r"has 4 bits in groups of 32; allowed: 4 bits in groups of 16"),
     ({}, GPTQSettings(4, -1, True, lm_head=True), r"allowed: 4 bits in groups of 64"),
-    ({"act_group_aware": False}, GPTQSettings(4, 32, False, lm_head=True), r"inputs in an order of its own; allowed: none"),
+    ({"act_group_aware": False}, GPTQSettings(4, 32, False, lm_head=True), r"an order of its own; allowed: none"),
     ({}, GPTQSettings(4, 32, True, True, lm_head=True), r"has zero points from .* allowed: 8 everywhere"),
 ])
 def test_matrices_that_the_settings_do_not_describe(tmp_path, tiny_model, options, settings, message):
