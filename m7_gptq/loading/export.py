@@ -5,9 +5,11 @@
     quantize_config.json        the same settings, as AutoGPTQ had them
     generation_config.json, tokenizer files         the source's
 
-GPTQModel 7.6 reads all of it; transformers (over GPTQModel) a plain output matrix only; vLLM 0.32 symmetric grids
-without an order of inputs only. Where input and output matrix are one and it is quantised, the format has no form for
-it: the folder holds it packed, and its values once more as a plain embedding, which this lab's loader leaves out.
+GPTQModel 7.6 reads all of it; transformers (over GPTQModel) a plain output matrix only: a packed one it loads without a
+word, and computes something else; vLLM 0.32 symmetric grids without an order of inputs only, and says so
+(`python -m m7_gptq.tools.interop_readers`). Where input and output matrix are one and it is quantised, the format has
+no form for it: the folder holds it packed, and its values once more as a plain embedding, which this lab's loader
+compares and leaves out.
 """
 from __future__ import annotations
 
