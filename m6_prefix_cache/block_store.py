@@ -52,6 +52,7 @@ class BlockStore:
         self.is_writable = True
         self._lock = threading.RLock()      # one thread writes while another reads
         self._sizes = OrderedDict[str, int]()           # by path below the root, the least recently used first
+        self._latest = 0                    # ns: the last use that was noted
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._scan()
@@ -75,6 +76,7 @@ class BlockStore:
         self._make_room(self.max_bytes - len(content))
         try:
             self._write(self.root / self._name(block_hash), content)
+            self._note_use(self._name(block_hash))
         except OSError as error:
             self._give_up("a block could not be written", error)
             return False
@@ -106,7 +108,12 @@ class BlockStore:
             with self._lock, suppress(OSError):
                 if name in self._sizes:
                     self._sizes.move_to_end(name)
-                    os.utime(self.root / name)
+                    self._note_use(name)
+
+    def _note_use(self, name: str) -> None:
+        """A file's time is that of its last use. No two have the same: the system's clock stands still for some ms."""
+        self._latest = max(time.time_ns(), self._latest + 1)
+        os.utime(self.root / name, ns=(self._latest, self._latest))
 
     def seconds_per_block(self, num_bytes: int) -> float:
         """What it takes to read a block of so many bytes from the disk, measured now; infinite where that fails.

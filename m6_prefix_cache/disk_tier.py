@@ -140,8 +140,8 @@ class DiskTier(LowerTier):
             # The tail first, as in the pool: the store lets go of what it was told of first.
             for place, number in reversed(list(enumerate(new))):
                 self._write(hashes[number], self._tokens(sequence, number), data[place], is_there)
-        known = [h for h in reversed(hashes[:len(blocks)]) if h in self.store]
-        self._writer.submit(self.store.touch, known)
+        # Behind the writes, for all: those that are there by now alone would seem newer than what they stand on.
+        self._writer.submit(self.store.touch, hashes[:len(blocks)][::-1])
         if not self._has_pace and (seconds := self.seconds_to_compute(0, _PACE_TOKENS)) is not None:
             self._has_pace = True
             self._writer.submit(self.store.write_pace, seconds / _PACE_TOKENS)
