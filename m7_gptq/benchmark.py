@@ -28,6 +28,7 @@ from m0_basics.tools.analysis.cpu_roofline import read_bandwidth
 from m0_basics.tools.bench import BenchReport, Comparison, Contender, ContenderResult, Workload, compare, get_workload
 from m2_continuous_batching.engine import engine_of
 from m4_flash_attn.kernels.cpu import build as plain_build
+from m4_flash_attn.kernels.cpu.runner import DecodeRunner
 from m4_flash_attn.tools import phase_times
 from m5_chunked_prefill.tools import draft_table
 
@@ -162,7 +163,12 @@ def perplexities(ours: Ours, num_windows: int, length: int) -> dict[str, float]:
 
 
 def phases(ours: Ours, sizes: Sequence[int], steps: int) -> list[dict[str, Any]]:
-    """Milliseconds of a decode step's native call by kind of phase, for plain and for packed weights."""
+    """Milliseconds of a decode step's native call by kind of phase, for plain and for packed weights.
+
+    The sequences of a step have one prompt, of which a prefix cache holds one copy. Empty where steps are no such call.
+    """
+    if not all(isinstance(engine_of(ours.llms[name]).runner, DecodeRunner) for name in ("m6", "m7")):
+        return []
     found = []
     for size in sizes:
         packed = phase_times.measure(ours.llms["m7"], size, steps=steps, sources=build.SOURCES,

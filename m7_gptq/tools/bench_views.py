@@ -43,7 +43,7 @@ def print_tables(report: BenchReport) -> None:
         rows = [(str(e["rows"]), *(f"{e[kind]:.3f}" for kind in kinds)) for e in found["linear"]]
         console.print(_table("The linear products of all layers, weights from memory: milliseconds",
                              ("rows", *(kind.removesuffix("_ms") for kind in kinds)), rows))
-    if "phases" in found:
+    if found.get("phases"):
         kinds = list(found["phases"][0]["phases"])
         rows = [(e["name"], str(e["num_requests"]), f"{e['call_ms']:.2f}",
                  *(f"{e['phases'][kind]['ms']:.2f}" for kind in kinds)) for e in found["phases"]]
