@@ -28,20 +28,36 @@ static inline void relax() {
 #endif
 }
 
-// Compiled with PHASE_TIMES, for tools/phase_times.py: nanoseconds that a thread worked and waited, phase by phase.
+// A stopwatch over a phase, or over a region. It does nothing, unless compiled with PHASE_TIMES: then tools/phase_times.py
+// finds the nanoseconds that each thread worked and waited, phase by phase.
 #ifdef PHASE_TIMES
 struct PhaseTimes {
     static constexpr int THREADS = 8, PHASES = 2048;
     int64_t regions, total, work[THREADS][PHASES], wait[THREADS][PHASES];
-
-    void add(int thread, int phase, int64_t started, int64_t finished, int64_t ended) {
-        if (thread >= THREADS || phase >= PHASES) return;
-        work[thread][phase] += finished - started;
-        wait[thread][phase] += ended - finished;
-    }
 };
 inline PhaseTimes phase_times;
 extern "C" __attribute__((used)) inline PhaseTimes* kernels_phase_times() { return &phase_times; }
+
+class PhaseClock {
+  public:
+    void work_ends() { finished = now_ns(); }
+    void phase_ends(int thread, int phase) {
+        if (thread >= PhaseTimes::THREADS || phase >= PhaseTimes::PHASES) return;
+        phase_times.work[thread][phase] += finished - started;
+        phase_times.wait[thread][phase] += now_ns() - finished;
+    }
+    void region_ends() { phase_times.regions++, phase_times.total += now_ns() - started; }
+
+  private:
+    const int64_t started = now_ns();
+    int64_t finished = 0;
+};
+#else
+struct PhaseClock {
+    void work_ends() {}
+    void phase_ends(int, int) {}
+    void region_ends() {}
+};
 #endif
 
 // One parallel region: `num_phases` calls of Member::share by each of its threads.
@@ -97,16 +113,11 @@ class Member {
   private:
     template <class F> void share(int num_pieces, int grain, int num_owners, bool are_short, F&& f) {
         const int number = phase++;
-#ifdef PHASE_TIMES
-        const int64_t started = now_ns();
-#endif
+        PhaseClock clock;
         if (team.num_threads == 1) {
             if (num_pieces > 0) f(0, num_pieces);
-#ifdef PHASE_TIMES
-            const int64_t finished = now_ns();
-            phase_times.add(thread, number, started, finished, finished);
-#endif
-            return;
+            clock.work_ends();
+            return clock.phase_ends(thread, number);
         }
         int count = 0;
         for (int i = 0; i < num_owners; i++) {
@@ -125,13 +136,9 @@ class Member {
             }
         }
         finish(number, count);
-#ifdef PHASE_TIMES
-        const int64_t finished = now_ns();
-#endif
+        clock.work_ends();
         if (!team.watch.retired(thread)) wait(number, num_pieces, are_short);
-#ifdef PHASE_TIMES
-        phase_times.add(thread, number, started, finished, now_ns());
-#endif
+        clock.phase_ends(thread, number);
     }
 
     void finish(int number, int count) {
@@ -165,17 +172,12 @@ class Member {
 };
 
 template <class F> void Team::run(F&& f) {
-#ifdef PHASE_TIMES
-    const int64_t started = now_ns();
-#endif
+    PhaseClock clock;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
     {
         Member member(*this, omp_get_thread_num());
         f(member);
     }
     watch.end();
-#ifdef PHASE_TIMES
-    phase_times.regions++;
-    phase_times.total += now_ns() - started;
-#endif
+    clock.region_ends();
 }
