@@ -13,6 +13,7 @@ from m0_basics.tools.documents.interview import (
     check_interview,
     check_translation,
     parse_interview,
+    spoken_length,
 )
 
 ENGLISH, CHINESE = "INTERVIEW.md", "INTERVIEW.zh-CN.md"
@@ -75,6 +76,26 @@ def test_sections_out_of_order(tmp_path: Path) -> None:
     swapped = entry(1).replace("**Code**", "**X**").replace("**Numbers**", "**Code**").replace("**X**", "**Numbers**")
     [problem] = check_interview(write(tmp_path, swapped)[0])
     assert "in this order" in problem
+
+
+@pytest.mark.parametrize(("language", "longest", "one_more", "complaint"), [
+    ("en", "word " * 94 + "16<!-- fact: block.size --> ", "word", "96 words cannot be said in 30 seconds; at most 95"),
+    ("zh-CN", "一块放 16<!-- fact: block.size --> 个 token，" + "字" * 152, "KV", "162 syllables cannot be said"),
+])
+def test_an_answer_of_30_seconds_can_be_said(tmp_path: Path, language: str, longest: str, one_more: str,
+                                              complaint: str) -> None:
+    """Markers of facts are not spoken, and a Latin word or a number is two Chinese syllables."""
+    for short, complaints in ((longest, 0), (longest + one_more, 1)):
+        text = entry(1, language, short=short)
+        document = write(tmp_path, text, text)[language != "en"]
+        problems = check_interview(document)
+        assert len(problems) == complaints, problems
+        assert all(complaint in problem for problem in problems)
+
+
+def test_syllables_of_an_answer() -> None:
+    assert spoken_length("two words, 1,000 tokens", "en") == 4
+    assert spoken_length("每个 token 占 23,040 字节，KV cache 很大。", "zh-CN") == 2 + 1 + 2 + 2 + 4 * 2
 
 
 @pytest.mark.parametrize(("chinese", "complaints"), [

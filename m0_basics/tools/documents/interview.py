@@ -24,6 +24,7 @@ LABELS: dict[str, tuple[str, ...]] = {      # in the order of SECTIONS
     "en": ("30 seconds", "Deep answer", "Follow-ups", "Common wrong answer", "Code", "Numbers", "Must have"),
     "zh-CN": ("30 秒版", "深入回答", "追问", "常见误区", "代码", "数据", "得分点"),
 }
+SPOKEN = {"en": 95, "zh-CN": 160}       # what "30 seconds" may hold, as `spoken_length` counts
 HEADING = re.compile(r"^#{1,3}\s.*$", re.MULTILINE)
 FOLD = re.compile(r"^(?:</?details[^>\n]*>|<summary>.*</summary>)[ ]*$", re.MULTILINE)
 ENTRY = re.compile(r"###\s+(?P<prefix>[a-z][a-z0-9]*)-q(?P<number>\d{2,})\s+·\s+(?P<level>\S+)\s+·\s+(?P<question>.+)")
@@ -79,6 +80,14 @@ def _sections(text: str, masked: str, names: Mapping[str, str]) -> list[tuple[st
     return [(names[m[1]], text[m.end():stop].strip()) for m, stop in zip(labels, stops, strict=True)]
 
 
+def spoken_length(text: str, language: str) -> int:
+    """How long an answer is to speak: English words; in Chinese its characters, a Latin word or a number as two."""
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    if language == "en":
+        return len(text.split())
+    return len(re.findall(r"[\u4e00-\u9fff]", text)) + 2 * len(re.findall(r"[A-Za-z0-9][\w.,/+-]*", text, re.ASCII))
+
+
 def check_interview(path: Path) -> list[str]:
     """Problems of a document's form, as "file:line: problem"."""
     text, labels = path.read_text(encoding="utf-8"), dict(zip(SECTIONS, LABELS[language(path)], strict=True))
@@ -100,6 +109,9 @@ def check_interview(path: Path) -> list[str]:
             problems.append(f"{where} lacks {', '.join(missing)}")
         elif entry.order != SECTIONS:
             problems.append(f"{where}: its sections are not, once each and in this order, {', '.join(labels.values())}")
+        if (length := spoken_length(entry.sections.get("short", ""), language(path))) > SPOKEN[language(path)]:
+            problems.append(f"{where}: {length} {'words' if language(path) == 'en' else 'syllables'} cannot be said in "
+                            f"30 seconds; at most {SPOKEN[language(path)]}")
         previous = entry
     return problems
 
