@@ -59,6 +59,7 @@ def test_the_fleet_by_hand(values: dict[str, float]) -> None:
     assert values["fleet.running"] == pytest.approx(values["fleet.peak"] * 300 * 0.025)
     step = (2 * (8_030_261_248 - 128256 * 4096) + 128 * 1351 * 131_072) / 3.35e12 / 0.5
     assert values["fleet.step.ms"] == pytest.approx(1e3 * step, rel=0.001)
+    assert values["fleet.dollars_per_day"] == 35 * 2 * 24        # whole devices are paid for
     assert values["fleet.devices"] == pytest.approx(
         values["fleet.peak"] * (values["fleet.prefill.ms"] + 300 * 1e3 * step / 128) / 1e3 / 0.7, rel=0.001)
 

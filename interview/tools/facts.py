@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def fleet() -> dict[str, Fact]:
             "fleet.request.ms": Fact(1e3 * per_request, "ms"), "fleet.devices": Fact(devices),
             "fleet.memory_devices": Fact(running / fit), "fleet.hit_devices": Fact(
                 busy * (0.3 * prefill + output * step / 128) / 0.7),
-            "fleet.dollars_per_day": Fact(devices * PRICE * 24, "dollars"),
+            "fleet.dollars_per_day": Fact(math.ceil(devices) * PRICE * 24, "dollars"),
             "fleet.prefill_share": Fact(prefill / per_request, "ratio")}
 
 
