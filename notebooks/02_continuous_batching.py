@@ -516,14 +516,15 @@ plt.show()
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Something between. The weights cross the bus once, whoever uses them. A further sequence adds its own arithmetic and
-# its own cache. So the throughput rises, and the curve bends where arithmetic takes over. On one thread of a CPU,
-# with plain PyTorch, that is soon. On a GPU it is where the ridge of the first notebook lies, at hundreds of
-# sequences.
+# Something between, and far nearer to one step than to thirty-two. The weights cross the bus once, whoever uses them.
+# A further sequence adds its own arithmetic and its own cache. The first few cost so little that noise may hide them: a
+# step of two can come out shorter than a step of one. Then the throughput rises more slowly: the curve bends where
+# arithmetic takes over. On one thread of a CPU, with plain PyTorch, that is at some tens of sequences or before. On a
+# GPU it is where the ridge of the first notebook lies, at hundreds.
 #
 # </details>
 #
-# **Question.** Each request now gets its tokens more slowly than alone. Who gains then?
+# **Question.** In a large batch each request gets its tokens more slowly than alone. Who gains then?
 #
 # <details><summary>Answer</summary>
 #
@@ -570,7 +571,7 @@ plt.show()
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# `priority` serves the urgent ones soonest, and all others later. Shortest job first has the lowest mean wait of all,
+# `priority` serves the urgent ones soonest, and the others later than first come, first served does. Shortest job first has the lowest mean wait of all,
 # and the longest single wait too: a long job is passed by everybody. None of them is done much sooner.
 #
 # </details>

@@ -594,7 +594,7 @@ plt.show()
 #
 # </details>
 #
-# Up to a few dozen tokens the waste is small. The look-ups hardly matter here, because the gather copies all keys and
+# Up to a dozen tokens or two the waste is small. The look-ups hardly matter here, because the gather copies all keys and
 # values in any case. A kernel that reads the blocks where they lie prefers them large enough to read in one go.
 #
 # **Question.** Sharing works in whole blocks. What does a large block do to what two prompts can share?

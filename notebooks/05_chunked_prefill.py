@@ -149,15 +149,15 @@ print("the same tokens from both:", outputs[0] == outputs[1])
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The streams' longest wait becomes many times shorter. The long prompt has its first token later, because the streams
-# run beside it. All is done at about the same time: the same tokens are computed, and every piece pays for one more
-# reading of the weights.
+# The streams' longest wait becomes several times shorter. The long prompt has to wait for the streams' tokens beside
+# it, and every piece pays for one more reading of the weights: a little later, so little that the noise of a busy
+# machine may hide it or turn it round. All is done at about the same time, since the same tokens are computed.
 #
 # </details>
 #
 # Above, one wide bar: nobody else is in it. Below, the streams are in every step, and the prompt takes what is left of a
 # step that may take three times as long as one that only decodes. All of the prompt's tokens are still computed, and
-# the streams beside them: so the prompt itself comes later. What changed is who waits.
+# the streams beside them: the prompt itself gains nothing. What changed is who waits.
 
 # %% [markdown]
 # ## 2. What a step costs
@@ -198,9 +198,9 @@ for kind, numbers in check.summary().items():
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# On a quiet machine within about a tenth. A step's time is nearly a straight line in its tokens, and the line is
-# learned from the steps before. What it cannot know is when something else wants the processor, and that spreads the
-# dots.
+# Much nearer to a tenth than to a half. A step's time is nearly a straight line in its tokens, and the line is learned
+# from the steps before. What it cannot know is when something else wants the processor, and that spreads the dots: the
+# steps that only decode are short and predicted alike, so nearly all of their spread is noise.
 #
 # </details>
 #
@@ -271,8 +271,10 @@ show(story)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The notes take a small part of a step for each token. The story repeats hardly anything, so most guesses are wrong,
-# and soon few are made: the length of a draft follows what was right so far. A try now and then remains.
+# The notes take a small part of a step for each token: most steps bring several. The story repeats little. At its
+# beginning it says words of its task again, and those guesses are right. Later a draft is made only where an ending has
+# occurred before, in one step of several, and nearly all of these are refused. Trying now and then is the price for
+# noticing when a text begins to repeat.
 #
 # </details>
 #

@@ -812,7 +812,7 @@ plt.show()
 # <details><summary>Answer</summary>
 #
 # The first token comes many times sooner, the later ones not at all: they read the same keys and values. The look
-# takes microseconds, computing takes hundreds of milliseconds.
+# takes microseconds. To compute the prompt takes ten thousand times as long, and more.
 #
 # </details>
 #
@@ -825,8 +825,8 @@ plt.show()
 #
 # <details><summary>Answer</summary>
 #
-# A conversation finds its history on one replica of four, so three turns in four read it anew, and all four caches
-# hold copies of the same system prompt. Send a request where its beginning is likely to lie: by a hash of its first
+# A conversation's newest turns lie on one replica of four, so three requests in four read at least those anew, and all
+# four caches hold copies of the same system prompt. Send a request where its beginning is likely to lie: by a hash of its first
 # blocks, or by the user. Give that up where the queue is too long.
 #
 # </details>

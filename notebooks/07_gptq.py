@@ -128,8 +128,10 @@ assert asymmetric[0][1] - asymmetric[0][0] < symmetric[0][1] - symmetric[0][0]
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The asymmetric grid does not cover the empty stretch on one side, so its step is smaller. A symmetric grid has one code
-# more below zero than above it. Where the largest weight lies above, it is clipped.
+# The asymmetric grid does not cover the empty stretch on one side, so its step is smaller. Both miss the largest weight,
+# by up to half a step. The asymmetric one because its zero is a whole code, so that the grid cannot end just anywhere. A
+# symmetric grid has one code more below zero than above it: where the largest weight lies above, it is clipped by half
+# of a step, and the step is the larger one.
 # </details>
 #
 # ## 2. Bits and groups, and what they cost
@@ -165,9 +167,10 @@ for bits, own in points.items():
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Compare along the curves and between them. Within one curve the error falls slowly, as the group shrinks. From one
-# curve to the next it falls by half and more. So smaller groups are worth it as long as they cost little, and at the
-# left end of a curve a whole bit more would have been the better use.
+# The first half, yes; a second one, no. Compare along the curves and between them. A whole bit more divides the error
+# by two or a little more. From the largest group on, half a bit spent on smaller ones takes away more than a quarter of
+# it, which is a fair price. The next half bit takes away half as much. At the right end of a curve, where the groups are
+# smallest, the next curve begins beside it, with a bit more, the largest groups and a smaller error.
 # </details>
 #
 # ## 3. Two weights by hand
@@ -317,8 +320,10 @@ assert most < len(spectrum) / 2
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# A lot. Most of the energy lies in a part of the directions. An error that points into the others costs nearly nothing.
-# That is the room in which GPTQ hides its errors: rounding to the nearest spreads them evenly over all directions.
+# Pair by pair, little: off the diagonal the picture is pale. But there are very many pairs, and together they count. A
+# single direction holds more than a third of the energy, and less than half of the directions hold nine tenths. An error
+# that points into the others costs little. That is the room in which GPTQ hides its errors: rounding to the nearest
+# spreads them evenly over all directions.
 # </details>
 #
 # ## 5. Weights further off, outputs nearer
@@ -428,10 +433,11 @@ assert many[1] < plain < curves[0.001][3][1], "and makes things worse than round
 # <details><summary>Answer</summary>
 #
 # On few samples the error is small, on other text it is larger than by rounding: overfitting, without a single step of
-# training. And more text first makes it worse. With a handful of tokens `H` is mostly damping, and the method does
-# little. Near as many tokens as inputs it believes every direction that it has seen, and each was seen once. From there
-# on more text helps, and it takes several times as many tokens as inputs to leave rounding behind. Damping makes the
-# hill lower.
+# training. And more text first makes it worse. With a handful of tokens `H` is damping and nothing else in most
+# directions, and the method does little there. With little damping the worst is reached near as many tokens as inputs:
+# it believes every direction that it has seen, and each was seen about once. From there on more text helps. It takes
+# more tokens than inputs to leave rounding behind, and twice as many or more with little damping. More damping makes
+# the hill lower, and its top comes earlier.
 # </details>
 #
 # ## 7. The token that everybody looks at
@@ -537,8 +543,9 @@ plt.show()
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Each bit less costs several times what the one before did. GPTQ takes away a good part of it, and more, the fewer the
-# bits. At four bits this model hardly minds either way. For the real one the table of the README has the numbers: it
+# Rounding hurts from three bits on, GPTQ with its default settings from two: it takes away nine tenths of the loss at
+# both, and its three bits cost what rounding costs at four. Each bit less costs about ten times what the one before did.
+# At four bits this model hardly minds either way. For the real one the table of the README has the numbers: it
 # takes minutes, not seconds.
 # </details>
 #
@@ -650,8 +657,10 @@ plt.show()
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# For one row the gain comes from bytes, and a call's own price takes some of it away. A whole engine gains less: attention,
-# norms and Python do not shrink. For many rows arithmetic decides: with exact activations the lines meet. Where the packed
+# For one row several times: the gain comes from bytes, at most fourfold against sixteen bits and a little more where the
+# plain product is not at its limit, and a call's own price takes some of it away. A whole engine gains less than the
+# best product: attention, norms and Python do not shrink. For many rows arithmetic decides: with exact activations the
+# lines meet, and the plain weights may be ahead. Where the packed
 # matrix still gains, it is because its products are integers of eight bits, of which a processor does several where it
 # does one in floating point. On a GPU with fast sixteen-bit arithmetic there would be nothing left.
 # </details>
@@ -677,7 +686,7 @@ plt.show()
 # ## Try it
 #
 # 1. In section 3, set the correlation to `0`, then to `-0.8`. What does GPTQ choose?
-# 2. In section 5, use `QuantizeOptions(damp_percent=10.0)`. Why does GPTQ become rounding to the nearest?
+# 2. In section 5, use `QuantizeOptions(damp_percent=10.0)`. How near does GPTQ come to rounding to the nearest?
 # 3. In section 6, set `damp_percent=0.1`. What becomes of the two curves?
 # 4. In section 7, use windows of `LENGTH = 64`. Why is the textbook better then?
 # 5. In section 8, calibrate on the Chinese text: `evaluation_text("chinese")`. How much is lost?
@@ -686,14 +695,16 @@ plt.show()
 #
 # 1. To the nearest, both: `(1, 1)`. Without correlation there is nothing to make up for, and with a negative one two
 #    errors of the same sign cancel already. The cell's assertions know `0.8` only.
-# 2. Damping adds to the diagonal. With ten times the mean of it, `H` looks as if all inputs were unrelated, so no
-#    error is passed on to other weights. The search for grids remains.
+# 2. By the weights, it is there: their error is that of rounding with grids that were searched. By the outputs, not
+#    quite: about a quarter of the error is still taken away. Damping adds ten times the mean to the diagonal, beside
+#    which nearly all directions look as if their inputs were unrelated. But the strongest holds more than a third of
+#    the energy, hundreds of times the mean, and in it errors still cancel.
 # 3. The hill of the curve on other text gets lower, and the error on the samples rises a little. More damping trusts
 #    the samples less.
 # 4. A first token is one in `64` then, no longer one in `256`. So the textbook's own `H` counts it more, and its
 #    error is given away less readily.
-# 5. All of the gain: GPTQ is about as good as rounding, or worse, and the cell's assertions fail. The default
-#    settings search more, so they trust the wrong text more. A byte of Chinese tells this model nothing about what
+# 5. All of the gain: the textbook is about as good as rounding, the default settings a little worse, and the cell's
+#    assertions fail. The default settings search more, so they trust the wrong text more. A byte of Chinese tells this model nothing about what
 #    English bytes do in its layers.
 #
 # </details>
