@@ -66,8 +66,8 @@ def draw(report: BenchReport, output_dir: Path) -> None:
     throughput_bars(report.comparisons[0], output_dir / "one_request.png", "One request")
     points = report.measurements["growth"]
     line_plot({"m0: everything again": Series([p["length"] for p in points], [p["seconds"] * 1e3 for p in points])},
-              output_dir / "growth.png", title="What the next token costs without a cache", xlabel="tokens so far",
-              ylabel="milliseconds per token")
+              output_dir / "growth.png", title="Without a cache each next token costs more", xlabel="tokens so far",
+              ylabel="milliseconds per token", unit=" ms")
     draw_total(report.measurements["total"], output_dir / "total_flops.png")
 
 
@@ -82,6 +82,7 @@ def draw_total(totals: Sequence[dict[str, int]], path: Path) -> Path:
     x = [t["output_len"] for t in totals]
     first = totals[0]["flops"]
     lines = {"m0, counted": Series(x, [t["flops"] * 1e-9 for t in totals]),
-             "doubles twice: n^2": Series(x, [first * 1e-9 * (n / x[0]) ** 2 for n in x], dashed=True)}
-    return line_plot(lines, path, title="What a whole output costs without a cache", xlabel="output tokens",
-                     ylabel="GFLOP", log_x=True, log_y=True)
+             "n squared": Series(x, [first * 1e-9 * (n / x[0]) ** 2 for n in x], dashed=True)}
+    more = totals[-1]["flops"] / totals[-2]["flops"]
+    return line_plot(lines, path, title=f"Without a cache an output of {x[-1]:,} tokens costs {more:.1f} times one of "
+                     f"{x[-2]:,}", xlabel="output tokens", ylabel="GFLOP", log_x=True, log_y=True)

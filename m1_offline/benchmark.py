@@ -81,7 +81,7 @@ def draw(report: BenchReport, output_dir: Path) -> None:
     """The figures of a whole report."""
     single, several = report.comparisons
     throughput_bars(single, output_dir / "one_request.png", "One request")
-    throughput_bars(several, output_dir / "several_requests.png", f"Several requests: {several.workload['name']}")
+    throughput_bars(several, output_dir / "several_requests.png", f"{several.workload['num_requests']} ragged requests")
     draw_growth(report.measurements["growth"], output_dir)
 
 
@@ -143,8 +143,12 @@ def _print_steps(steps: list[dict[str, Any]]) -> None:
 def draw_growth(points: dict[str, Any], output_dir: Path) -> None:
     """Time and FLOPs of the next token over the length of the sequence, with and without a cache."""
     names = {"m0": "m0: everything again", "m1": "m1: with a KV cache"}
-    for key, file, ylabel, factor in (("seconds", "growth.png", "milliseconds per token", 1e3),
-                                      ("flops", "growth_flops.png", "GFLOP per token", 1e-9)):
+    for key, file, ylabel, factor, unit, gain in (
+            ("seconds", "growth.png", "milliseconds per token", 1e3, " ms", "times faster"),
+            ("flops", "growth_flops.png", "GFLOP per token", 1e-9, " GFLOP", "times less work")):
         lines = {names[m]: Series([p["length"] for p in points[m]], [p[key] * factor for p in points[m]])
                  for m in points}
-        line_plot(lines, output_dir / file, title="What the next token costs", xlabel="tokens so far", ylabel=ylabel)
+        ends = [points[m][-1] for m in ("m0", "m1")]
+        title = (f"After {ends[1]['length']:,} tokens a KV cache makes the next one "
+                 f"{ends[0][key] / ends[1][key]:.0f} {gain}")
+        line_plot(lines, output_dir / file, title=title, xlabel="tokens so far", ylabel=ylabel, unit=unit)

@@ -119,16 +119,17 @@ def _everything(options: dict[str, Any], ours: list[Contender], others: list[Con
 def draw(report: BenchReport, output_dir: Path) -> None:
     """The figures of a whole report."""
     ragged, equal = report.comparisons[:2]
-    throughput_bars(ragged, output_dir / "ragged.png", f"Requests of all lengths at once: {ragged.workload['name']}")
-    throughput_bars(equal, output_dir / "equal.png", "Equal lengths, where there is nothing to gain")
+    throughput_bars(ragged, output_dir / "ragged.png", f"{ragged.workload['num_requests']} ragged requests")
+    throughput_bars(equal, output_dir / "equal.png", "Equal lengths")
     if timelines := report.measurements.get("timelines"):
         draw_timelines(timelines, report.config["max_num_seqs"], output_dir / "timeline.png")
     poisson = report.comparisons[2:2 + len(RATES)]
-    for key, title, ylabel in (("ttft_ms", "Time to first token, 99th percentile", "milliseconds"),
-                               ("request_goodput", "Requests within the objectives", "requests per second")):
+    for key, title, ylabel, unit in (
+            ("ttft_ms", "Time to first token, 99th percentile", "milliseconds", " ms"),
+            ("request_goodput", "Requests within the objectives", "requests per second", " a second")):
         lines = {c.name: Series(RATES, [_metric(p, c.name, key) for p in poisson]) for c in poisson[0].contenders}
         line_plot(lines, output_dir / f"poisson_{key}.png", title=title, xlabel="arrivals per second", ylabel=ylabel,
-                  log_y=key == "ttft_ms")
+                  log_y=key == "ttft_ms", unit=unit)
 
 
 def _metric(comparison: Comparison, name: str, key: str) -> float:

@@ -1,6 +1,7 @@
 """Figures have one style: a hero, greys, names where lines end, apart from each other."""
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m0_basics.tools.bench import Series, line_plot, style
-from m0_basics.tools.bench.figures import grouped_bars
+from m0_basics.tools.bench.figures import grouped_bars, headline
+from m0_basics.tools.bench.harness import Comparison, ContenderResult
 from m0_basics.tools.bench.report import BenchReport
 
 ROOT = Path(__file__).parents[2]
+PICTURES = {".png", ".svg", ".gif", ".jpg"}
 
 
 @pytest.mark.parametrize(("names", "chosen"), [
@@ -40,7 +43,9 @@ def test_names_do_not_touch(places: list[float], gap: float) -> None:
         assert moved == pytest.approx(places)
 
 
-@pytest.mark.parametrize(("value", "text"), [(1234.5, "1,234"), (99.94, "99.9"), (3.14159, "3.14"), (0.5, "0.50")])
+@pytest.mark.parametrize(("value", "text"), [(1234.5, "1,234"), (99.94, "99.9"), (3.14159, "3.14"), (0.5, "0.50"),
+                                             (0, "0.00"), (0.0479, "0.048"), (0.0000196, "0.000020"),
+                                             (-0.07, "-0.070")])
 def test_values_are_short(value: float, text: str) -> None:
     assert style.short(value) == text
 
@@ -53,25 +58,76 @@ def test_names_stand_where_lines_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [axes] = drawn[0].axes
     assert axes.get_legend() is None and axes.get_title(loc="left") == "T"
     texts = {text.get_text(): text for text in axes.texts}
-    assert [texts[name].get_color() for name in ("m0", "m1")] == [style.GREYS[0], style.HERO]
-    assert texts["m0"].xy[0] == texts["m1"].xy[0] == 1.0 and texts["m0"].xy[1] > texts["m1"].xy[1]
-    assert texts["short"].xy[0] == pytest.approx(1 / 3, abs=0.06)
-    grouped_bars({"a": {"m0": 1.0, "m1": 2.0}, "b": {"m1": 3.0}}, tmp_path / "y.png", title="T", ylabel="y", line=1.0)
+    assert [texts[name].get_color() for name in ("m0  100", "m1  99.0")] == [style.MUTED, style.HERO]
+    assert texts["m0  100"].xy[0] == texts["m1  99.0"].xy[0] == 1.0 and texts["m0  100"].xy[1] > texts["m1  99.0"].xy[1]
+    assert texts["short  50.0 at 2"].xy[0] == pytest.approx(1 / 3, abs=0.06)
+    grouped_bars({"a": {"m0": 1.0, "m1": 2.0}, "b": {"m1": 3.0}}, tmp_path / "y.png", title="T", ylabel="y", line=1.05,
+                 line_name="even")
     [axes] = drawn[1].axes
-    assert sorted(t.get_text() for t in axes.texts if t.get_text()) == ["1.00", "2.00", "3.00"]
+    assert sorted(t.get_text() for t in axes.texts if t.get_text()) == ["1.00", "2.00", "3.00", "even"]
+    assert [t.get_text() for t in axes.texts if t.get_bbox_patch()] == ["1.00"], "what the line would cross out"
     drawn[1].canvas.draw()
     box = axes.get_legend().get_window_extent()
     assert box.y0 >= axes.bbox.y1                                   # above the data, not over it
 
 
+def test_a_line_has_another_hero_labels_and_levels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(style, "write", lambda figure, path: drawn.append(figure) or path)
+    line_plot({"ours": Series([1, 2, 3], [9, 4, 5], labels=["a", "b", "c"], level=True), "m3": Series([1, 3], [1, 1])},
+              tmp_path / "x.png", title="T", xlabel="x", ylabel="y", hero="ours", unit=None)
+    [axes] = drawn[0].axes
+    assert [line.get_color() for line in axes.lines] == [style.HERO, style.GREYS[0]]
+    assert axes.lines[0].get_drawstyle() == "steps-pre"
+    sides = {text.get_text(): text.get_ha() for text in axes.texts}
+    assert sides == {"a": "right", "b": "left", "ours: c": "left", "m3": "left"}
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "3"], "few points: a tick each"
+
+
+def test_headlines_say_the_result() -> None:
+    def a_comparison(baseline: str, **ratios: float) -> Comparison:
+        return Comparison({}, baseline, tuple(
+            ContenderResult(name.replace("_", "-"), "", (), (ratio,), 0) for name, ratio in ratios.items()))
+
+    assert headline(a_comparison("m1", m1=1, m2=5.972, m2_async=7, vllm=9), "64 requests") == (
+        "64 requests: m2 has 5.97 times m1's throughput")
+    assert headline(a_comparison("m0", m0=1, a=2, b=3), "One") == "One: b has 3.00 times m0's throughput"
+    assert headline(a_comparison("transformers", transformers=1, m1=0.5), "One") == (
+        "One: m1 has 0.50 times transformers' throughput")
+    assert headline(a_comparison("m0", m0=1), "One") == "One"
+
+
 def test_every_picture_is_used_by_a_text() -> None:
-    """Each figure of the results is shown or linked by its milestone's documents, or by the lab's."""
-    unused = []
-    for folder in sorted(ROOT.glob("m[0-6]_*")):
-        texts = "".join(file.read_text(encoding="utf-8") for file in [*folder.glob("*.md"), ROOT / "README.md"])
-        unused += [str(p.relative_to(ROOT)) for p in (folder / "results").glob("*.png")
-                   if f"results/{p.name}" not in texts]
-    assert unused == []
+    """Each figure of the results is shown or linked, by a document in English and by one in Chinese."""
+    figures = {p for folder in ROOT.glob("[mi]*/results") for p in folder.rglob("*") if p.suffix in PICTURES}
+    assert len(figures) > 40 and all(any(p.is_relative_to(m) for p in figures) for m in ROOT.glob("m[0-9]_*"))
+    for chinese in (False, True):
+        used = set().union(*(pictures(page) for page in pages() if page.name.endswith(".zh-CN.md") == chinese))
+        assert sorted(str(p.relative_to(ROOT)) for p in figures - used) == []
+
+
+def test_every_picture_that_is_shown_exists() -> None:
+    """In every document, and in the texts of the notebooks."""
+    wanted = {(page.name, str(p)) for page in [*pages(), *ROOT.glob("notebooks/*.py")] for p in pictures(page)}
+    assert len(wanted) > 80 and [x for x in sorted(wanted) if not Path(x[1]).is_file()] == []
+
+
+def test_pictures_are_found_in_texts(tmp_path: Path) -> None:
+    page = tmp_path / "x.md"
+    page.write_text('![a](results/a.png) [b](b.svg) <img src="../c.gif"> [d](https://x.y/d.png) `e.png` '
+                    '[f](f.md#g.png)', encoding="utf-8")
+    assert pictures(page) == {tmp_path / "results/a.png", tmp_path / "b.svg", (tmp_path / "../c.gif").resolve()}
+
+
+def pages() -> list[Path]:
+    return sorted(p for folder in (ROOT, *ROOT.glob("m[0-9]_*"), ROOT / "interview") for p in folder.glob("*.md"))
+
+
+def pictures(page: Path) -> set[Path]:
+    """The pictures that a page shows or links, but for those of other sites."""
+    links = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", page.read_text(encoding="utf-8"))
+    return {(page.parent / link).resolve() for link in map("".join, links)
+            if Path(link).suffix in PICTURES and "://" not in link and "#" not in link}
 
 
 def test_saved_results_can_be_drawn_again(tmp_path: Path) -> None:
@@ -92,7 +148,7 @@ def test_names_and_values_of_labelled_lines() -> None:
     style.name_lines(axes, "{:.1f}")
     texts = {text.get_text(): text for text in axes.texts}
     assert {name: text.get_color() for name, text in texts.items()} == {
-        "up 20.0": style.HERO, "short 2.0": style.GREY, "level 10.0": style.INK}
+        "up 20.0": style.HERO, "short 2.0": style.MUTED, "level 10.0": style.INK}
     assert texts["up 20.0"].xy[0] == texts["level 10.0"].xy[0] == 1.0, "to the right of the axes"
     assert texts["up 20.0"].xy[1] > texts["level 10.0"].xy[1]
     assert texts["short 2.0"].xy[0] < 0.5

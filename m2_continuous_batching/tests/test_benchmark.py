@@ -33,6 +33,13 @@ def test_every_part_is_there(report: tuple[BenchReport, Path]) -> None:
         assert all(c.identical_requests == comparison.workload["num_requests"] for c in comparison.contenders)
     assert all(c.rounds[0].request_goodput is not None for poisson in result.comparisons[2:5]
                for c in poisson.contenders)
+    timelines = result.measurements["timelines"]
+    assert list(timelines) == ["static batches", "continuous batching"]
+    work = result.comparisons[0].workload
+    for rows in timelines.values():             # the runs that the picture is of: a step is [end_s, tokens, firsts]
+        ends, tokens, firsts = zip(*rows, strict=True)
+        assert list(ends) == sorted(ends) and ends[0] > 0
+        assert (sum(tokens), sum(firsts)) == (work["num_output_tokens"], work["num_requests"])
     figures = {p.name for p in folder.glob("*.png")}
     assert figures == {"ragged.png", "equal.png", "timeline.png", "poisson_ttft_ms.png", "poisson_request_goodput.png"}
 

@@ -59,21 +59,27 @@ def mean_occupancy(rows: Sequence[StepSpan]) -> float:
 
 def draw_timelines(timelines: Mapping[str, Sequence[StepSpan] | Sequence[Sequence[float]]], max_num_seqs: int,
                    path: Path) -> Path:
-    """One panel per engine: sequences at work over time. Steps that ran prompts have a colour of their own; what is
-    white was idle. Takes spans, or the rows that `as_rows` makes of them."""
+    """One panel per engine: sequences at work over time. Steps that ran prompts have a colour of their own, and are as
+    high as the most that the engine ever ran at once; what is white was idle. The dashed line is `max_num_seqs`.
+
+    Takes spans, or the rows that `as_rows` makes of them.
+    """
     figure, panels = style.new_figure(width=8, height=1.9 * len(timelines), rows=len(timelines))
     panels = panels if len(timelines) > 1 else [panels]
     for axes, (name, rows) in zip(panels, timelines.items(), strict=True):
         spans = [row if isinstance(row, StepSpan) else StepSpan(row[0], int(row[1]), int(row[2])) for row in rows]
+        most = max(span.num_tokens for span in spans)
         for (begin, end), span in zip(pairwise([0.0, *(s.end_s for s in spans)]), spans, strict=True):
             if span.num_first:                                  # all others wait meanwhile, so it takes the full height
-                axes.fill_between([begin, end], 0, max_num_seqs, color=PROMPTS, linewidth=0)
+                axes.fill_between([begin, end], 0, most, color=PROMPTS, linewidth=0)
             else:
                 axes.fill_between([begin, end], 0, span.num_tokens, color=style.HERO, linewidth=0)
         axes.axhline(max_num_seqs, color=style.GREY, linewidth=0.8, linestyle="--")
         axes.set_ylim(0, max_num_seqs * 1.1)
         axes.set_ylabel("sequences")
-        style.title(axes, f"{name}: done after {spans[-1].end_s:.1f} s", size=10, pad=6)
+        axes.annotate(f"limit: {max_num_seqs}", (1, max_num_seqs), xycoords=("axes fraction", "data"), xytext=(6, 0),
+                      textcoords="offset points", va="center", fontsize=9, color=style.GREY)
+        style.title(axes, f"{name}: at most {most} at once, done after {spans[-1].end_s:.1f} s", size=10, pad=6)
     panels[0].annotate("a token each", (1, 1.06), xycoords="axes fraction", ha="right", color=style.HERO, fontsize=9)
     panels[0].annotate("steps that run prompts", (0.86, 1.06), xycoords="axes fraction", ha="right",
                        color=style.CYCLE[1], fontsize=9)

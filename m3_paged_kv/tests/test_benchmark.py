@@ -33,6 +33,13 @@ def test_every_part_is_there(tmp_path: Path, tiny_model: TinyModels) -> None:
     errors = report.measurements["cache_error"]
     assert errors["positions"] == [32, 64, 96]
     assert set(errors["variants"]) == set(all_variants(64))
+    timelines = report.measurements["timelines"]
+    assert list(timelines) == ["rows", "blocks"]
+    work = report.comparisons[0].workload
+    for rows in timelines.values():                         # the runs that the picture is of: [end_s, tokens, firsts]
+        ends, tokens, firsts = zip(*rows, strict=True)
+        assert list(ends) == sorted(ends) and ends[0] > 0
+        assert (sum(tokens), sum(firsts)) == (work["num_output_tokens"], work["num_requests"])
     figures = {path.name for path in (tmp_path / "results").glob("*.png")}
     assert figures == {"same_memory.png", "timeline.png", "crossover.png", "cache_error.png"}
     measured = len(report.measurements["crossover"])        # of the lengths that documents quote, a quick run has two

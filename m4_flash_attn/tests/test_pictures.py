@@ -103,6 +103,13 @@ def test_draw_turns_shows_scores_maximum_and_sum() -> None:
     assert before == [turn.before for turn in rows]
     assert [c + a for c, a in zip(carried, added, strict=True)] == pytest.approx([t.state.l.item() for t in trace])
     assert [label.get_text() for label in below.get_xticklabels()] == ["0-1", "2-3", "4-4"]
+    assert above.get_legend() is below.get_legend() is None, "nothing stands over the bars"
+    last = rows[-1]
+    assert [text.get_text() for text in above.texts] == [f"m, the largest so far: {math.log(4):.1f}"]
+    assert [text.get_text() for text in below.texts] == [
+        f"added by the tile: {last.added:.1f}", f"l before: {last.before:.1f}",
+        f"l exp(old m - new m): {last.carried:.1f}"]
+    assert all(text.xy[0] >= 0.75 for text in (*above.texts, *below.texts))
 
 
 def test_draw_growth_puts_counted_dots_on_the_formula() -> None:
@@ -114,7 +121,9 @@ def test_draw_growth_puts_counted_dots_on_the_formula() -> None:
     assert list(line.get_ydata()) == [n * n for n in line.get_xdata()]
     assert (min(line.get_xdata()), max(line.get_xdata())) == (2, 8)
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-    assert len(axes.get_legend().get_texts()) == 4
+    assert axes.get_legend() is None
+    assert {text.get_text() for text in axes.texts} == {"square 64", "line 8", "dots: counted\nlines: formula"}
+    assert all(text.xy[0] == 1 for text in axes.texts), "to the right of the axes"
 
 
 def test_draw_roofline_puts_each_part_under_the_roof() -> None:
@@ -125,6 +134,8 @@ def test_draw_roofline_puts_each_part_under_the_roof() -> None:
     assert ridge.get_xdata()[0] == 100
     assert max(roof.get_ydata()) == 1e12
     assert list(dots.get_ydata()) == pytest.approx([parts[0].intensity * 1e10, 1e12])
+    axes.figure.draw_without_rendering()
+    assert axes.get_legend().get_window_extent().y1 < axes.bbox.y0, "below the axes, not over the data"
 
 
 def test_draw_splits_has_a_lane_for_each_worker() -> None:

@@ -49,27 +49,30 @@ def _table(title: str, keys: tuple[str, ...], entries: Entries, columns: list[st
 def draw(report: BenchReport, output_dir: Path) -> None:
     """The figures of a whole report."""
     ragged, single = report.comparisons
-    throughput_bars(ragged, output_dir / "ragged.png", f"{ragged.workload['name']}: output tokens per second")
-    throughput_bars(single, output_dir / "single.png", "One request: output tokens per second")
+    throughput_bars(ragged, output_dir / "ragged.png", f"{ragged.workload['num_requests']} ragged requests")
+    throughput_bars(single, output_dir / "single.png", "One request")
     found = report.measurements
     if "attention" not in found:
         return
-    for kind, batch, title in (("decode", PLOTTED_BATCH, f"Decode, {PLOTTED_BATCH} sequences: one layer's attention"),
-                               ("prefill", 1, "One prompt: one layer's attention")):
+    hero = WAYS["kernel"]
+    for kind, batch, title, xlabel in (
+            ("decode", PLOTTED_BATCH, f"Decode, {PLOTTED_BATCH} sequences: one layer's attention",
+             "tokens of each sequence"), ("prefill", 1, "One prompt: one layer's attention", "tokens of the prompt")):
         entries = [e for e in found["attention"][kind] if e["batch"] == batch]
         line_plot(_lines(entries, "context", "_s", WAYS, 1e3), output_dir / f"attention_{kind}.png", title=title,
-                  xlabel="tokens of each sequence", ylabel="milliseconds", log_x=True, log_y=True)
+                  xlabel=xlabel, ylabel="milliseconds", log_x=True, log_y=True, hero=hero, unit=" ms")
     if found["prefill_memory"]:
         line_plot(_lines(found["prefill_memory"], "context", "_bytes", WAYS, 1e-6), output_dir / "prefill_memory.png",
-                  title="One prompt: memory that a layer's attention needs", xlabel="tokens", ylabel="megabytes",
-                  log_x=True, log_y=True)
+                  title="One prompt: memory that a layer's attention needs", xlabel="tokens of the prompt",
+                  ylabel="megabytes", log_x=True, log_y=True, hero=hero, unit=" MB")
     line_plot(_lines(found["linear"], "rows", "_gflops", KINDS, 1), output_dir / "linear.png", log_x=True, log_y=True,
-              title="gate_up_proj, weights from memory", xlabel="rows", ylabel="GFLOP/s")
+              title="The largest linear layer (gate_up_proj), its weights from memory", xlabel="rows", ylabel="GFLOP/s",
+              hero=KINDS["native"])
     steps = found["steps"]
     line_plot({part: Series([s["num_sequences"] for s in steps], [100 * s["apart"][f"{part}_share"] for s in steps])
                for part in PARTS}, output_dir / "step.png",
               title="Where the time of a decode step goes, layer by layer", xlabel="sequences", ylabel="per cent",
-              log_x=True)
+              log_x=True, unit="%")
 
 
 def _lines(entries: Entries, x: str, suffix: str, labels: dict[str, str], scale: float) -> dict[str, Series]:

@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from m0_basics.tools.bench import style
+
 from ..online_softmax import Trace
 from .intensity import Part, attainable
 
@@ -78,24 +80,27 @@ def turns(trace: Sequence[Trace], row: int = 0) -> list[Turn]:
 
 
 def draw_turns(scores_axes: Axes, sum_axes: Axes, scores: torch.Tensor, rows: Sequence[Turn]) -> None:
-    """Above: the scores of a row and the running maximum. Below: the sum, what was carried over and what was added."""
+    """One: the scores of a row and the running maximum. The other: the sum, what was carried over and what was added.
+
+    The names stand beside the last tile, with its values.
+    """
     for i, turn in enumerate(rows):
         keys = np.arange(turn.keys.start, turn.keys.stop)
         scores_axes.bar(keys, scores[turn.keys.start:turn.keys.stop].numpy(), color=(SKY, LIGHT)[i % 2], width=0.9)
-        scores_axes.plot([keys[0] - 0.5, keys[-1] + 0.5], [turn.m, turn.m], color=RED, lw=2,
-                         label="m" if not i else None)
+        scores_axes.plot([keys[0] - 0.5, keys[-1] + 0.5], [turn.m, turn.m], color=RED, lw=2)
+    scores_axes.set(xlabel="key", ylabel="score")
+    style.label_ends(scores_axes, [(f"m, the largest so far: {turn.m:.1f}", keys[-1] + 0.5, turn.m, RED)])
     places = np.arange(len(rows))
     carried = np.array([turn.carried for turn in rows])
-    sum_axes.bar(places, [turn.before for turn in rows], 0.8, fill=False, edgecolor=GREY, ls="--",
-                 label="l before the tile")
-    sum_axes.bar(places, carried, 0.6, color=BLUE, label="carried over: l x exp(old m - new m)")
-    sum_axes.bar(places, [turn.added for turn in rows], 0.6, bottom=carried, color=ORANGE, label="added by the tile")
+    sum_axes.bar(places, [turn.before for turn in rows], 0.8, fill=False, edgecolor=GREY, ls="--")
+    sum_axes.bar(places, carried, 0.6, color=BLUE)
+    sum_axes.bar(places, [turn.added for turn in rows], 0.6, bottom=carried, color=ORANGE)
     sum_axes.set_xticks(places, [f"{turn.keys.start}-{turn.keys.stop - 1}" for turn in rows])
-    highest = max(max(turn.before, turn.carried + turn.added) for turn in rows)
-    sum_axes.set(xlabel="keys of the tile", ylabel="l", ylim=(0, 1.35 * highest))       # room for the legend
-    scores_axes.set(xlabel="key", ylabel="score")
-    for axes in (scores_axes, sum_axes):
-        axes.legend(fontsize=9)
+    sum_axes.set(xlabel="keys of the tile", ylabel="l")
+    style.label_ends(sum_axes, [
+        (f"added by the tile: {turn.added:.1f}", places[-1], turn.carried + turn.added / 2, ORANGE),
+        (f"l before: {turn.before:.1f}", places[-1], turn.before, GREY),
+        (f"l exp(old m - new m): {turn.carried:.1f}", places[-1], turn.carried / 2, BLUE)])
 
 
 def draw_growth(axes: Axes, sizes: Sequence[int], counted: Mapping[str, Sequence[float]],
@@ -103,13 +108,24 @@ def draw_growth(axes: Axes, sizes: Sequence[int], counted: Mapping[str, Sequence
     """Counted values as dots over the formula's line, one colour per name, both axes logarithmic."""
     x = np.unique(np.geomspace(min(sizes), max(sizes), 60).astype(int))
     for colour, name in zip(CYCLE, counted, strict=False):
-        axes.plot(sizes, counted[name], "o", color=colour, label=f"{name}, counted")
-        axes.plot(x, [formulas[name](int(n)) for n in x], color=colour, lw=1.5, label=f"{name}, formula")
+        axes.plot(sizes, counted[name], "o", color=colour)
+        axes.plot(x, [formulas[name](int(n)) for n in x], color=colour, lw=1.5)
     axes.set(xscale="log", yscale="log")
     axes.set_xticks(list(sizes), [f"{n:,}" for n in sizes])
     axes.minorticks_off()
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=9)
+    style.label_ends(axes, [(f"{name} {_rounded(counted[name][-1])}", sizes[-1], counted[name][-1], colour)
+                            for colour, name in zip(CYCLE, counted, strict=False)])
+    axes.annotate("dots: counted\nlines: formula", (1, 0), xycoords="axes fraction", xytext=(6, 0),
+                  textcoords="offset points", va="bottom", fontsize=9, color=GREY)
+
+
+def _rounded(value: float) -> str:
+    """37.2 M for 37,200,000."""
+    for size, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
 
 
 def draw_roofline(axes: Axes, peak: float, bandwidth: float, series: Mapping[str, Sequence[Part]]) -> None:
@@ -124,7 +140,7 @@ def draw_roofline(axes: Axes, peak: float, bandwidth: float, series: Mapping[str
                   zorder=3, alpha=0.85)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte moved", ylabel="FLOP/s at most")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=9, loc="lower right")
+    axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
 
 
 def draw_splits(axes: Axes, splits: Sequence[range], shares: Sequence[float]) -> None:

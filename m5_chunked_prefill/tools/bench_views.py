@@ -50,8 +50,8 @@ def draw(report: BenchReport, output_dir: Path) -> None:
     names = ("requests at once", "a long prompt alone")
     bars = {name: {c.name: c.ratio for c in comparison.contenders if c.name.startswith("m")}
             for name, comparison in zip(names, report.comparisons, strict=True)}
-    grouped_bars(bars, output_dir / "no_help.png", title="Nothing decodes meanwhile: throughput over m4's",
-                 ylabel="times", line=1.0)
+    grouped_bars(bars, output_dir / "no_help.png", title="Nothing decodes meanwhile: m5's throughput over m4's",
+                 ylabel="times m4's throughput", line=1.0)
     waits.draw_gaps(found["giant"], output_dir / "giant.png")
     draft_table.draw(found["drafts"], output_dir / "drafts.png")
 

@@ -116,19 +116,21 @@ def compared(found: dict[str, Any], baseline: str = "m4") -> dict[str, Any]:
 
 
 def draw(found: dict[str, Any], path: Path) -> Path:
-    """P99 over throughput: this engine's points as two lines, the others' as points."""
-    lines: dict[str, list[tuple[float, float]]] = {}
+    """P99 over throughput: this engine's points as two lines, each with its budget; the others' as points."""
+    lines: dict[str, list[tuple[float, float, str]]] = {}
     for name, p in found["points"].items():
-        kind = name
+        kind, label = name, ""
         if name.startswith("m5 "):
-            kind = "m5, by cost" if name.endswith("%") else "m5, fixed numbers of tokens"
+            kind, label = ("m5, by cost" if name.endswith("%") else "m5, fixed budget"), name.removeprefix("m5 ")
         elif name.startswith("vllm"):
-            kind = "vLLM"
-        lines.setdefault(kind, []).append((p["output_throughput"], p["itl_p99_ms"]))
-    series = {kind: Series([x for x, _ in sorted(points)], [y for _, y in sorted(points)])
-              for kind, points in lines.items()}
-    return line_plot(series, path, title="Streams decode while long prompts arrive", log_y=True,
-                     xlabel="output tokens per second", ylabel="P99 between two tokens, ms")
+            kind, label = "vLLM", f"{int(name.removeprefix('vllm ')):,} tokens"
+        lines.setdefault(kind, []).append((p["output_throughput"], p["itl_p99_ms"], label))
+    series = {}
+    for kind, points in lines.items():
+        xs, ys, labels = zip(*sorted(points), strict=True)
+        series[kind] = Series(xs, ys, labels=labels)
+    return line_plot(series, path, title="Streams decode while long prompts arrive: down and to the right is better",
+                     log_y=True, xlabel="output tokens per second", ylabel="P99 between two tokens, ms", unit=None)
 
 
 def _is_stream(num_prompt_tokens: int) -> bool:

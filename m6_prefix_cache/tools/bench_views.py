@@ -51,8 +51,8 @@ def draw(report: BenchReport, output_dir: Path) -> None:
     for size, name in ((smallest, "hits-small"), (largest, "hits-large")):
         groups = {e["trace"]: {way: 100 * w["share"] for way, w in e["ways"].items()}
                   for e in found["replay"] if e["blocks"] == size}
-        grouped_bars(groups, output_dir / f"{name}.png", title=f"Prompt tokens found, {size:,} blocks",
-                     ylabel="% of the tokens", line=None)
+        grouped_bars(groups, output_dir / f"{name}.png", title=f"Prompt tokens found in a cache of {size:,} blocks",
+                     ylabel="% of the prompts' tokens")
 
 
 def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:

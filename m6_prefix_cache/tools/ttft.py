@@ -80,5 +80,5 @@ def draw(entries: Sequence[dict[str, Any]], path: Path) -> Path:
     names = list(entries[0]["contenders"])
     lines = {name: Series([100 * e["share"] for e in entries], [e["contenders"][name]["ttft_ms"] for e in entries])
              for name in names}
-    return line_plot(lines, path, title=f"A prompt of {entries[0]['length']:,} tokens", log_y=True,
-                     xlabel="% of it known", ylabel="time to the first token, ms")
+    return line_plot(lines, path, title=f"A prompt of {entries[0]['length']:,} tokens, more and more of it known",
+                     log_y=True, xlabel="% of the prompt known", ylabel="time to the first token, ms", unit=" ms")

@@ -124,4 +124,4 @@ def draw(found: dict[str, Any], path: Path) -> Path:
     lines = {way: Series([e["tokens"] for e in entries], [e["ms"][way] for e in entries]) for way in entries[0]["ms"]}
     return line_plot(lines, path, title="A server that comes back: read a known prompt, or compute it again",
                      xlabel="tokens of the prompt, all but one known", ylabel="time to the first token, ms",
-                     log_y=True)
+                     log_y=True, unit=" ms")

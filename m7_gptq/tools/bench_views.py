@@ -15,6 +15,7 @@ from m5_chunked_prefill.tools import draft_table
 from .quality_suite import METHODS
 
 Rows = list[tuple[str, ...]]
+DRAFTERS = {"folder": "the 4-bit folder drafts", "own": "the model's own 4-bit file drafts"}
 SPEEDS = ("Bytes and speed: of one folder for each number of bits, its inputs as they come; 3 bits are held as 4. "
           "Inputs in an order of activations cost a gather more, and are not timed.")
 
@@ -138,9 +139,9 @@ def speed_of(bench: dict[str, Any], name: str) -> tuple[str, str, str]:
 def draw(report: BenchReport, output_dir: Path) -> None:
     """The figures of a whole report."""
     ragged, single = report.comparisons
-    throughput_bars(ragged, output_dir / "ragged.png", f"{ragged.workload['name']}: output tokens per second")
-    throughput_bars(single, output_dir / "single.png", "One request: output tokens per second")
-    draft_table.draw(report.measurements["drafts"], output_dir / "drafts.png")
+    throughput_bars(ragged, output_dir / "ragged.png", f"{ragged.workload['num_requests']} ragged requests")
+    throughput_bars(single, output_dir / "single.png", "One request")
+    draft_table.draw(report.measurements["drafts"], output_dir / "drafts.png", DRAFTERS)
 
 
 def _table(title: str, columns: tuple[str, ...], rows: Rows) -> Table:

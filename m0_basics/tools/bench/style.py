@@ -5,6 +5,7 @@ stands over the data.
 """
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -14,7 +15,9 @@ from typing import Any
 from m0_basics.config import require
 
 INK, HERO, GREY, FAINT, PAPER = "#22313f", "#2f6f9f", "#9aa5b1", "#e8ecf0", "#ffffff"
-CYCLE = (HERO, "#e08a3c", "#4c9a6a", "#b5483a", "#7d6aa8", "#5b6770")       # where nobody is the hero
+# Where nobody is the hero.
+CYCLE = (HERO, "#e08a3c", "#4c9a6a", "#b5483a", "#7d6aa8", "#5b6770", "#3aa0a0", "#a8892c")
+MUTED = "#5f6b76"                           # text about something grey: grey itself is too pale to read
 GREYS = ("#7d8894", "#a9b2bb", "#939ea9", "#bcc4cb", "#6b7681")
 ORANGE, GREEN, RED = CYCLE[1:4]
 SKY = "#9cc3de"                             # the hero's pale companion
@@ -67,9 +70,9 @@ def heroes(names: Sequence[str]) -> set[str]:
     return itself or newest
 
 
-def colours(names: Sequence[str]) -> dict[str, str]:
+def colours(names: Sequence[str], hero: str | None = None) -> dict[str, str]:
     """A colour for each name: one hero and greys, or the cycle where there is no hero."""
-    chosen = heroes(names)
+    chosen = heroes(names) if hero is None else {hero}
     if not chosen:
         return {name: CYCLE[i % len(CYCLE)] for i, name in enumerate(names)}
     others = [name for name in names if name not in chosen]
@@ -84,7 +87,7 @@ def label_ends(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> None
 
     `ends` are (name, x, y, colour) in data coordinates.
     """
-    axes.figure.canvas.draw()                                   # the scale of the axes is known only now
+    axes.figure.draw_without_rendering()                        # the scale of the axes is known only now
     to_axes = axes.transData + axes.transAxes.inverted()
     places = [tuple(to_axes.transform((x, y))) for _, x, y, _ in ends]
     right = [i for i, (x, _) in enumerate(places) if x > 0.75]
@@ -93,12 +96,12 @@ def label_ends(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> None
     for i, (name, _, _, colour) in enumerate(ends):
         place = (1.0, heights[i]) if i in heights else places[i]
         axes.annotate(name, place, xycoords="axes fraction", xytext=(6, 0), textcoords="offset points", va="center",
-                      color=colour, fontsize=9, annotation_clip=False)
+                      color=text_colour(colour), fontsize=9, annotation_clip=False)
 
 
 def name_lines(axes: Any, form: str = "") -> None:
     """Write each labelled line's label where it ends, in its colour; with its last value in the format `form`."""
-    axes.figure.canvas.draw()                                   # a line across the axes ends where the axes do
+    axes.figure.draw_without_rendering()                        # a line across the axes ends where the axes do
     ends = []
     for line in axes.get_lines():
         if not line.get_label().startswith("_"):
@@ -117,7 +120,12 @@ def names_above(axes: Any, colours: Mapping[str, str]) -> None:
     legend = axes.legend(handles=samples, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(samples), fontsize=9,
                          frameon=False, borderaxespad=0.2, handletextpad=0.1, columnspacing=1.4, borderpad=0)
     for text, colour in zip(legend.get_texts(), colours.values(), strict=True):
-        text.set_color(INK if colour in (FAINT, PAPER, SKY) else colour)
+        text.set_color(text_colour(colour))
+
+
+def text_colour(colour: str) -> str:
+    """The colour for text about what has this colour."""
+    return INK if colour in (FAINT, PAPER, SKY) else MUTED if colour in (GREY, *GREYS) else colour
 
 
 def spread_out(places: Sequence[float], gap: float) -> list[float]:
@@ -134,5 +142,7 @@ def spread_out(places: Sequence[float], gap: float) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A value as a label: three digits at most matter to an eye."""
+    """A value as a label: three digits at most matter to an eye, and two of a small one."""
+    if 0 < abs(value) < 0.1:
+        return f"{value:.{1 - math.floor(math.log10(abs(value)))}f}"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"

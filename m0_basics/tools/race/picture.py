@@ -7,9 +7,10 @@ import textwrap
 from .board import Board, Lane
 from .runner import HEATS, SINGLE
 
-_WIDTH, _LEFT, _BAR, _ROW = 880, 225, 540, 24
+_WIDTH, _EDGE, _LEFT, _BAR, _ROW = 580, 16, 208, 300, 24      # narrow: its text can be read on a phone
+_COLUMNS, _LINES = 64, 8            # of the text
 _PAUSE = 4.0                        # seconds that the end is shown before it begins again
-_GREY, _HERO, _INK, _PAPER = "#9aa5b1", "#2f6f9f", "#22313f", "#ffffff"
+_GREY, _HERO, _INK, _QUIET, _PAPER = "#9aa5b1", "#2f6f9f", "#22313f", "#5b6770", "#ffffff"
 _FONT = "font-family='ui-monospace,SFMono-Regular,Menlo,Consolas,monospace'"
 
 
@@ -19,7 +20,7 @@ def animated_svg(board: Board, machine: str) -> str:
     length = max(lane.heats[heat][-1][0] for lane in lanes for heat in HEATS) + _PAUSE
     y, parts = 34, list[str]()
     for heat in HEATS:
-        parts.append(_text(24, y, f"{heat}, tokens", bold=True))
+        parts.append(_text(_EDGE, y, f"{heat}, tokens", bold=True))
         most = max(lane.heats[heat][-1][1] for lane in lanes)
         leader = board.fastest(heat)
         for lane in lanes:
@@ -28,14 +29,16 @@ def animated_svg(board: Board, machine: str) -> str:
         y += 2 * _ROW
     leader = board.fastest()
     assert leader is not None
-    parts.append(_text(24, y, f"{leader.name} writes", bold=True))
-    lines = textwrap.wrap(leader.text.strip(), 88)[:6]
+    parts.append(_text(_EDGE, y, f"{leader.name} writes", bold=True))
+    lines = textwrap.wrap(leader.text.strip(), _COLUMNS)[:_LINES]
     spent = leader.heats[SINGLE][-1][0]
     for number, line in enumerate(lines):
         y += 20
-        parts.append(_text(24, y, line, appears=spent * (number + 1) / max(1, len(lines)), length=length))
-    y += 34
-    parts.append(_text(24, y, f"real time, each engine alone on {machine}; loading is left out", colour=_GREY))
+        parts.append(_text(_EDGE, y, line, appears=spent * (number + 1) / max(1, len(lines)), length=length))
+    y += 14
+    for line in textwrap.wrap(f"real time, each engine alone on {machine}; loading is left out", _COLUMNS):
+        y += 20
+        parts.append(_text(_EDGE, y, line, colour=_QUIET))
     return (f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {_WIDTH} {y + 20}' width='{_WIDTH}' "
             f"height='{y + 20}' role='img' aria-label='a race of {len(lanes)} engines'>\n"
             f"<rect width='100%' height='100%' fill='{_PAPER}'/>\n" + "\n".join(parts) + "\n</svg>\n")
@@ -51,7 +54,7 @@ def _lane(lane: Lane, heat: str, y: int, most: int, length: float, leads: bool) 
     grows = (f"<animate attributeName='width' values='{values}' keyTimes='{keys}' dur='{length:.2f}s' "
              "repeatCount='indefinite'/>")
     bar = f"<rect x='{_LEFT}' y='{y - 13}' height='16' width='{widths[-1]:.1f}' rx='2' fill='{colour}'>"
-    return [_text(24, y, lane.name), f"{bar}{grows}</rect>",
+    return [_text(_EDGE, y, lane.name), f"{bar}{grows}</rect>",
             _text(int(_LEFT + widths[-1] + 8), y, f"{lane.rate(heat):.0f}/s", bold=leads, appears=points[-1][0],
                   length=length)]
 
