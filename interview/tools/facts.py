@@ -275,7 +275,8 @@ OF_MILESTONES = {
     "m5_chunked_prefill": ("bench.giant.m4.longest_gap_ms", "bench.giant.m5.longest_gap_ms",
                            "bench.giant.m4.giant_ttft_ms", "bench.giant.m5.giant_ttft_ms"),
     "m7_gptq": ("saved.qwen3_06b.layers4", "saved.smollm2.layers4", "bits.4.128", "bytes.qwen3_06b.bf16",
-                "bytes.qwen3_06b.layers4"),
+                "bytes.qwen3_06b.layers4", "quality.full.ppl", "quality.4.64.gptaq.ppl", "quality.4.64.rtn.ppl",
+                "bench.single.m7_a16.ratio", "bench.ragged.m7_a16.ratio"),
 }
 
 
