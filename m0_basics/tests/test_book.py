@@ -55,7 +55,7 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_every_address_within_the_book_leads_somewhere(book: Path) -> None:
-    pages = {file: Links(file.read_text(encoding="utf-8")) for file in book.rglob("*.html") if file.name != "404.html"}
+    pages = {file: Links(file.read_text(encoding="utf-8")) for file in book.rglob("*.html")}
     assert len(pages) > 60
     wrong = []
     for file, page in pages.items():
@@ -64,8 +64,7 @@ def test_every_address_within_the_book_leads_somewhere(book: Path) -> None:
             if re.match(r"[a-z]+:|//", address):
                 assert address.startswith(("https:", "http:", "data:")), target
                 continue
-            there = (file.parent / address).resolve() if address else file
-            there = there / "index.html" if there.is_dir() else there
+            there = (file.parent / address).resolve() if address else file      # a folder is no page on a disk
             if not there.is_file() or (fragment and there in pages and fragment not in pages[there].names
                                        and not fragment.startswith("__")):
                 wrong.append(f"{file.relative_to(book)}: {target}")
@@ -90,16 +89,35 @@ def test_pages_hold_what_a_reader_needs(book: Path) -> None:
     assert "https://unpkg" not in home and "fonts.googleapis" not in home
     notebook = (book / "m3/notebook.html").read_text(encoding="utf-8")
     assert 'src="../pictures/03_paged_kv-' in notebook and 'class="printed"' in notebook
+    assert "<title>The paged KV cache: memory in blocks - LLM inference lab</title>" in notebook
+
+
+@pytest.mark.slow
+def test_the_other_language_is_one_link_away(book: Path) -> None:
+    """To the same page; without a server's site map, which a browser would look for."""
+    pages = {file.relative_to(book).as_posix(): file.read_text(encoding="utf-8") for file in book.rglob("*.html")}
+    for name, text in pages.items():
+        same = name.removeprefix("zh/")
+        for lang, page in (("en", same), ("zh", f"zh/{same}")):
+            link = re.search(rf'<a href="([^"]+)" hreflang="{lang}"', text)
+            assert link is not None, name
+            there = (book / name).parent.joinpath(link[1]).resolve().relative_to(book.resolve()).as_posix()
+            assert there == (page if page in pages else page.removesuffix(same) + "index.html"), name
+        assert 'rel="alternate"' not in text
 
 
 def test_markdown_is_github_s() -> None:
     text = ("# A `b`\n\ntext\n- list at once\n\n1. one\n\n   ```python\n   x = 1\n   ```\n\n"
             "| a | b |\n|--|--:|\n| 1 | 2 |\n\n"
-            "<details>\n<summary>S</summary>\n\n**in** [link](x.md#y) <img src=\"p.png\">\n\n</details>\n\n## A b\n")
+            "<details>\n<summary>S</summary>\n\n**in** [link](x.md#y) <img src=\"p.png\">\n\n</details>\n\n## A b\n\n"
+            "`a_b/c.py::D` [![x](q.png)](y)\n")
     html, headings = render(text, lambda target: f"/{target}")
     assert [(h.level, h.id, h.text) for h in headings] == [(1, "a-b", "A b"), (2, "a-b-1", "A b")]
     assert "<li>list at once</li>" in html and '<div class="wide"><table>' in html and "<strong>in</strong>" in html
     assert 'href="/x.md#y"' in html and 'src="/p.png"' in html and '<pre class="highlight">' in html
+    assert '<a class="picture" href="/p.png"><img src="/p.png"></a>' in html and html.count('class="picture"') == 1
+    assert "<code>a_<wbr>b/<wbr>c.<wbr>py::<wbr>D</code>" in html and "x = 1" not in html and "<wbr>" not in html.split(
+        "<pre")[1].split("</pre>")[0]
     assert nested([[1, "a", "A"], [3, "b", "B"], [2, "c", "C"]])[0]["children"][1]["id"] == "c"
 
 
@@ -107,17 +125,28 @@ def test_notebooks_become_pages(tmp_path: Path) -> None:
     def code(source: str, *outputs: dict[str, object]) -> dict[str, object]:
         return {"cell_type": "code", "source": source, "outputs": list(outputs)}
     cells = [{"cell_type": "markdown", "source": ["# T\n", "text"]},
-             code("print(1)", {"output_type": "stream", "text": "1\n"}),
+             code("print(1)", {"output_type": "stream", "text": "1\n"},
+                  {"output_type": "stream", "text": ["2\n", "3"]}),
              code("plot()", {"output_type": "display_data",
                              "data": {"image/png": "iVBORw==", "text/plain": "<Figure>"}}),
-             code("'a'", {"output_type": "execute_result", "data": {"text/plain": "'```'"}}), code(" ")]
+             code("'a'", {"output_type": "execute_result", "data": {"text/plain": "'```'"}}), code(" "),
+             code("show()", {"output_type": "execute_result", "data": {
+                 "text/html": "<div><b>TTFT</b>\n\n&lt;end</div>", "text/plain": "<HTML object>"}}),
+             code('REPOSITORY = ""\ninstall()'),
+             {"cell_type": "markdown", "source": "[Open in Colab](https://colab.research.google.com/github/)"},
+             {"cell_type": "markdown", "source": "[Open in Colab](https://colab.research.google.com/github/a/b)"}]
     file = tmp_path / "n.ipynb"
     file.write_text(json.dumps({"cells": cells}))
     text = notebook_page(file, tmp_path / "p", "../p")
-    assert text.startswith("# T\ntext\n\n```python\nprint(1)\n```\n\n<div class=\"printed\">\n\n```text\n1\n```")
+    assert text.startswith("# T\ntext\n\n```python\nprint(1)\n```\n\n<div class=\"printed\">\n\n```text\n1\n2\n3\n```")
     assert "![what the cell above draws](../p/n-2-0.png)" in text
     assert (tmp_path / "p/n-2-0.png").read_bytes()[:2] == b"\x89P"
-    assert "````text\n'```'\n````" in text and "Figure" not in text
+    assert "````text\n'```'\n````" in text and "Figure" not in text and "install()" not in text
+    assert text.count("Open in Colab") == 1 and "/github/a/b)" in text     # without an address it leads to no notebook
+    html, _ = render(text, lambda target: target)
+    drawn = '<figure class="drawn">\n<div><b>TTFT</b>\n&lt;end</div>\n</figure>'
+    assert drawn in html and "HTML object" not in html
+    assert drawn in link_terms(html, [Term("TTFT", "Time.")], "g.html")     # what a notebook drew is no prose
 
 
 def test_terms_are_linked_once_and_in_prose_only() -> None:

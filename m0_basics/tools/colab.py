@@ -21,7 +21,7 @@ NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 COLAB = "https://colab.research.google.com/github/"
 _ADDRESS = re.compile(r"https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?/?")
 _LINK = re.compile(r"(?<=\[Open in Colab\]\()" + re.escape(COLAB) + r"[^)\s]*(?=\))")
-_VARIABLE = re.compile(r'(?<=REPOSITORY = )(\\?")[^"\\]*\\?"')
+VARIABLE = re.compile(r'(?<=REPOSITORY = )(\\?")[^"\\]*\\?"')
 
 
 def write_address(address: str, folder: Path = NOTEBOOKS, branch: str = "main") -> list[Path]:
@@ -35,7 +35,7 @@ def write_address(address: str, folder: Path = NOTEBOOKS, branch: str = "main") 
         old = file.read_text(encoding="utf-8")
         link = f"{COLAB}{name}/blob/{branch}/notebooks/{file.stem}.ipynb" if name else COLAB
         home = f"https://github.com/{name}" if name else ""
-        new = _VARIABLE.sub(rf"\g<1>{home}\g<1>", _LINK.sub(link, old))
+        new = VARIABLE.sub(rf"\g<1>{home}\g<1>", _LINK.sub(link, old))
         if new != old:
             file.write_text(new, encoding="utf-8")
             changed.append(file)

@@ -34,4 +34,5 @@ if (location.protocol === "file:") {
     }
     terminate() { this.inside.frameElement.remove(); }
   };
+  window.IFrameWorker = window.Worker;  // by this name the theme's worker knows to look for languages beside itself
 }

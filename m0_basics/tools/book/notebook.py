@@ -3,8 +3,14 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 from typing import Any
+
+from ..colab import COLAB, VARIABLE
+
+# Before the repository has an address, this link leads to no notebook: a book without a network can do without it.
+_NO_ADDRESS = f"[Open in Colab]({COLAB})"
 
 
 def notebook_page(file: Path, pictures: Path, prefix: str) -> str:
@@ -17,16 +23,30 @@ def notebook_page(file: Path, pictures: Path, prefix: str) -> str:
     for number, cell in enumerate(notebook["cells"]):
         source = _text(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(source)
-        elif cell["cell_type"] == "code" and source.strip():
+            parts.append(source.replace(_NO_ADDRESS, ""))
+        elif cell["cell_type"] == "code" and source.strip() and not VARIABLE.search(source):    # that one installs
             parts.append(_fenced(source, "python"))
             parts += [_output(output, pictures, prefix, f"{file.stem}-{number}-{i}")
-                      for i, output in enumerate(cell["outputs"])]
+                      for i, output in enumerate(_joined(cell["outputs"]))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _joined(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was printed bit by bit, as one output."""
+    joined: list[dict[str, Any]] = []
+    for output in outputs:
+        if joined and output["output_type"] == joined[-1]["output_type"] == "stream":
+            joined[-1] = {**joined[-1], "text": _text(joined[-1]["text"]) + _text(output["text"])}
+        else:
+            joined.append(output)
+    return joined
+
+
 def _output(output: dict[str, Any], pictures: Path, prefix: str, name: str) -> str:
-    """One output of a cell: its picture, else its HTML table, else its text."""
+    """One output of a cell: its picture, else its Markdown, else its HTML, else its text.
+
+    HTML stays as it is, unescaped: the notebooks are this repository's own.
+    """
     if output["output_type"] == "stream":
         return _printed(_text(output["text"]))
     data = output.get("data", {})
@@ -36,6 +56,9 @@ def _output(output: dict[str, Any], pictures: Path, prefix: str, name: str) -> s
         return f"![what the cell above draws]({prefix}/{name}.png)"
     if "text/markdown" in data:
         return _text(data["text/markdown"])
+    if "text/html" in data:
+        html = re.sub(r"\n\s*\n", "\n", _text(data["text/html"]).strip())     # a blank line would end it in Markdown
+        return f'<figure class="drawn">\n{html}\n</figure>'
     return _printed(_text(data.get("text/plain", "")))
 
 

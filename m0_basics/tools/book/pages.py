@@ -25,13 +25,14 @@ from .terms import Term, link_terms, read_terms
 ROOT = Path(__file__).parents[3]
 SUFFIX = {"en": "", "zh-CN": ".zh-CN"}
 TITLES = {
-    "en": {"home": "Start here", "chapter": "Chapter", "changes": "What changes", "notebook": "Notebook",
+    "en": {"home": "Start here", "changes": "What changes", "notebook": "Notebook",
            "questions": "Interview questions", "interview": "Interview", "glossary": "Glossary",
            "road": "The whole road", "more": "About the lab", "contributing": "Contributing", "changelog": "Changes"},
-    "zh-CN": {"home": "从这里开始", "chapter": "正文", "changes": "改了什么", "notebook": "notebook",
+    "zh-CN": {"home": "从这里开始", "changes": "改了什么", "notebook": "notebook",
               "questions": "面试题", "interview": "面试", "glossary": "术语表", "road": "整条路", "more": "关于本项目",
               "contributing": "参与贡献", "changelog": "变更记录"},
 }
+ACROSS = {"en": "zh/", "zh-CN": "../"}       # from the first page of one language to that of the other
 _PICTURES = (".png", ".svg", ".gif", ".jpg")
 _CODE = {".py": "python", ".cpp": "cpp", ".hpp": "cpp", ".toml": "toml", ".json": "json", ".tsv": "text", "": "text",
          ".txt": "text"}
@@ -121,7 +122,8 @@ class Site:
         self._save(page, html, headings, in_search=False)
 
     def _save(self, page: Page, html: str, headings: list[Heading], in_search: bool = True) -> None:
-        meta: dict[str, object] = {"title": page.title, "headings": [[h.level, h.id, h.text] for h in headings]}
+        title = headings[0].text if headings and page.place != "index.md" else page.title     # several are "Notebook"
+        meta: dict[str, object] = {"title": title, "headings": [[h.level, h.id, h.text] for h in headings]}
         if not in_search:
             meta["search"] = {"exclude": True}
         file = self.docs / page.place
@@ -168,7 +170,7 @@ class Site:
         other = "zh-CN" if self.lang == "en" else "en"
         for page in find_pages(self.root, other):
             if page.source == source:
-                return ("zh/" if self.lang == "en" else "../") + page.place.removesuffix(".md") + ".html"
+                return ACROSS[self.lang] + page.place.removesuffix(".md") + ".html"
         return None
 
 
@@ -186,7 +188,7 @@ def find_pages(root: Path, lang: str) -> list[Page]:
                       *((f"notebooks/{file.name}", "notebook.md", "notebook")
                         for file in sorted((root / "notebooks").glob(f"0{short[1]}_*.ipynb"))),
                       (f"{name}/INTERVIEW{suffix}.md", "interview.md", "questions")]
-        pages += [Page(source, f"{short}/{place}", titles[title], section)
+        pages += [Page(source, f"{short}/{place}", titles.get(title, section), section)
                   for source, place, title in candidates if (root / source).is_file()]
     pages += [Page(f"notebooks/{file.name}", "road.md", titles["road"])
               for file in sorted((root / "notebooks").glob("08_*.ipynb"))]

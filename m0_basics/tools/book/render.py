@@ -19,6 +19,8 @@ from ..testing.documents import anchor
 
 # Tags of raw HTML whose addresses have to be followed too.
 _ADDRESS = re.compile(r"""(?P<head><(?:a|img|source)\b[^>]*?\b(?:href|src)=")(?P<target>[^"]+)(?P<tail>")""")
+_PICTURE = re.compile(r"""(?P<link><a\b[^>]*>\s*)?(?P<picture><img\b[^>]*?\bsrc="(?P<address>[^"]+)"[^>]*>)""")
+_INLINE_CODE = re.compile(r"<code>.*?</code>", re.DOTALL)       # a block's has a class
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,17 @@ def render(text: str, follow: Callable[[str], str]) -> tuple[str, list[Heading]]
                 child.attrSet("loading", "lazy")
     body: str = parser.renderer.render(tokens, parser.options, {})
     wide = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
-    return wide, headings
+    return _PICTURE.sub(_opens, _INLINE_CODE.sub(_breakable, wide)), headings
+
+
+def _breakable(code: re.Match[str]) -> str:
+    """Where a narrow line or cell may break a path or a name: behind its slashes, colons, dots and underscores."""
+    return re.sub(r"(?<=\w)(::|/|_|\.)(?=[A-Za-z_])", r"\1<wbr>", code[0])
+
+
+def _opens(match: re.Match[str]) -> str:
+    """A picture opens by itself when one taps it: on a phone it is small in the page. One within a link keeps that."""
+    return match[0] if match["link"] else f'<a class="picture" href="{match["address"]}">{match["picture"]}</a>'
 
 
 def _number_headings(tokens: list[Any]) -> list[Heading]:

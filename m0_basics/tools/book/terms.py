@@ -13,8 +13,8 @@ from pathlib import Path
 from ..testing.documents import anchor
 
 _ENTRY = re.compile(r"^### (?P<term>.+?)[ ]*\n+(?P<meaning>.+?)(?=\n#|\Z)", re.MULTILINE | re.DOTALL)
-# What is no prose: tags, and all that stands inside of code, links, headings and summaries.
-_NO_PROSE = re.compile(r"<(pre|code|a|h1|h2|h3|h4|script|style|summary)\b.*?</\1>|<[^>]+>", re.DOTALL)
+# What is no prose: tags, and all inside of code, links, headings, summaries and what a notebook drew.
+_NO_PROSE = re.compile(r"<(pre|code|a|h1|h2|h3|h4|script|style|summary|figure)\b.*?</\1>|<[^>]+>", re.DOTALL)
 # An abbreviation, in prose: capitals, perhaps with digits, of two letters or more, also with a plural s.
 ABBREVIATION = re.compile(r"(?<![\w./_-])(?:[A-Z]{2,}[A-Z0-9]*|[A-Z]+\d+[A-Z]*)s?(?![\w_]|\.\w)")
 
