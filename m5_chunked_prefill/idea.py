@@ -2,7 +2,7 @@
 
     budget 8     step 1          step 2          step 3          step 4
     A decodes    [a]             [a]             [a]             [a]
-    B            [0 .. 7)        [7 .. 14)       [14 .. 20) [b]  [b]        a prompt of 20 tokens, in pieces
+    B            [0 .. 7)        [7 .. 14)       [14 .. 20)      [b]        a prompt of 20 tokens, in pieces
 
 A piece of a prompt attends to all before it, through the cache, and computes the very numbers that the whole prompt
 would have. Then guesses cost next to nothing: they are one more piece behind a decode, and the step says which were
@@ -67,7 +67,7 @@ if __name__ == "__main__":
     whole, a, b = Text(prompt.copy()), Text([3]), Text(prompt.copy())
     whole.tokens.append(int(whole.run(prompt)[-1]))
     for number in range(1, 5):
-        print(f"step {number}: A runs {step([a, b], budget=8)[0]} token, B has {b.num_computed} of 20")
+        print(f"step {number}: A runs {step([a, b], budget=8)[0]} token, B has {min(b.num_computed, 20)} of 20")
     assert len(a.tokens) == 5 and b.tokens[:21] == whole.tokens
     assert torch.allclose(b.k[:20], whole.k, atol=1e-6)
     truth = Text(whole.tokens.copy())

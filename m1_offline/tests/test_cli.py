@@ -92,7 +92,7 @@ class TestChat:
         assert (result.status, result.out) == (0, texts[1] + "\n")
 
     def test_a_conversation(self, command: Command, folder: Path) -> None:
-        """Each turn sees those before it; /reset forgets them; an error leaves them; the end of input ends it."""
+        """Each turn sees those before it; /reset forgets them; an error leaves them, an unknown command too; the end of input ends it."""
         limit = greedy(6, ignore_eos=False)
 
         def user(text: str) -> dict[str, str]:
@@ -101,13 +101,14 @@ class TestChat:
         one = text_of(folder, [user("a")], limit)
         two = text_of(folder, [user("a"), {"role": "assistant", "content": one}, user("b")], limit)
         fresh = text_of(folder, [user("c")], limit)
-        stdin = "\n".join(["a", "", "x" * 200, "b", "/reset", "c", "/quit", "never"])
+        stdin = "\n".join(["a", "", "x" * 200, "/foo", "b", "/reset", "c", "/quit", "never"])
         result = command("chat", *options(folder), "--max-tokens", 6, "--no-stats", stdin=stdin)
         assert result.status == 0
-        assert result.out == f"> {one}\n> > > {two}\n> > {fresh}\n> "
-        help_line, error = result.err.splitlines()
+        assert result.out == f"> {one}\n> > > > {two}\n> > {fresh}\n> "
+        help_line, error, unknown = result.err.splitlines()
         assert "/reset" in help_line
         assert "allowed: at most 95" in error
+        assert unknown == "error: /foo is no command; allowed: /reset, /quit"
         assert command("chat", *options(folder), "--no-stats", stdin="").out == "> "
 
     def test_a_model_without_a_template(self, command: Command, folder: Path, tmp_path: Path) -> None:

@@ -291,6 +291,7 @@ class TestMetrics:
         assert stats.output_tokens == 5
         assert stats.peak_memory > 10 ** 7
         assert stats.line().startswith(f"TTFT {stats.ttft * 1000:.0f} ms | 5 tokens, ")
+        assert ", 3 prompt tokens from the cache | 5 tokens, " in RunStats.of(metrics, cached_tokens=3).line()
         one = lab.run(PROMPTS[0], greedy(1))[0].metrics
         assert RunStats.of(one).tokens_per_second is None
         assert "1 tokens, one token" in RunStats.of(one).line()

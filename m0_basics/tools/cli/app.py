@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -213,7 +214,7 @@ def _print_stream(llm: BaseLLM, prompt: Any, params: SamplingParams, stats: bool
     if len(last.outputs if last else []) > 1:
         _print_other_outputs(last)
     if stats and last is not None and last.metrics is not None:
-        typer.secho(RunStats.of(last.metrics).line(), fg="bright_black", err=True)
+        typer.secho(RunStats.of(last.metrics, last.num_cached_tokens).line(), fg="bright_black", err=True)
     return text
 
 
@@ -234,6 +235,8 @@ def _converse(llm: BaseLLM, opening: list[dict[str, str]], params: SamplingParam
             return
         if line == "/reset":
             messages = list(opening)
+        elif re.fullmatch(r"/\w+", line):
+            typer.secho(f"error: {line} is no command; allowed: /reset, /quit", fg="red", err=True)
         elif line:
             messages.append({"role": "user", "content": line})
             try:
