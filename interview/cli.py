@@ -15,6 +15,7 @@ from m0_basics.config import ConfigError
 from m0_basics.tools.exercise import exercise_app
 from m0_basics.tools.exercise.book import ExerciseBook
 from m0_basics.tools.exercise.book import State as ExerciseState
+from m0_basics.tools.exercise.commands import print_rows
 
 from . import coding_round
 from .grader import Grader
@@ -78,8 +79,8 @@ def quiz(level: _Level = None, milestone: _Milestone = None, topic: _Topic = Non
     if not chosen:
         raise ConfigError("no question matches all of these filters; allowed: fewer of them")
     asked = order(chosen, kept.last(), seed)[:count]
-    run_quiz(asked, kept, Screen(), _grader(grader_url, grader_model))
-    typer.echo(f"kept in {kept.path}")
+    scores = run_quiz(asked, kept, Screen(), _grader(grader_url, grader_model))
+    typer.echo(f"kept in {kept.path}" if scores else "nothing was answered, so nothing is kept")
 
 
 @app.command()
@@ -87,13 +88,15 @@ def mock(seed: Annotated[int, typer.Option(help="Draws the questions.")] = 0,
          rounds: Annotated[list[str] | None, typer.Option("--round", help="basics, engine, 'system design', coding or "
                                                           "project; may be repeated (default: all five).")] = None,
          each: Annotated[int | None, typer.Option(help="Questions per round (default: 3, 3, 2, 1, 2).", min=1)] = None,
+         milestone: Annotated[list[str] | None, typer.Option(
+             help="Draw 'basics' and 'engine' from these only: m0 to m7; may be repeated.")] = None,
          output: Annotated[Path, typer.Option(help="Where the transcript goes.")] = Path("mock-interview.md"),
          lang: _Lang = "en", state: _State = None, grader_url: _Url = None, grader_model: _Model = None) -> None:
     """Hold an interview of five rounds with follow-ups; score it by the rubric, save the transcript."""
-    from .mock import ROUNDS, draw, run_mock, save_transcript, weakest
+    from .mock import ROUNDS, draw, of_milestones, run_mock, save_transcript, weakest
     from .points import verdict
     kept = _load(state)
-    plan = draw(load_questions(lang), seed, rounds or tuple(ROUNDS), each)
+    plan = draw(of_milestones(load_questions(lang), milestone or ()), seed, rounds or tuple(ROUNDS), each)
     interview = run_mock(plan, seed, kept, Screen(), _grader(grader_url, grader_model))
     if not interview.asked:
         typer.echo("nothing was answered, so nothing is saved")
@@ -114,7 +117,8 @@ def anki(output: Annotated[Path, typer.Option(help="The package to write.")] = P
     chosen = select(load_questions(lang), level or (), milestone or (), topic or ())
     further = [] if level or milestone or topic else load_corrections(lang)
     write_package(build_package(chosen, lang, further), output)
-    typer.echo(f"{output}: {len(chosen) + len(further)} cards")
+    parts = f", {len(chosen)} questions and {len(further)} corrections" if further else ""
+    typer.echo(f"{output}: {len(chosen) + len(further)} cards{parts}")
 
 
 @app.command()
@@ -223,10 +227,12 @@ _Task = Annotated[str, typer.Argument(help="Number or function of a task.", show
 def list_tasks(state: _State = None) -> None:
     """Show the tasks, what is solved, and whose clock runs."""
     book, kept = ExerciseBook(coding_round.PACKAGE), _load(state)
+    rows = []
     for e in book.exercises:
         used = coding_round.minutes_used(kept, e)
-        clock = "" if used is None else f"  {used:.0f} of {coding_round.MINUTES} min"
-        typer.echo(f"{e.number:>2}  {book.state(e).value:<11}  {e.task}{clock}")
+        clock = "" if used is None else f" ({used:.0f} of {coding_round.MINUTES} min)"
+        rows.append((str(e.number), book.state(e).value, e.task + clock, ""))
+    print_rows(rows)
 
 
 @code.command()

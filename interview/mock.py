@@ -16,7 +16,7 @@ from pathlib import Path
 from m0_basics.config import ConfigError, reject
 
 from .grader import Grader
-from .library import Question
+from .library import Question, select
 from .points import FULL, RUBRIC, follow_ups, must_have, verdict
 from .quiz import STOP, grade_by_hand
 from .screen import Screen, plain
@@ -67,6 +67,13 @@ class Interview:
         """Points got and possible, of one round or of all."""
         chosen = [a for a in self.asked if of_round in (None, a.round)]
         return sum(a.got for a in chosen), sum(a.of for a in chosen)
+
+
+def of_milestones(questions: Sequence[Question], milestones: Sequence[str]) -> list[Question]:
+    """Of the milestones' own questions only those of `milestones`, if any are named; of the rest all."""
+    if not milestones:
+        return list(questions)
+    return select(questions, milestone=list({*milestones, "interview"}))
 
 
 def draw(questions: Sequence[Question], seed: int, rounds: Sequence[str] = tuple(ROUNDS),

@@ -94,10 +94,14 @@ def _machine(machine: Mapping[str, Any]) -> str:
 
 
 def pitch(results: Results, length: str, language: str, solved: Sequence[str] = ()) -> str:
-    """The text to say, as Markdown. `solved`: exercises that the learner wrote, as file::symbol."""
+    """The text to say, as Markdown. `solved`: exercises that the learner wrote, as package/file::symbol.
+
+    The one number is the largest gain of a milestone in which the learner solved something, if there is one.
+    """
     chinese = language == "zh-CN"
     steps = [g for g in results.gains if g.over == f"m{int(g.milestone[1:]) - 1}"]
-    best = max(steps, key=lambda g: g.ratio, default=None)
+    written = {name.partition("_")[0] for name in solved}
+    best = max([g for g in steps if g.milestone in written] or steps, key=lambda g: g.ratio, default=None)
     parts = [_opening(chinese)]
     if best:
         parts.append(_say(best, chinese))

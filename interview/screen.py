@@ -43,8 +43,11 @@ class Screen:
         return "\n".join(lines)
 
     def ask_yes(self, prompt: str) -> float:
-        """y -> 1, h (half) -> 0.5, n or nothing -> 0; asks again for anything else."""
+        """y -> 1, h (half) -> 0.5, n or nothing -> 0; q ends the input. Asks again for anything else."""
         while True:
-            answer = self.ask(f"{prompt} (y / h half / n)").lower()
+            answer = self.ask(f"{prompt} (y yes, h half, n no, q quit)").lower()
+            if answer in ("q", "quit"):
+                raise EOFError
             if answer in ("y", "yes", "h", "half", "n", "no", ""):
                 return {"y": 1.0, "h": 0.5}.get(answer[:1], 0.0)
+            self.say(f"{answer!r} is not valid; allowed: y, h, n, q")

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from interview.cli import app
 from interview.library import ROOT
-from interview.pitch import load_results, pitch
+from interview.pitch import Gain, Results, load_results, pitch
 from interview.progress import collect, mark_notebook, notebooks
 from interview.state import load_state
 from interview.tests.helpers import question
@@ -34,13 +34,23 @@ def test_quiz(tmp_path: Path, lang: str, shown: str) -> None:
     assert (answer.id, answer.got) == ("m3-q04", 10)
 
 
+def test_a_quiz_without_an_answer_keeps_nothing(tmp_path: Path) -> None:
+    """q ends it everywhere: at the question, and while points are given."""
+    for typed in ("q\n\n", "I say so\n\nn\nwhat\nq\n"):
+        result = RUN.invoke(app, ["quiz", "--id", "m3-q04"], input=typed)
+        assert "nothing was answered, so nothing is kept" in result.output
+    assert "'what' is not valid; allowed: y, h, n, q" in result.output
+    assert not (tmp_path / "state.json").exists()
+
+
 def test_mock_saves_its_transcript(tmp_path: Path) -> None:
     result = RUN.invoke(app, ["mock", "--round", "project", "--each", "1", "--output", "talk.md"],
                         input="hello\n\nagain\n\n" + "y\n" * 8)
     assert result.exit_code == 0, result.output
     assert "100%: excellent" in result.output
     assert "> hello" in (tmp_path / "talk.md").read_text(encoding="utf-8")
-    assert RUN.invoke(app, ["mock", "--output", "none.md"], input="q\n\n").exit_code == 0
+    result = RUN.invoke(app, ["mock", "--milestone", "m0", "--output", "none.md"], input="q\n\n")
+    assert result.exit_code == 0 and "m0-q" in result.output
     assert not (tmp_path / "none.md").exists()
 
 
@@ -49,7 +59,7 @@ def test_mock_saves_its_transcript(tmp_path: Path) -> None:
     (["quiz", "--lang", "fr"], "language='fr' is not valid; allowed: en, zh-CN"),
     (["quiz", "--topic", "coding", "--level", "Junior"], "no question matches"),
     (["quiz", "--grader-model", "x"], "grader-model needs --grader-url"),
-    (["mock", "--round", "chat"], "round='chat'"),
+    (["mock", "--round", "chat"], "round='chat'"), (["mock", "--milestone", "m9"], "milestone='m9'"),
     (["progress", "--notebook", "99"], "notebook='99' is not valid; allowed: 00"),
     (["pitch", "--length", "5min"], "length='5min'"), (["pitch", "--results", "nowhere"], "has no benchmark results"),
     (["code", "start", "99"], "exercise='99'"),
@@ -107,6 +117,14 @@ def test_a_pitch_is_filled_from_own_results(tmp_path: Path) -> None:
     assert "transformers, ragged-64:num=4: 3.50" in long and "transformers" not in short
     assert len(short) < len(pitch(results, "1min", "en")) < len(long)
     assert "1.75 倍" in pitch(results, "30s", "zh-CN")
+
+
+def test_the_number_is_one_of_what_was_written() -> None:
+    gains = tuple(Gain(f"m{n}", f"m{n - 1}", "ragged-64", float(n), 1.0) for n in (3, 6))
+    results = Results(gains, ("Abacus",), (), own=False)
+    assert "6.00 times that of m5" in pitch(results, "30s", "en")
+    assert "3.00 times that of m2" in pitch(results, "30s", "en", ["m3_paged_kv/block_pool.py::BlockPool.free"])
+    assert "6.00 times that of m5" in pitch(results, "30s", "en", ["m1_offline/sampler.py::candidates"])
 
 
 def test_a_loss_is_said_and_numbers_that_are_not_yours_are_marked(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from m0_basics.sampling_params import SamplingParams
 
 from ..documents.factbook import Facts
 from ..exercise.commands import exercise_app
-from ..exercise_overlay import learner_modules
+from ..exercise_overlay import WORKSPACE_VARIABLE, learner_modules
 from .batch_file import run_batch_file
 from .options import engine_flags, sampling_flags, with_flags
 from .panels import PanelCommand
@@ -48,8 +48,7 @@ def main(package: str) -> None:
     try:
         try:
             app = build_app(package)
-            if yours := learner_modules():
-                typer.secho(f"your code is in use: {', '.join(yours)}", fg="bright_black", err=True)
+            say_whose_code_runs()
             app(prog_name=f"python -m {package}")
         finally:
             sys.stdout.flush()
@@ -63,6 +62,16 @@ def main(package: str) -> None:
         with Path(os.devnull).open("w") as nowhere:                 # for what Python writes at its end
             os.dup2(nowhere.fileno(), sys.__stdout__.fileno() if sys.__stdout__ else 1)
         sys.exit(1)
+
+
+def say_whose_code_runs() -> None:
+    """Name the learner's modules that are in use; where a workspace is wanted and there are none, say so."""
+    if not (folder := os.environ.get(WORKSPACE_VARIABLE)):
+        return
+    if not Path(folder).is_dir() and "exercise" not in sys.argv[1:2]:           # `exercise start` makes it
+        raise reject(WORKSPACE_VARIABLE, folder, "a folder that `exercise start` has made")
+    said = f"your code is in use: {', '.join(learner_modules())}" if learner_modules() else f"no code of yours in {folder}"
+    typer.secho(said, fg="bright_black", err=True)
 
 
 def build_app(package: str) -> typer.Typer:

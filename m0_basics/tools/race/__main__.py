@@ -20,6 +20,8 @@ from .board import Board, Lane
 from .picture import animated_svg
 from .runner import PROMPT, milestones, race
 
+_BUSY = 0.25                    # from this share on the race is not what it would be alone
+
 
 def run(only: Annotated[list[str] | None, typer.Option(help="Only this milestone; may be repeated.")] = None,
         seconds: Annotated[float, typer.Option(help="For each engine and heat.", min=0.1)] = 2.0,
@@ -35,6 +37,10 @@ def run(only: Annotated[list[str] | None, typer.Option(help="Only this milestone
     console = Console()
     # The whole race, for terminals of any size; where there is none, a line for each engine.
     console.print(f'the prompt: "{PROMPT}"', soft_wrap=True, highlight=False)
+    if (share := busy_share()) > _BUSY:
+        console.print(f"other programs use {share:.0%} of this machine: engines whose threads wait for each other suffer "
+                      "most, so the order below may be wrong; race again when it is quiet", style="yellow",
+                      soft_wrap=True, highlight=False)
     if console.is_terminal:
         with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
             for lane, package in zip(board.lanes, packages, strict=True):
@@ -53,6 +59,12 @@ def run(only: Annotated[list[str] | None, typer.Option(help="Only this milestone
     console.print("Talk to the last one: python -m " + packages[-1] + " chat", highlight=False)
     if any(lane.state == "failed" for lane in board.lanes):
         raise typer.Exit(1)
+
+
+def busy_share() -> float:
+    """How much of the processors others use, as a share, looked at for a moment."""
+    import psutil
+    return float(psutil.cpu_percent(interval=0.3)) / 100
 
 
 def machine() -> str:
