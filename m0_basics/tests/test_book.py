@@ -89,6 +89,7 @@ def test_pages_hold_what_a_reader_needs(book: Path) -> None:
     assert "https://unpkg" not in home and "fonts.googleapis" not in home
     notebook = (book / "m3/notebook.html").read_text(encoding="utf-8")
     assert 'src="../pictures/03_paged_kv-' in notebook and 'class="printed"' in notebook
+    assert notebook.count('<details class="output">') > 10
     assert "<title>The paged KV cache: memory in blocks - LLM inference lab</title>" in notebook
 
 
@@ -108,12 +109,13 @@ def test_the_other_language_is_one_link_away(book: Path) -> None:
 
 def test_markdown_is_github_s() -> None:
     text = ("# A `b`\n\ntext\n- list at once\n\n1. one\n\n   ```python\n   x = 1\n   ```\n\n"
-            "| a | b |\n|--|--:|\n| 1 | 2 |\n\n"
+            f"| a | b |\n|--|--:|\n| 1 | {'word ' * 10}|\n\n"
             "<details>\n<summary>S</summary>\n\n**in** [link](x.md#y) <img src=\"p.png\">\n\n</details>\n\n## A b\n\n"
             "`a_b/c.py::D` [![x](q.png)](y)\n")
     html, headings = render(text, lambda target: f"/{target}")
     assert [(h.level, h.id, h.text) for h in headings] == [(1, "a-b", "A b"), (2, "a-b-1", "A b")]
     assert "<li>list at once</li>" in html and '<div class="wide"><table>' in html and "<strong>in</strong>" in html
+    assert "<td>1</td>" in html and '<td class="prose" style="text-align:right">word' in html
     assert 'href="/x.md#y"' in html and 'src="/p.png"' in html and '<pre class="highlight">' in html
     assert '<a class="picture" href="/p.png"><img src="/p.png"></a>' in html and html.count('class="picture"') == 1
     assert "<code>a_<wbr>b/<wbr>c.<wbr>py::<wbr>D</code>" in html and "x = 1" not in html and "<wbr>" not in html.split(
@@ -122,8 +124,8 @@ def test_markdown_is_github_s() -> None:
 
 
 def test_notebooks_become_pages(tmp_path: Path) -> None:
-    def code(source: str, *outputs: dict[str, object]) -> dict[str, object]:
-        return {"cell_type": "code", "source": source, "outputs": list(outputs)}
+    def code(source: str, *outputs: dict[str, object], **metadata: object) -> dict[str, object]:
+        return {"cell_type": "code", "source": source, "outputs": list(outputs), "metadata": metadata}
     cells = [{"cell_type": "markdown", "source": ["# T\n", "text"]},
              code("print(1)", {"output_type": "stream", "text": "1\n"},
                   {"output_type": "stream", "text": ["2\n", "3"]}),
@@ -132,7 +134,8 @@ def test_notebooks_become_pages(tmp_path: Path) -> None:
              code("'a'", {"output_type": "execute_result", "data": {"text/plain": "'```'"}}), code(" "),
              code("show()", {"output_type": "execute_result", "data": {
                  "text/html": "<div><b>TTFT</b>\n\n&lt;end</div>", "text/plain": "<HTML object>"}}),
-             code('REPOSITORY = ""\ninstall()'),
+             code('REPOSITORY = ""\ninstall()'), code("x = 1", jupyter={"outputs_hidden": True}),
+             code("guess()", {"output_type": "stream", "text": "42\n"}, jupyter={"outputs_hidden": True}),
              {"cell_type": "markdown", "source": "[Open in Colab](https://colab.research.google.com/github/)"},
              {"cell_type": "markdown", "source": "[Open in Colab](https://colab.research.google.com/github/a/b)"}]
     file = tmp_path / "n.ipynb"
@@ -146,6 +149,10 @@ def test_notebooks_become_pages(tmp_path: Path) -> None:
     html, _ = render(text, lambda target: target)
     drawn = '<figure class="drawn">\n<div><b>TTFT</b>\n&lt;end</div>\n</figure>'
     assert drawn in html and "HTML object" not in html
+    [folded] = re.findall(r'<details class="output">(.*?)</details>', html, flags=re.DOTALL)
+    assert "<summary>What it prints</summary>" in folded and '<div class="printed">' in folded
+    assert re.sub(r"<[^>]+>", "", folded).split() == ["What", "it", "prints", "42"]
+    assert "<summary>运行结果</summary>" in notebook_page(file, tmp_path / "p", "../p", "zh-CN")
     assert drawn in link_terms(html, [Term("TTFT", "Time.")], "g.html")     # what a notebook drew is no prose
 
 

@@ -36,3 +36,12 @@ if (location.protocol === "file:") {
   };
   window.IFrameWorker = window.Worker;  // by this name the theme's worker knows to look for languages beside itself
 }
+
+// Chinese has no spaces, so the index has each of its characters by itself: a query asks for all of them.
+window.Worker = class extends window.Worker {
+  postMessage(message) {
+    const QUERY = 2;
+    super.postMessage(message.type !== QUERY ? message : { ...message, data: message.data.replace(
+      /[\u4e00-\u9fff]+/g, run => ` ${[...run].map(character => `+${character}`).join(" ")} `) });
+  }
+};

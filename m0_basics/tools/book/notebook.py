@@ -11,12 +11,14 @@ from ..colab import COLAB, VARIABLE
 
 # Before the repository has an address, this link leads to no notebook: a book without a network can do without it.
 _NO_ADDRESS = f"[Open in Colab]({COLAB})"
+_FOLDED = {"en": "What it prints", "zh-CN": "运行结果"}
 
 
-def notebook_page(file: Path, pictures: Path, prefix: str) -> str:
+def notebook_page(file: Path, pictures: Path, prefix: str, lang: str = "en") -> str:
     """The cells in order: text, code, and what the code printed and drew. Pictures are written to `pictures`.
 
-    `prefix` is the address of that folder as the page sees it.
+    `prefix` is the address of that folder as the page sees it. Outputs that Jupyter shows folded are folded here: they
+    answer a question that stands before them.
     """
     notebook: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     parts = []
@@ -26,8 +28,11 @@ def notebook_page(file: Path, pictures: Path, prefix: str) -> str:
             parts.append(source.replace(_NO_ADDRESS, ""))
         elif cell["cell_type"] == "code" and source.strip() and not VARIABLE.search(source):    # that one installs
             parts.append(_fenced(source, "python"))
-            parts += [_output(output, pictures, prefix, f"{file.stem}-{number}-{i}")
-                      for i, output in enumerate(_joined(cell["outputs"]))]
+            outputs = [_output(output, pictures, prefix, f"{file.stem}-{number}-{i}")
+                       for i, output in enumerate(_joined(cell["outputs"]))]
+            if any(outputs) and cell.get("metadata", {}).get("jupyter", {}).get("outputs_hidden"):
+                outputs = [f'<details class="output">\n<summary>{_FOLDED[lang]}</summary>', *outputs, "</details>"]
+            parts += outputs
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

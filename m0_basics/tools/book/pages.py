@@ -97,7 +97,8 @@ class Site:
         file = self.root / page.source
         if file.suffix == ".ipynb":
             name = file.stem
-            return notebook_page(file, self.docs / "pictures", f"{up(page.place)}pictures") or f"# {name}\n"
+            return (notebook_page(file, self.docs / "pictures", f"{up(page.place)}pictures", self.lang)
+                    or f"# {name}\n")
         text = file.read_text(encoding="utf-8")
         folder = file.parent
         if file.name.startswith("README") and re.fullmatch(r"m\d_\w+", folder.name) and (

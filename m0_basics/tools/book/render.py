@@ -20,6 +20,7 @@ from ..testing.documents import anchor
 # Tags of raw HTML whose addresses have to be followed too.
 _ADDRESS = re.compile(r"""(?P<head><(?:a|img|source)\b[^>]*?\b(?:href|src)=")(?P<target>[^"]+)(?P<tail>")""")
 _PICTURE = re.compile(r"""(?P<link><a\b[^>]*>\s*)?(?P<picture><img\b[^>]*?\bsrc="(?P<address>[^"]+)"[^>]*>)""")
+_CELL = re.compile(r"<td(?P<style>[^>]*)>(?P<body>.*?)</td>", re.DOTALL)
 _INLINE_CODE = re.compile(r"<code>.*?</code>", re.DOTALL)       # a block's has a class
 
 
@@ -48,7 +49,13 @@ def render(text: str, follow: Callable[[str], str]) -> tuple[str, list[Heading]]
                 child.attrSet("loading", "lazy")
     body: str = parser.renderer.render(tokens, parser.options, {})
     wide = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
-    return _PICTURE.sub(_opens, _INLINE_CODE.sub(_breakable, wide)), headings
+    return _PICTURE.sub(_opens, _INLINE_CODE.sub(_breakable, _CELL.sub(_roomy, wide))), headings
+
+
+def _roomy(cell: re.Match[str]) -> str:
+    """A cell with a sentence in it gets room for some words a line: its table scrolls where that is too wide."""
+    text = re.sub(r"<[^>]+>", "", cell["body"])
+    return f'<td class="prose"{cell["style"]}>{cell["body"]}</td>' if len(text.encode()) > 40 else cell[0]
 
 
 def _breakable(code: re.Match[str]) -> str:
