@@ -134,7 +134,8 @@ def measure_this_cpu() -> dict[str, Fact]:
 
 def bench_results() -> dict[str, Result]:
     """What the README quotes of `python -m m0_basics bench`."""
-    facts: dict[str, Result] = {}
+    facts = {f"bench.{key}": Result("bench.json", f"comparisons.0.workload.{key}")
+             for key in ("num_prompt_tokens", "num_output_tokens")}
     for i, name in enumerate(("m0", "transformers-no-cache", "transformers")):
         path = f"comparisons.0.contenders.{i}"
         facts |= {f"bench.{name}.tokens_per_s": Result("bench.json", f"{path}.output_throughput", "1/s"),
