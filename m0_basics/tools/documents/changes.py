@@ -133,9 +133,11 @@ def _overview(package: str, before: str, width: int) -> RenderableType:
     return table
 
 
-def _panel(name: str, code: str, width: int) -> Panel:
+def _panel(name: str, code: str, width: int) -> RenderableType:
     side = width if width < _SIDE_BY_SIDE else width // 2 - 2
     source = Syntax(code.rstrip(), "python", theme="ansi_dark", word_wrap=True)
+    if len(name) > side - 6:            # a frame would cut its title off
+        return Group(Text(name), Panel(source, width=side))
     return Panel(source, title=name, title_align="left", width=side)
 
 
