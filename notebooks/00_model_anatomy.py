@@ -90,7 +90,7 @@ Markdown("\n".join(cells))
 # **Predict.** Which part holds most of the parameters: the embedding, attention, or the MLPs? And what do the norms
 # come to?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 PARTS = {
     "embedding = output matrix": (("embed_tokens", "lm_head"), GREEN),
     "attention: q, k, v": (("qkv_proj",), BLUE),
@@ -116,7 +116,7 @@ print(f"{calc.count_parameters(spec).total:,} by the formula that knows only the
 tied = model.lm_head.weight.data_ptr() == model.embed_tokens.weight.data_ptr()
 print("output matrix and embedding share their memory:", tied)
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, axes = plt.subplots(figsize=(9, 3.4))
 names = list(PARTS)[::-1]
 axes.barh(names, [counts[n] / 1e6 for n in names], color=[PARTS[n][1] for n in names])
@@ -218,7 +218,7 @@ plt.show()
 # **Predict.** Which is the only stage that has to know where one sequence ends and the next begins? And how many rows
 # do the logits have?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 layer = model.layers[0]
 MODULES = {
     "embedding": (model.embed_tokens, GREEN),
@@ -246,7 +246,7 @@ stages = {name: shapes[name] for name in order[:3]} | {
     f"{x} heads": spy.shapes[x] for x in "qkv"} | {name: shapes[name] for name in order[3:]}
 print("\n".join(f"{name:22} {shape}" for name, shape in stages.items()))
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, axes = plt.subplots(figsize=(9.5, 5.2))
 colours = {name: colour for name, (_, colour) in MODULES.items()}
 for row, (name, shape) in enumerate(stages.items()):
@@ -281,7 +281,7 @@ plt.show()
 #
 # **Predict.** Keys and values are what a cache will have to keep. How much smaller does sharing make it here?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 heads, kv_heads = spec.num_attention_heads, spec.num_key_value_heads
 group_colours = [BLUE, ORANGE, GREEN]
 shared = calc.kv_bytes_per_token(spec, "float32")
@@ -368,7 +368,7 @@ plt.show()
 # **Predict.** What share of all attention goes to the first token, over all heads and layers? And does it change when
 # the story begins with another word?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 sink = maps[:, :, 2:, 0].mean(dim=-1)       # [layers, H_q]
 lines = [f"share of all attention that goes to the first token: {sink.mean():.0%}",
          f"if it were spread evenly: {(1 / torch.arange(3, n + 1)).mean():.0%}"]
@@ -448,7 +448,7 @@ print(f"q at {shift + distance}, k at {shift}: q . k = {far:.4f}")
 #
 # **Predict.** At which distance is the product highest?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 raw: dict[int, Tensor] = {}
 hooks = [x.self_attn.qkv_proj.register_forward_hook(lambda _, __, out, i=i: raw.__setitem__(i, out))
          for i, x in enumerate(model.layers)]
@@ -517,7 +517,7 @@ plt.show()
 #
 # **Predict.** Does the answer climb steadily from the first layer on, or late?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 answer = int(top.indices[0])
 last_row = starts[1] - 1                    # the newest token of the first prompt
 with torch.inference_mode():
@@ -556,7 +556,7 @@ plt.show()
 # **Predict.** On this GPU, which steps wait for memory: prefill, decode, or both? Does a large batch of decoding
 # sequences reach the ridge?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 gpu = HARDWARE["H100-SXM"]
 table = roofline_table(spec, gpu, prompt_len=512, context=512)
 print(f"{gpu.name}, bfloat16 ({gpu.source}): ridge at {gpu.ridge_point('bfloat16'):.0f} FLOP/byte")
@@ -642,7 +642,7 @@ plt.show()
 #
 # **Predict.** A short prompt, and two dozen new tokens. What share of all tokens that are run was run before?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 output = llm.generate(QUESTION, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True), use_tqdm=False)[0]
 num_prompt, num_output = len(output.prompt_token_ids), len(output.outputs[0].token_ids)
 lengths = range(num_prompt, num_prompt + num_output)        # tokens run in each step

@@ -132,7 +132,7 @@ print(f"{llm.engine.scheduler.queues.max_num_seqs} rows of {llm.engine.scheduler
 # **Predict.** Of the places, rows times steps, what share makes a token in static batches: most, or less than half?
 # Can the better engine reach all of them?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 GROUPS = 4
 lengths = S0_BATCH * GROUPS
 
@@ -171,7 +171,7 @@ print(f"a single group by itself: static {utilisation(static_steps[:max(S0_BATCH
       f"continuous {continuous_utilisation(S0_BATCH, 1).ratio:.0%}; a very long queue: continuous "
       f"{continuous_utilisation(S0_BATCH, 32).ratio:.0%}, by the scheduler without a model")
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 SHADES = dict(zip(S0_BATCH, (ORANGE, BLUE, GREEN, SKY), strict=True))
 
 
@@ -305,7 +305,7 @@ plt.show()
 # **Predict.** Three prompts run in one step. What does their mask look like? And the mask of a step in which the
 # three decode?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 naive_watch = Recorder()
 naive = LLM(**EXACT, max_num_seqs=4, attention_backend="naive", plugins=[naive_watch])
 for prompt in ("A cat", "The sun rises in the east", "Once upon a time there was"):
@@ -324,7 +324,7 @@ print(f"decode:  {decode.shape[0]} queries, {decode.shape[1]} keys, {decode.floa
 #
 # The readable attention and the fast one run the same step. Their logits have to agree.
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 def started(cached: int, new: int, seq_id: int) -> ScheduledSequence:
     """A sequence with `cached` tokens computed and `new` ones to run."""
     ids = list(range(1000 + 50 * seq_id, 1000 + 50 * seq_id + cached + new))
@@ -354,7 +354,7 @@ print(f"mixed: {mixed.shape[0]} queries, {mixed.shape[1]} keys, {mixed.float().m
 print(f"largest logit {readable.abs().max():.0f}; largest difference between the two attentions "
       f"{(readable - fast).abs().max():.0e}; same best tokens: {torch.equal(readable.argmax(-1), fast.argmax(-1))}")
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, panels = plt.subplot_mosaic([["prefill", "decode"], ["prefill", "mixed"]], figsize=(11, 5.2),
                                     width_ratios=(1, 1.6), height_ratios=(1, 2.6))
 for (title, axes), mask in zip(panels.items(), (prefill, decode, mixed), strict=True):
@@ -397,7 +397,7 @@ plt.show()
 #
 # **Predict.** Twice the sequences: how many times the bytes of the mask, and how many times the work that is needed?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 PROMPT_LEN = 32
 COUNTS = (1, 2, 4, 8, 16, 24)
 heads, kv_heads, head_dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
@@ -421,7 +421,7 @@ Markdown("\n".join(["| tokens | mask (kB) | its scores (MB) | visible | naive (m
     f"| {T} | {size / 1e3:,.0f} | {4 * heads * T * T / 1e6:.1f} | {share:.1%} | {slow * 1e3:.2f} | {quick * 1e3:.2f} |"
     for T, size, share, slow, quick in cost]))
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 tokens, sizes, shares, slow, quick = (np.array(column) for column in zip(*cost, strict=True))
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13.5, 3.8))
 left.plot(tokens, sizes / 1e3, "o-", color=GREY, label="mask")
@@ -466,7 +466,7 @@ plt.show()
 # **Predict.** A step of thirty-two sequences: does it take as long as a step of one, thirty-two times as long, or
 # something between?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 BATCHES, CONTEXT = (1, 2, 4, 8, 16, 32), 64
 del llm, naive, model, static            # their weights are not needed any more
 wide = LLM(**COMMON, max_num_seqs=max(BATCHES))
@@ -494,7 +494,7 @@ Markdown("\n".join(["| sequences | step (ms) | tokens/s | times one sequence | m
     f"| {b} | {t * 1e3:.1f} | {b / t:.0f} | {b * step_s[0] / t:.1f} | {t * 1e3 / b:.1f} |"
     for b, t in zip(BATCHES, step_s, strict=True)]))
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 batches = np.array(BATCHES)
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
 left.plot(batches, 1e3 * step_s, "o-", color=BLUE, label="measured")
@@ -542,7 +542,7 @@ plt.show()
 # **Predict.** Which policy serves the urgent ones soonest? Which has the lowest mean wait, and which one the longest
 # single wait? Does any policy get all requests done much sooner?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 POLICIES = {"fcfs": "fcfs", "priority": "priority", "ageing": "ageing:5", "sjf": "sjf", "round robin": "round-robin:32"}
 REQUESTS, RATE = 160, 6.0
 urgent = np.array(urgency(REQUESTS, 0.2))
@@ -556,7 +556,7 @@ Markdown("\n".join(["| policy | urgent, mean wait (s) | others, mean wait (s) | 
     f"| {name} | {w[urgent].mean():.2f} | {w[~urgent].mean():.2f} | {w.max():.1f} | "
     f"{sum(s.preempted for s in runs[name].steps)} | {runs[name].seconds:.1f} |" for name, w in waits.items()]))
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, panels = plt.subplots(1, len(POLICIES), figsize=(14, 3.6), sharey=True)
 for axes, (name, w) in zip(panels, waits.items(), strict=True):
     axes.scatter(arrived[~urgent], w[~urgent], s=12, color=GREY)
@@ -598,7 +598,7 @@ plt.show()
 #
 # **Predict.** Does it notice? Will the greedy tokens be the same, and will the sampled ones?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 cut_watch = MetricsCollector()
 cut = LLM(**EXACT, max_num_seqs=2, policy="priority", plugins=[cut_watch])
 jobs = {"greedy": ("The best thing about the sea is", SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)),
@@ -622,7 +622,7 @@ again = [tokens for row in cut_watch.steps for seq_id, tokens in row.tokens.item
 print(f"preempted: {cut_watch.totals.num_preemptions}; tokens run when they came back, prompt and output: "
       f"{', '.join(map(str, again))}")
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, axes = plt.subplots(figsize=(12, 3))
 lanes = {name: i for i, name in enumerate(names.values())}
 for index, step in enumerate(cut_watch.steps):
@@ -666,7 +666,7 @@ plt.show()
 # **Predict.** With equal lengths both should be equal. With a little unevenness, is continuous batching ahead at
 # once?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 MEAN, ROWS, COUNT = 64, 16, 64
 SPREADS = (0, 4, 8, 16, 32, 48, 60)
 useful, static_s, continuous_s = [], [], []

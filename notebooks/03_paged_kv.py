@@ -94,7 +94,7 @@ def finish(llm: LLM | m2.LLM) -> None:
 #
 # **Predict.** When D comes, the shortest request has just left. Will D's blocks lie beside each other?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 BLOCKS, SIZE = 24, 8
 watch = PoolRecorder()
 llm = LLM(**EXACT, num_blocks=BLOCKS, block_size=SIZE, plugins=[watch])
@@ -123,7 +123,7 @@ for name, request in requests.items():
           f"{llm.manager.tables.num_blocks_of(stored)} blocks in the end")
 print(f"blocks held at the busiest moment: {max(map(len, watch.history))} of {BLOCKS}; now: {llm.manager.pool.num_used}")
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, axes = plt.subplots(figsize=(13, 5.6))
 draw_pool(axes, watch.history, "device", BLOCKS, SIZE, COLOURS)
 axes.set_title("Who holds which block, step by step", loc="left")
@@ -228,7 +228,7 @@ print("the tokens of all requests are the same, from rows and from blocks")
 # **Predict.** The prompt fills two blocks and half of a third. Four outputs begin. How many copies are made, in which
 # step, and of how many slots each?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 class Copies(SchedulerPlugin):
     """The copies of each step."""
 
@@ -256,7 +256,7 @@ for step, copied in made.items():
     print(f"step {step}: {len(copied)} copies of {', '.join(str(c.num_slots) for c in copied)} slots")
 assert list(made) == [1] and len(made[1]) == N - 1, "all but one of the holders copy; the last one has it for itself"
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 counts = (1, 2, 4, 6)
 held = []
 for n in counts:
@@ -312,7 +312,7 @@ print("blocks held = full blocks of the prompt + outputs x blocks of their own, 
 #
 # **Predict.** Who gives way first: the one that came first, or the one that came last? And do its tokens change?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 FEW, HOST = 14, 10
 BLOCK_GIB = llm.cache.nbytes / BLOCKS / 2**30
 swap_watch, swap_copies = PoolRecorder(), Copies()
@@ -334,7 +334,7 @@ assert len(out) == len(back) > 0
 print(f"blocks copied to the host: {len(out)}, and back: {len(back)}; left behind on either side: "
       f"{tight.manager.pool.num_used + tight.manager.swapped.host_pool.num_used}")
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, panels = plt.subplots(2, 1, figsize=(13, 6.4), sharex=True)
 swap_ids = {request.sequences[0].seq_id: name for name, request in tight_requests.items()}
 swap_colours = dict(zip(swap_ids, (BLUE, ORANGE, GREEN, RED), strict=True))
@@ -374,14 +374,14 @@ plt.show()
 #
 # **Predict.** Which is faster on this machine, a CPU: for a short sequence, and for a long one?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 roomy = LLM(**COMMON, num_blocks=128, block_size=16)
 ways = crossover(roomy, (8, 32, 64, 128, 224), rounds=3)
 Markdown("\n".join(["| tokens | run again (ms) | out and back (ms) | times |", "|--:|--:|--:|--:|"] + [
     f"| {w['length']} | {1e3 * w['recompute_s']:.1f} | {1e3 * w['swap_s']:.2f} | {w['recompute_s'] / w['swap_s']:.0f} |"
     for w in ways]))
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, axes = plt.subplots(figsize=(8, 4))
 lengths = [w["length"] for w in ways]
 axes.plot(lengths, [1e3 * w["recompute_s"] for w in ways], "o-", color=GREY, label="run again")
@@ -418,7 +418,7 @@ plt.show()
 # **Predict.** The longest sequence allowed is more than twice as long as the longest request. What share of the
 # reserved slots holds a token: in rows, and in blocks?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 class RowMeter(SchedulerPlugin):
     """What `FragmentationMeter` measures, for rows."""
 
@@ -449,7 +449,7 @@ assert all(f.waste_per_sequence < 16 for f in meter.history), "less than one blo
 print(f"a much quoted example, 512 and 128 tokens in rows of 2048: {row_utilisation([512, 128], 2048):.1%}; "
       f"in blocks of 16: {block_utilisation([512, 128], 16):.0%}")
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, panels = plt.subplots(1, 2, figsize=(13, 4), sharey=True)
 for axes, (name, counted) in zip(panels, history.items(), strict=True):
     stored, reserved, _ = counted.T
@@ -526,7 +526,7 @@ plt.show()
 #
 # **Predict.** Which block size uses memory best, and does it cost time in this attention?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 SIZES = (1, 4, 16, 64, 256)
 BATCH, CONTEXT = 16, 200
 spec, heads = llm.spec, llm.spec.num_attention_heads
@@ -568,7 +568,7 @@ Markdown("\n".join(["| block size | used | metadata (ms) | one layer (ms) |", "|
     f"| {size} | {used:.1%} | {1e3 * prepare:.2f} | {1e3 * layer:.2f} |" for size, (used, prepare, layer) in measured.items()]
     + [f"| a row each | | {1e3 * row_times[0]:.2f} | {1e3 * row_times[1]:.2f} |"]))
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 used, prepare, layer = (np.array(column) for column in zip(*measured.values(), strict=True))
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4))
 places = np.arange(len(SIZES))
@@ -616,7 +616,7 @@ plt.show()
 #
 # **Predict.** The sinks are four tokens, and say nothing. Does it matter whether they are kept?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 WINDOW, LONG = 40, 110
 WAYS = {"everything": [], "sinks and window": [AttentionSinks(num_sink_tokens=4, window=WINDOW)],
         "window alone": [AttentionSinks(num_sink_tokens=0, window=WINDOW)]}
@@ -634,7 +634,7 @@ sinks = WAYS["sinks and window"][0]
 bound = sum(llm.manager.tables.num_blocks_of(n) for n in (sinks.num_sink_tokens, sinks.window)) + 1
 assert max(map(len, pools["sinks and window"])) <= bound < max(map(len, pools["everything"]))
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, panels = plt.subplots(1, 3, figsize=(13, 4), sharey=True)
 for axes, (way, pool_history) in zip(panels, pools.items(), strict=True):
     seen = {s for state in pool_history for holders in state.values() for s in holders}
@@ -673,7 +673,7 @@ plt.show()
 #
 # **Predict.** How many times as many fit in blocks: if they are half as long as a row, and if they are as long?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 LENGTHS = (8, 16, 32, 64, 96, 128, 192, ROW)
 fit_rows = [ROWS for _ in LENGTHS]
 fit_blocks = []
@@ -692,7 +692,7 @@ block_s = times(PagedAttention(cache, slots["blocks"].tables, torch.float32), de
 print(f"a decode step of {ROWS} such sequences: rows {1e3 * row_s[0]:.2f} ms to prepare and {1e3 * row_s[1]:.2f} ms a "
       f"layer, blocks {1e3 * block_s[0]:.2f} ms and {1e3 * block_s[1]:.2f} ms")
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, axes = plt.subplots(figsize=(8, 4))
 axes.plot(LENGTHS, fit_blocks, "o-", color=BLUE, label="blocks")
 axes.plot(LENGTHS, fit_rows, "o-", color=GREY, label="rows")

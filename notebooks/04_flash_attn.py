@@ -129,7 +129,7 @@ def all_scores(layer: int) -> Tensor:
 #
 # **Predict.** In what share of all heads does the maximum never rise after the first tile: a few, or most?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 ROW, TILE = 31, 4
 
 
@@ -149,7 +149,7 @@ print(f"layer {layer}, head {head}: the maximum rises {int(counts.max())} times 
       f"it never rises in {(counts == 0).float().mean():.0%} of all heads")
 print(f"largest difference from torch.softmax: {(probabilities - row_scores.softmax(-1)).abs().max():.0e}")
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4))
 draw_turns(left, right, row_scores, turns(trace))
 left.set_title("The running maximum")
@@ -223,7 +223,7 @@ plt.show()
 #
 # **Predict.** Does the answer settle early, so that the last tiles could be skipped?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 QUERIES = (n - 1, n // 2, n // 4)
 figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4))
 q, k, v = capture.layers[layer]
@@ -264,7 +264,7 @@ plt.show()
 # **Predict.** Which grows with the square of the length: the bytes moved, the bytes held, or both? For each of the
 # two.
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 SRAM = 228 * 1024 // 2          # elements of bfloat16 in the fast memory of one multiprocessor of an H100
 LENGTHS = (128, 256, 512, 1024, 2048)
 runs = {name: [counted(name, Heads(length, length, spec.head_dim), SRAM) for length in LENGTHS] for name in ("naive", "tiled")}
@@ -273,7 +273,7 @@ Markdown("\n".join(["| tokens | naive, MB moved | tiled, MB moved | ratio | naiv
     f"| {length:,} | {a.total / 1e6:.2f} | {b.total / 1e6:.2f} | {a.total / b.total:.1f} | {a.peak / 1e6:.2f} | "
     f"{b.peak / 1e6:.2f} | {a.peak / b.peak:.1f} |" for length, a, b in zip(LENGTHS, *runs.values(), strict=True)]))
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4))
 
 
@@ -329,7 +329,7 @@ plt.show()
 #
 # **Predict.** What share of the bytes does tiling save in decode? And sharing?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 CONTEXT = 4096
 cases = {
     "prefill, one head": Heads(CONTEXT, CONTEXT, spec.head_dim),
@@ -339,7 +339,7 @@ rows = {name: [formula(a, shape, SRAM) for a in ("naive", "tiled")] for name, sh
 Markdown("\n".join(["| | naive, kB moved | tiled, kB moved | saved |", "|---|--:|--:|--:|"] + [
     f"| {name} | {a.total / 1e3:,.0f} | {b.total / 1e3:,.0f} | {1 - b.total / a.total:.0%} |" for name, (a, b) in rows.items()]))
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, axes = plt.subplots(figsize=(10, 3.6))
 alone, shared = cases["decode, one head"], cases[f"decode, {GROUP} heads that share"]
 bars = {f"{GROUP} heads, one by one, naive": GROUP * formula("naive", alone, SRAM).total,
@@ -368,7 +368,7 @@ plt.show()
 #
 # **Predict.** The readable tiles are loops in Python. Can they be faster than one large matrix product?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 PROMPTS = (128, 256, 512, 1024, 2048)
 
 
@@ -393,7 +393,7 @@ timed = {name: [best_seconds(partial(attend, *random_heads(length)), rounds=3) *
 for name, times in timed.items():
     print(f"{name:17} " + ", ".join(f"{length:,} tokens {ms:.1f} ms" for length, ms in zip(PROMPTS, times, strict=True)))
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, axes = plt.subplots(figsize=(8, 4.2))
 for colour, (name, times) in zip((GREY, BLUE, ORANGE), timed.items(), strict=True):
     axes.plot(PROMPTS, times, "o-", color=colour, label=name)
@@ -528,7 +528,7 @@ plt.show()
 #
 # **Predict.** How much of the attention weight does the window alone keep? And how much do a few first tokens add?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 WINDOW, SINKS = 64, 4
 at = torch.arange(n)
 causal = visible(at, at)
@@ -544,7 +544,7 @@ for name, (window, sinks) in {"causal": (None, 0), "window": (WINDOW, 0), "windo
     expected = masked_attention(*capture.layers[0], visible(at, at, window, sinks), SCALE)
     print(f"{name:17} {len(visited):3} tiles; largest difference from the mask written out {(out - expected).abs().max():.0e}")
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), width_ratios=(1, 1, 1.3))
 SMALL = 24
 for axes, sinks, title in ((left, 0, "window"), (middle, 2, "window and sinks")):

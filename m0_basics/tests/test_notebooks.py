@@ -121,6 +121,42 @@ def test_every_question_has_a_hidden_answer(source: Path) -> None:
     assert len(re.findall(r"^\d+\. ", exercises, flags=re.MULTILINE)) % 2 == 0, "as many answers as exercises"
 
 
+def answering(notebook: nbformat.NotebookNode) -> list[bool]:
+    """For each code cell, whether it stands between a prediction and its hidden answer."""
+    flags, waiting = [], False
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            flags.append(waiting)
+        else:
+            for mark in re.findall(r"^\*\*Predict\.\*\*|<summary>Answer</summary>", cell.source, flags=re.MULTILINE):
+                waiting = mark.startswith("*")
+    return flags
+
+
+def folded(cell: nbformat.NotebookNode) -> bool:
+    return bool(cell.metadata.get("jupyter", {}).get("outputs_hidden"))
+
+
+@by_name
+def test_outputs_that_answer_a_prediction_are_folded(source: Path) -> None:
+    """In the source and in the executed notebook; other outputs are seen at once."""
+    written, run = jupytext.read(source), executed(source)
+    cells = code_cells(source)
+    has_output = [bool(cell.outputs) for cell in cells]
+    expected = [a and b for a, b in zip(answering(run), has_output, strict=True)]
+    assert sum(expected) >= 4
+    wrong = [cell.source[:80] for cell, fold in zip(cells, expected, strict=True) if folded(cell) != fold]
+    assert not wrong, f"{wrong}: " + RENEW.format(source.stem)
+    assert [folded(cell) for cell in written.cells if cell.cell_type == "code"] == expected
+
+
+def test_which_cells_answer_a_prediction() -> None:
+    texts = ["**Predict.** What?", None, "A word.", None, "<details><summary>Answer</summary>\n\nThis.\n\n</details>",
+             None, "<summary>Answer</summary>\n\n**Predict.** And now?", None, "**Question.** Why?"]
+    cells = [nbformat.v4.new_code_cell("1") if text is None else nbformat.v4.new_markdown_cell(text) for text in texts]
+    assert answering(nbformat.v4.new_notebook(cells=cells)) == [True, True, False, True]
+
+
 @by_name
 def test_the_first_cell_installs_the_lab_only_where_it_is_missing(source: Path, monkeypatch: pytest.MonkeyPatch
                                                                   ) -> None:
