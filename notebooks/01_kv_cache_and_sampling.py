@@ -151,7 +151,7 @@ plt.show()
 # **Predict.** Of the rows that a sample owns, what share of the slots holds a token, on average over the run: most of
 # them, half, or less?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 per_token = calc.kv_bytes_per_token(spec, "float32")
 row_bytes = per_token * small.engine.rows.row_size
 whole = small.engine.rows.kv_cache.nbytes
@@ -190,7 +190,7 @@ plt.show()
 #
 # **Predict.** How much does the process hold when the cache is new and nothing is written?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 big_rows, row_size = 4, 1024
 before = psutil.Process().memory_info().rss
 big = KVCache(spec, big_rows * row_size, torch.float32, torch.device("cpu"))
@@ -231,7 +231,7 @@ del big
 #
 # **Predict.** Are the kept keys and the computed ones equal to the last bit?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 class RecordingAttention(AttentionBackend):
     """FullAttention that keeps the keys of each layer, [T, H_kv, D]."""
 
@@ -291,6 +291,7 @@ axes.axvline(sequence.num_prompt_tokens - 0.5, color=RED, ls="--")
 axes.text(sequence.num_prompt_tokens, -1.2, "prompt ends, one token per step begins", color=RED, va="bottom")
 axes.set_xlabel("position")
 axes.set_ylabel("layer")
+axes.set_title("Kept keys against keys computed again", pad=26)
 figure.colorbar(image, ax=axes, label="log10 of the largest difference")
 plt.show()
 
@@ -303,7 +304,7 @@ plt.show()
 # **Predict.** Generate twice as many tokens. How many times the arithmetic is that in total: without a cache, and
 # with one?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 recompute = ModelRunner(model, FullAttention())
 CONTEXTS = (16, 32, 64, 128, 256)
 seconds: dict[str, list[float]] = {"recompute": [], "cache": []}
@@ -329,7 +330,7 @@ Markdown("\n".join(
     + [f"| {n} | {a * 1e3:.0f} | {b * 1e3:.0f} | {a / b:.1f} | {c / 1e9:.2f} | {d / 1e9:.2f} |" for n, a, b, c, d in zip(
         CONTEXTS, *seconds.values(), *counted.values(), strict=True)]))
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 LOOKS = {"recompute": (GREY, "recompute"), "cache": (BLUE, "KV cache")}
 outputs = np.arange(1, 513)
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13.5, 3.9))
@@ -378,7 +379,7 @@ plt.show()
 # **Predict.** How many tokens hold nine tenths of the probability: at a low temperature, and at a high one? Does the
 # order of the tokens change?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 PROMPT = "In my free time, I like to"
 logits = recompute.execute_model([schedule(tokenizer.encode(PROMPT))])[0]
 TEMPERATURES = (0.3, 0.7, 1.0, 1.5)
@@ -391,16 +392,18 @@ for t in TEMPERATURES:
                  f"{int((ordered < 0.9).sum()) + 1:5,} tokens hold nine tenths of the probability")
 print("\n".join(lines))
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 shown = logits.topk(12).indices
 figure, axes = plt.subplots(figsize=(11, 4))
 colours = dict(zip(TEMPERATURES, (BLUE, SKY, ORANGE, RED), strict=True))
 for i, (t, colour) in enumerate(colours.items()):
     p = distribution(logits, SamplingParams(temperature=t))[shown]
-    bars = axes.bar(np.arange(12) + (i - 1.5) * 0.2, p, width=0.2, color=colour)
-    axes.bar_label(bars, [f"{p[0]:.0%}", *[""] * 11], padding=2, fontsize=8, color=colour)
+    axes.bar(np.arange(12) + (i - 1.5) * 0.2, p, width=0.2, color=colour)
+    axes.annotate(f"{p[0]:.0%}", ((i - 2) * 0.2, p[0]), xytext=(0, 2), textcoords="offset points", fontsize=9,
+                  color=style.text_colour(colour))          # from the bar's left edge on: all bars to its right are lower
 axes.set_xticks(range(12), [piece(i) for i in shown.tolist()], rotation=30, ha="right")
 axes.set_ylabel("probability")
+axes.margins(y=0.12)
 axes.set_title(f"{PROMPT} ...", pad=28)
 style.names_above(axes, {f"temperature {t}": colour for t, colour in colours.items()})
 plt.show()
@@ -425,7 +428,7 @@ plt.show()
 #
 # **Predict.** Which of the three keeps the same number of tokens, whatever the model says?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 HEAT = 1.0
 CUTS = {"top_k = 6": SamplingParams(temperature=HEAT, top_k=6), "top_p = 0.5": SamplingParams(temperature=HEAT, top_p=0.5),
         "min_p = 0.2": SamplingParams(temperature=HEAT, min_p=0.2)}
@@ -437,7 +440,7 @@ for name, cut in CUTS.items():
     lines.append(f"{name:12} keeps {int(kept_tokens.sum()):3} tokens, which held {full[kept_tokens].sum():.1%}")
 print("\n".join(lines))
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, panels = plt.subplots(1, 3, figsize=(13.5, 4), sharey=True)
 for axes, (name, cut) in zip(panels, CUTS.items(), strict=True):
     kept_tokens = distribution(logits, cut) > 0
@@ -524,7 +527,7 @@ plt.show()
 # **Predict.** In the table below, can a token let out the text of a token before it? Can it let out a part of its
 # own?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 TEXT = "Cafés: 山有座庙 😀!"
 rust = RustTokenizer.from_file(str(resolve_model(DEFAULT_MODEL, torch.float32) / "tokenizer.json"))
 printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -586,7 +589,7 @@ plt.show()
 # **Predict.** Prompts and outputs here have any length up to a few dozen tokens. What share of the slots does
 # nothing: padding, or a row that is finished and waits?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 def run_static(requests: list) -> tuple[np.ndarray, int]:
     """Run a padded batch -> what each slot held [rows, columns], and how many slots the engine says it ran.
 
@@ -618,7 +621,7 @@ shares = [float((slots == kind).mean()) for kind in range(4)]
 print(f"{slots.size} slots run (the engine counted {num_run}): padding {shares[0]:.0%}, prompt {shares[1]:.0%}, "
       f"output {shares[2]:.0%}, finished {shares[3]:.0%}")
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, axes = plt.subplots(figsize=(12, 3.4))
 SLOT_KINDS = {"padding": LIGHT, "prompt": BLUE, "output": ORANGE, "finished, still running": GREY}
 for (row, column), kind in np.ndenumerate(slots):

@@ -95,7 +95,7 @@ def sequence_of(tokens: list[int], salt: str = "") -> Sequence:
 # **Predict.** Before the changed word they should be equal. But behind it the tokens are the same again: are their
 # keys and values? In no layer, in all layers, or in some?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 TEXT = ("The keeper of the lighthouse has an old wooden boat. Every morning he rows out to the island, and on Sundays "
         "he paints the door red. Every evening he writes a letter to his sister, and counts the ships that pass. "
         "Nobody visits him in winter, because the sea is rough and the path is under water.")
@@ -137,7 +137,7 @@ assert apart[:, :AT].max() < 1e-4, "equal beginnings have equal keys and values"
 assert apart[0, AT + 1:].max() < 1e-4, "the first layer sees a token and its position, and no other token yet"
 assert apart[1:, AT + 1:].max() > 1e-2, "all later layers have looked back"
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 def label(tokens: list[int] | tuple[int, ...]) -> str:
     """What tokens say, in plain characters, for a picture: a message's begin and end are brackets."""
     text = tokenizer.decode(tokens, skip_special_tokens=False)
@@ -182,7 +182,7 @@ readable = model = ours = theirs = None     # the memory is wanted for other eng
 # **Predict.** The text below has five blocks. How many names stay if a token of the first block changes? If a token
 # of the last one does? If the text is the same, and the salt is another?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 SMALL, FINGERPRINT = 4, "a model"
 
 
@@ -209,18 +209,18 @@ for name, number in stay.items():
     print(f"{name:14} {number} of {len(chains[name])} names are those of the text")
 assert stay == {"a text": 5, "changed early": 0, "changed late": 4, "another salt": 0}
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 def box(axes: plt.Axes, x: float, y: float, text: str, colour: str, size: float = 8, width: float = 0.9) -> None:
     axes.broken_barh([(x, width)], (y - 0.4, 0.8), facecolor=colour, edgecolor="white")
     axes.text(x + width / 2, y, text, ha="center", va="center", fontsize=size, color="white")
 
 
-figure, axes = plt.subplots(figsize=(13, 3.8))
+figure, axes = plt.subplots(figsize=(10, 4.4))
 for row, (name, (tokens, _)) in enumerate(TEXTS.items()):
     axes.text(-0.2, row, name, ha="right", va="center")
     for number, block_name in enumerate(chains[name]):
         axes.plot([number - 0.1, number], [row, row], color=GREY, linewidth=2)
-        words = label(tokens[number * SMALL:(number + 1) * SMALL])
+        words = "\n".join(wrap(label(tokens[number * SMALL:(number + 1) * SMALL]), 18))
         box(axes, number, row, f"{words}\n{block_name.hex()[:12]}",
             BLUE if block_name == chains["a text"][number] else ORANGE, size=9)
 axes.set(xlim=(-1, 5), ylim=(3.6, -0.6))
@@ -318,7 +318,7 @@ print(f"B is about to ask: {len(next_prompt)} tokens, of which the first {same} 
 # **Predict.** How many tokens will B find: none, because it is another conversation; the full blocks; or all that are
 # the same?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 @dataclass(frozen=True)
 class Box:
     """A block of the tree, as it was when we looked."""
@@ -392,14 +392,14 @@ def draw_tree(axes: plt.Axes, tree: list[Box], columns: int) -> None:
         begun.add(before)
         places[b.path] = (column + 0.9, row)
         axes.plot([places[before][0], column - 0.05, column], [places[before][1], row, row], color=GREY, linewidth=1.5)
-        text = "\n".join(wrap(label(b.tokens), 17)[:3])
-        box(axes, column, row, text, (BLUE, GREEN, INK)[min(b.holders, 2)], size=6.5)
+        text = "\n".join(wrap(label(b.tokens), 12)[:4])
+        box(axes, column, row, text, (BLUE, GREEN, INK)[min(b.holders, 2)], size=9)
     axes.set(xlim=(-0.6, columns), ylim=(leaves(tree) - 0.4, -0.6))
     axes.axis("off")
 
 
 columns = max(len(b.path) // SIZE for tree in shots.values() for b in tree)
-figure, panels = plt.subplots(len(shots), 1, figsize=(14, 8.8), height_ratios=[leaves(tree) for tree in shots.values()])
+figure, panels = plt.subplots(len(shots), 1, figsize=(10, 11), height_ratios=[leaves(tree) for tree in shots.values()])
 for axes, (title, tree) in zip(panels, shots.items(), strict=True):
     draw_tree(axes, tree, columns)
     axes.set_title(f"{title}: {len(tree)} blocks", loc="left")
@@ -416,7 +416,7 @@ plt.show()
 #
 # **Predict.** A prompt gets longer with every turn. Does the part that has to be computed get longer too?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 def by_search(prompt: list[int], before: list[Turn]) -> int:
     """The longest beginning that lies in full blocks of what was stored. One token is left to run in any case."""
     return max((num_shared(prompt[:-1], t.stored[:len(t.stored) // SIZE * SIZE]) for t in before), default=0)
@@ -462,7 +462,7 @@ plt.show()
 # **Predict.** A and B have asked twice when C comes and needs room. Whose blocks go first? And of that conversation,
 # its beginning or its end?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 STORIES = {
     "A": ["Which book should I read about the sea?", "Who wrote it, and when?", "What happens in the end?"],
     "B": ["My son likes trains. What is there for him?", "Are there pictures in it?", "Can he read it alone?"],
@@ -514,19 +514,19 @@ assert all(was_leaf for _, _, was_leaf in evictions.log), "nothing stood behind 
 # ended: the colour is the conversation, the number says how far from the beginning of the text it stands. A red
 # number between two cells says that the block was evicted for that request, and in which order.
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 def owners(path: tuple[int, ...]) -> set[str]:
     """The conversations that begin with these tokens."""
     return {t.name for t in stories.turns if t.stored[:len(path)] == list(path)}
 
 
-figure, (top, bottom) = plt.subplots(2, 1, figsize=(13, 7.6), sharex=True, height_ratios=(2.2, 1))
+figure, (top, bottom) = plt.subplots(2, 1, figsize=(10, 7.6), sharex=True, height_ratios=(2.2, 1))
 for column, (cells, lost) in enumerate(zip(held, gone, strict=True)):
     for block in range(FEW):
         path = cells.get(block)
         names = owners(path) if path else set()
         colour = LIGHT if not path else INK if len(names) > 1 else COLOURS[names.pop()]
-        box(top, column, block, str(len(path) // SIZE - 1) if path else "", colour, size=9, width=0.8)
+        box(top, column, block, str(len(path) // SIZE - 1) if path else "", colour, size=10, width=0.8)
     for order, (block, _, _) in enumerate(lost, start=1):
         top.text(column - 0.1, block, order, color=RED, ha="center", va="center", fontsize=11, fontweight="bold")
 top.set(xlim=(-0.3, len(ORDER)), ylim=(FEW - 0.4, -0.6), ylabel="block of the cache", yticks=range(FEW))
@@ -562,7 +562,7 @@ small = stories = evictions = None
 #
 # **Predict.** All but a twentieth of a prompt is known. Does the first token come twenty times sooner?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 LENGTH, ROUNDS = 256, 3
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.95)
 rng = random.Random(0)
@@ -592,7 +592,7 @@ for share in SHARES:
     known_ms[share] = median(ms for ms, _ in runs)
     print(f"{share:4.0%} known: {known_ms[share]:6.1f} ms; cold takes {cold / known_ms[share]:4.1f} times as long")
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, axes = plt.subplots(figsize=(8, 4.2))
 axes.axhline(cold, color=GREY, linestyle="--", label="cold")
 axes.plot([0, 100], [cold, 0], color=GREY, linewidth=1, linestyle=":")
@@ -623,7 +623,7 @@ plt.show()
 #
 # **Predict.** What do the two curves look like?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 LONG = list(range(1000, 1000 + 6 * SIZE))
 
 
@@ -648,7 +648,7 @@ for kind, curve in curves.items():
 # the engine is told to make. At the end the edited text is asked for once more, with an empty cache: are the answers
 # the same?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 class Copies(SchedulerPlugin):
     """The copies of all steps."""
 
@@ -682,7 +682,7 @@ assert edits["hash"][0] == AT // SIZE * SIZE
 assert [copy.num_slots for copy in edits["radix"][1]] == ([AT % SIZE] if AT % SIZE else [])
 assert not edits["hash"][1]
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.2), width_ratios=(1.5, 1))
 left.plot(curves["radix"], color=BLUE, linewidth=2, label="tree")
 left.plot(curves["hash"], color=ORANGE, linewidth=2, drawstyle="steps-post", label="hashes")
@@ -729,7 +729,7 @@ plt.show()
 #
 # The engine's manager answers without running anything.
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 PROMPT = list(range(2000, 2000 + 4 * SIZE))
 llm.manager.pool.clear()
 llm.generate({"prompt_token_ids": PROMPT}, output_of(1), use_tqdm=False)
@@ -772,7 +772,7 @@ assert list(answers.values()) == [len(PROMPT) - 1, len(PROMPT), len(PROMPT) // 2
 # **Predict.** All of the prompt is known but one token. Which of the two times gets shorter, and which stays? And how
 # long does the look take, next to computing the prompt?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 def times_of(prompt: list[int]) -> tuple[float, float]:
     """Milliseconds to the first token, and between two later ones."""
     [output] = llm.generate({"prompt_token_ids": prompt}, output_of(12), use_tqdm=False)
@@ -799,7 +799,7 @@ for _ in range(5):
 print(f"a prompt that shares nothing: {match.num_tokens(SIZE)} of {LENGTH} tokens found, after a look of "
       f"{1e6 * median(looks):.0f} microseconds; to compute it takes {timed['cold'][0]:.0f} ms")
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
 for axes, number, title in ((left, 0, "The first token"), (right, 1, "Each later token")):
     bars = axes.bar(list(timed), [own[number] for own in timed.values()], 0.55, color=[GREY, BLUE])
