@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from m0_basics.config import ConfigError
+from m0_basics.tools.cli.app import say_whose_code_runs
 from m0_basics.tools.exercise import book
 from m0_basics.tools.exercise.book import ExerciseBook, Python
 from m0_basics.tools.exercise.commands import exercise_app
@@ -142,8 +143,8 @@ def test_from_blank_to_solved(toy: Path) -> None:
     assert states()[0] == "started"
     assert run("check", "shop.py::Shop.Till.total").exit_code == 0
     listed = [line.split() for line in run("list").output.splitlines()]
-    assert listed[0] == ["1", "solved", "shop.py::Shop.Till.total", "the", "sum", "|", "of", "prices"]
-    assert listed[1] == ["2", "not", "started", "shop.py::greet", "a", "greeting"]
+    assert listed[:2] == [["1", "solved", "the", "sum", "|", "of", "prices"], ["shop.py::Shop.Till.total"]]
+    assert listed[2:4] == [["2", "not", "started", "a", "greeting"], ["shop.py::greet"]]
 
     edit(toy, other_way, "            return 8\n")
     assert run("check", "1").exit_code == 1
@@ -188,6 +189,10 @@ def test_a_blank_neighbour_is_named(toy: Path) -> None:
     result = run("check", "2")
     assert result.exit_code == 1
     assert "still blank: Shop.Till.total; write it first" in result.output and "has changed" not in result.output
+    assert "tests pass" not in result.output and "Traceback" not in result.output
+    (toy / "tests/test_more.py").write_text("import m9_toy.shop\n" + more + "def test_b(): open('ran', 'w')\n")
+    run("check", "2")
+    assert not (toy.parent / "ran").exists(), "the first blank ends the run"
 
 
 @pytest.mark.slow
@@ -307,3 +312,17 @@ def test_the_command_line_says_whose_code_runs(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "m0_basics", "changes"], text=True, capture_output=True, check=True,
                           env=os.environ | {"LLM_LAB_WORKSPACE": str(tmp_path)})
     assert "your code is in use: m0_basics.sampler\n" in done.stderr
+
+
+def test_a_workspace_without_code_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    """A misspelt folder would run the milestone's own code, as if it were the learner's."""
+    monkeypatch.setenv("LLM_LAB_WORKSPACE", str(tmp_path))
+    say_whose_code_runs()
+    assert capsys.readouterr().err == f"no code of yours in {tmp_path}\n"
+    monkeypatch.setenv("LLM_LAB_WORKSPACE", "workspce")
+    monkeypatch.setattr(sys, "argv", ["m0_basics", "generate"])
+    with pytest.raises(ConfigError, match="LLM_LAB_WORKSPACE='workspce' is not valid; allowed: a folder that"):
+        say_whose_code_runs()
+    monkeypatch.setattr(sys, "argv", ["m0_basics", "exercise", "start", "1"])
+    say_whose_code_runs()

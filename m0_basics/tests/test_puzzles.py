@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from m0_basics.config import ConfigError
 from m0_basics.tools.exercise import book
 from m0_basics.tools.exercise.book import ExerciseBook, Python
 from m0_basics.tools.exercise.commands import exercise_app
-from m0_basics.tools.exercise.puzzles import expected_lines, read_puzzles, signature, skeleton
-from m0_basics.tools.exercise.show import differs, show_call, show_value
+from m0_basics.tools.exercise.puzzles import base_docstring, expected_lines, read_puzzles, signature, skeleton
+from m0_basics.tools.exercise.show import differs, filled, filled_signature, show_call, show_value
 
 README = """## Exercises
 | # | Exercise | Write | Graded by |
@@ -71,6 +72,7 @@ find = "prices.sum() * factor"
 replace = "prices.sum()"
 tests = ["tests/test_shop.py"]
 why = "the factor is lost"
+command = "printf 3 | python -m m8_toy pay --twice"
 """
 
 
@@ -124,7 +126,7 @@ def test_yours_and_the_specification_side_by_side(toy: Path) -> None:
     assert "2 of 3 tests pass" in output and "fails: m8_toy/tests/test_shop.py::test_factor" in output
     difference = output.partition("function and the milestone's differ:")[2]
     assert "prices = float32 [3]: [1, 1, 1]" in difference and "factor = 2" in difference
-    assert "yours  float32 []: 3" in difference and "spec   float32 []: 6" in difference
+    assert "yours      float32 []: 3" in difference and "milestone  float32 []: 6" in difference
 
 
 @pytest.mark.slow
@@ -133,17 +135,18 @@ def test_an_object_that_is_left_in_another_state(toy: Path) -> None:
     run("start", "1", "--no-example")
     write(toy, "Till.total", "return prices.sum() * factor")
     output = run("check", "1").output
-    assert "self afterwards, yours  Till(paid=[])" in output and "self afterwards, spec   Till(paid=[7.0])" in output
+    assert "afterwards, yours      Till(paid=[])" in output and "afterwards, milestone  Till(paid=[7.0])" in output
     run("start", "2", "--no-example")
     write(toy, "doubled", "return x * x")
     output = run("check", "2").output
-    assert "0 of 1 test pass" in output and "x = 1" in output and "yours  1\n  spec   2" in output
+    assert "0 of 1 test pass" in output and "x = 1" in output and "yours      1\n  milestone  2" in output
 
 
 def test_hints_come_one_by_one(toy: Path) -> None:
     first, second = run("hint", "1").output, run("hint", "1").output
     assert first == "hint 1 of 2\n  Add, then multiply.\n"
     assert second.startswith(first) and "total = ____" in second and "self.paid.append(____)" in second
+    assert second.endswith("that was the last; the function itself: python -m m8_toy exercise solution 1\n")
     assert run("hint", "1").output == run("hint", "1", "--all").output == second
 
 
@@ -166,12 +169,18 @@ def test_a_bug_is_hunted(toy: Path) -> None:
     assert "Some customers pay too little." in output and "factor" not in output
     file = toy.parent / "workspace/bugs/m8_toy-1/m8_toy/shop.py"
     assert str(file.relative_to(toy.parent)) in output and "total = prices.sum()\n" in file.read_text()
+    assert "try it  printf 3 | LLM_LAB_WORKSPACE=workspace/bugs/m8_toy-1 python -m m8_toy pay --twice\n" in output
     failed = run("bug", "1", "--check")
     assert failed.exit_code == 1 and "2 of 3 tests pass" in failed.output and "it still bites" in failed.output
+    assert "assert" in failed.output and "stopping after" not in failed.output and "1 failed" not in failed.output
     file.write_text(SHOP)
     passed = run("bug", "1", "--check")
     assert passed.exit_code == 0 and "found. What it was: the factor is lost" in passed.output
     assert "bug 1  found        Cheap" in run("list").output
+    (toy / "tools/puzzles.toml").write_text(PUZZLES[:PUZZLES.index("command")])
+    assert "try it" not in run("bug", "1", "--force").output
+    file.write_text(SHOP)
+    run("bug", "1", "--check")
     assert run("bug", "1", "--reveal").output == "m8_toy/shop.py:13: the factor is lost\n"
     assert "found already" in str(run("bug", "1").exception)
     assert run("bug", "1", "--force").exit_code == 0 and file.read_text() != SHOP
@@ -189,6 +198,43 @@ def test_bugs_that_cannot_be_planted(toy: Path) -> None:
 
 def test_without_a_file_there_are_no_puzzles(tmp_path: Path) -> None:
     assert read_puzzles(tmp_path).bugs == ()
+
+
+def test_what_a_base_class_says_counts_where_a_method_says_little(toy: Path) -> None:
+    said = '"""Money.\n\n        Never less than 0.\n        """\n'
+    (toy / "base.py").write_text(f"class Desk:\n    def total(self):\n        {said}")
+    (toy / "again.py").write_text("from .base import Desk as Table\n")
+    (toy / "shop.py").write_text(SHOP.replace("class Till:", "from m8_toy.again import Table\n\n\nclass Till(Table):"))
+    path = toy / "shop.py"
+    assert base_docstring(path, "Till.total") == "Desk.total: Money.\n\nNever less than 0."
+    assert base_docstring(path, "doubled") == base_docstring(path, "Till.__init__") == ""
+    output = run("show", "1", "--no-example").output
+    assert "Sum of the prices, which is paid." in output and "Never less than 0." in output
+    path.write_text(path.read_text().replace("which is paid.", "which is paid.\n\n        All of it.\n        "))
+    assert "Never less than 0." not in run("show", "1", "--no-example").output
+
+
+@pytest.mark.slow
+def test_the_example_shows_what_it_should(toy: Path) -> None:
+    """Not a call with nothing in it; and of the others the one that is asked for."""
+    assert "float32 [0]" not in run("show", "1").output
+    for wanted in ("factor = 2", "3, 4"):
+        (toy / "tools/puzzles.toml").write_text(f'[examples]\n"shop.py::Till.total" = "{wanted}"\n')
+        assert wanted in run("show", "1").output.partition("a call from the tests:")[2]
+
+
+def test_text_fits(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    (toy / "README.md").write_text(README.replace("the sum of prices", "the sum of prices " * 9))
+    lines = run("list").output.splitlines()[:-1]
+    assert max(map(len, lines)) <= 60 and sum("prices" in line for line in lines) > 2
+    items = "1. One two three\n   four.\n10. Five."
+    assert filled(items, 16) == "  1. One two\n     three four.\n  10. Five."
+    assert filled("a b\nc", 40) == "  a b c" and filled("- a\n  b\nc", 40) == "  - a b\n  c"
+    for by_hand in ("a:\n    b  c", "| a |\n| b |", "   a\n b"):
+        assert filled(by_hand, 40) == textwrap.indent(by_hand, "  ")
+    lines = filled_signature("def name(a: int, b: int) -> int", 20).splitlines()
+    assert lines == ["def name(a: int, b:", "         int) -> int"]
 
 
 SOURCE = b'''def f(a, *, b: int = 2) -> list[int]:
@@ -253,3 +299,6 @@ def test_values_are_shown_short() -> None:
 
     text = show_call(inspect.signature(call), (([1],), {}), (([1, 2],), {}), 5)
     assert text == "items = [1]\nreturns 5\nitems afterwards: [1, 2]"
+    long = list(range(20))
+    text = show_call(inspect.signature(call), ((long,), {}), (([*long[:-1], 7],), {}), 5)
+    assert text.endswith("items afterwards: [19]: 7 instead of 19")       # what is shown of both is the same

@@ -24,7 +24,7 @@ from m0_basics.config import ConfigError
 
 from ..exercise_overlay import WORKSPACE_VARIABLE
 from .grading import CheckResult, Grader, Python, first_failure, run_python
-from .puzzles import Puzzles, class_docstring, docstring, expected_lines, read_puzzles, skeleton
+from .puzzles import Puzzles, base_docstring, class_docstring, docstring, expected_lines, read_puzzles, skeleton
 from .source import blank, find_function, function_text, parse, replace_function
 
 __all__ = ["CheckResult", "Exercise", "ExerciseBook", "Python", "State", "run_python"]
@@ -166,8 +166,9 @@ class ExerciseBook:
     def check(self, exercise: Exercise, first_failure_only: bool = False) -> CheckResult:
         """Run the exercise's tests on the learner's files, in a process of their own.
 
-        Where some fail, a few of them run once more, and the learner's function is set beside the milestone's;
-        not with `first_failure_only`, which also ends the run at the first failure.
+        The run ends where the blank body of another exercise is met. Where some fail, a few of them run once more, and
+        the learner's function is set beside the milestone's; not with `first_failure_only`, which also ends the run at
+        the first failure.
         """
         self.require_started(exercise)
         if importlib.util.find_spec("pytest") is None:
@@ -176,7 +177,7 @@ class ExerciseBook:
             text = self.learner_text(exercise)
         except ConfigError as error:
             return CheckResult(False, str(error))
-        result = self.run_tests(exercise.tests, first_failure_only)
+        result = self.run_tests(exercise.tests, first_failure_only, mine=exercise.symbol)
         if result.failed and not result.still_blank and not first_failure_only:
             # One case of each test function that failed, three at most: one of them may show best what is wrong.
             cases = list({test.partition("[")[0]: test for test in reversed(result.failed)}.values())[::-1]
@@ -189,21 +190,27 @@ class ExerciseBook:
         others = tuple(symbol for symbol in result.still_blank if symbol != exercise.symbol)
         return replace(result, still_blank=others, outdated=outdated)
 
-    def run_tests(self, tests: Sequence[str], first_failure_only: bool = False) -> CheckResult:
+    def run_tests(self, tests: Sequence[str], first_failure_only: bool = False, **orders: Any) -> CheckResult:
         """Run test files or node ids of the package with the workspace's modules in place of its own."""
-        return self._grader().run([f"{self.package}/{test}" for test in tests], first_failure_only)[0]
+        return self._grader().run([f"{self.package}/{test}" for test in tests], first_failure_only, **orders)[0]
 
     def example(self, exercise: Exercise) -> str:
         """A call of the milestone's function with the arguments that a test gives it, and what it returns."""
         nowhere = self.workspace / "no such folder"
         tests = [f"{self.package}/{test}" for test in exercise.tests]
-        return replace(self._grader(), workspace=nowhere).run(tests, True, **self._orders(exercise))[1]
+        wanted = self.puzzles.examples.get(exercise.name, "")
+        return replace(self._grader(), workspace=nowhere).run(tests, True, wanted=wanted, **self._orders(exercise))[1]
 
     def statement(self, exercise: Exercise) -> str:
-        """What is to be written: the docstrings of class and function, and what they leave open. May be empty."""
+        """What is to be written: the docstrings of class and function, and what they leave open. May be empty.
+
+        Where the function says next to nothing, what a base class says of it counts too.
+        """
         path = self.source_file(exercise)
         source = path.read_bytes()
-        parts = [class_docstring(source, exercise.symbol), docstring(source, exercise.symbol, path),
+        own = docstring(source, exercise.symbol, path)
+        parts = [class_docstring(source, exercise.symbol), own,
+                 "" if "\n" in own else base_docstring(path, exercise.symbol),
                  self.puzzles.statements.get(exercise.name, "")]
         return "\n\n".join(part.strip() for part in parts if part)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from m0_basics.config import ConfigError, reject
 
 from .book import ExerciseBook
-from .grading import CheckResult, Grader
+from .grading import CheckResult, Grader, first_failure
 from .puzzles import Bug
 
 
@@ -72,7 +72,7 @@ class BugHunt:
         result, _ = grader.run([f"{self.book.package}/{test}" for test in bug.tests], first_failure_only)
         if result.failed and not first_failure_only:
             again, _ = grader.run(result.failed[:1], True)
-            result = replace(result, output=again.output or result.output)
+            result = replace(result, output=first_failure(again.output or result.output))
         if result.passed:
             (self.workspace(number) / "found").touch()
         return result

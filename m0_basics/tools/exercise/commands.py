@@ -9,12 +9,17 @@ of the module. With `LLM_LAB_WORKSPACE=workspace` every command of this and of l
 from __future__ import annotations
 
 import difflib
+import re
 import shutil
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from m0_basics.config import ConfigError
 
@@ -22,6 +27,7 @@ from .book import Exercise, ExerciseBook, State
 from .bugs import BugHunt
 from .grading import CheckResult
 from .puzzles import signature
+from .show import filled, filled_signature
 
 _TAIL_LINES = 40                # of pytest's output: one failure with its source lines
 _Name = Annotated[str, typer.Argument(help="Number, symbol or file::symbol of the exercise.", show_default=False)]
@@ -36,14 +42,13 @@ def exercise_app(package: str) -> typer.Typer:
     def list_exercises() -> None:
         """Show the exercises and how far you are."""
         book = ExerciseBook(package)
-        width = max(len(e.name) for e in book.exercises)
-        for e in book.exercises:
-            typer.echo(f"{e.number:>2}  {book.state(e).value:<11}  {e.name:<{width}}  {e.task}")
+        rows = [(str(e.number), book.state(e).value, e.task, e.name) for e in book.exercises]
         hunt = BugHunt(book)
-        for number, bug in enumerate(hunt.bugs, 1):
-            typer.echo(f"bug {number}  {hunt.state(number):<11}  {bug.title}")
+        rows += [(f"bug {i}", hunt.state(i), bug.title, "") for i, bug in enumerate(hunt.bugs, 1)]
+        print_rows(rows)
         solved = sum(book.state(e) is State.SOLVED for e in book.exercises)
-        typer.echo(f"{solved} of {len(book.exercises)} solved")
+        typer.echo(f"{solved} of {len(book.exercises)} solved\n"
+                   f"python -m {package} exercise start N begins one, show N only says what it asks")
 
     @app.command()
     def start(name: _Name, force: Annotated[bool, typer.Option("--force", help="Start again; a copy is kept.")] = False,
@@ -77,7 +82,9 @@ def exercise_app(package: str) -> typer.Typer:
         num_shown = len(hints) if all_hints else book.next_hint(exercise)
         for number, text in enumerate(hints[:num_shown], 1):
             typer.echo(f"hint {number} of {len(hints)}")
-            typer.echo(textwrap.indent(text if "\n" in text else textwrap.fill(text, _width()), "  "))
+            typer.echo(textwrap.indent(text if "\n" in text else textwrap.fill(text, text_width()), "  "))
+        if num_shown == len(hints):
+            typer.echo(f"that was the last; the function itself: {book.command('solution', exercise)}")
 
     @app.command()
     def check(name: Annotated[str | None, typer.Argument(help="Number, symbol or file::symbol.")] = None,
@@ -138,46 +145,74 @@ def exercise_app(package: str) -> typer.Typer:
         else:
             file = hunt.plant(number, force)
             bug = hunt.find(number)
-            typer.echo(f"{bug.title}\n\n{textwrap.fill(bug.symptom, _width())}\n")
+            typer.echo(f"{bug.title}\n\n{textwrap.fill(bug.symptom, text_width())}\n")
             typer.echo(f"the bug is in {_short(file)}: find it by reading, not by comparing with the package\n"
-                       f"try it  LLM_LAB_WORKSPACE={_short(hunt.workspace(number))} python -m {package} generate ...\n"
+                       f"{_try_it(hunt, number)}"
                        f"grade   python -m {package} exercise bug {number} --check\n"
                        f"give up python -m {package} exercise bug {number} --reveal")
 
     return app
 
 
-def _width() -> int:
+def print_rows(rows: Sequence[tuple[str, str, str, str]]) -> None:
+    """Number, state, task and name of some exercises, in the terminal's width: the name stands below the task."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for number, state, task, name in rows:
+        cell = Text(task) if not name else Text.assemble(task, "\n", (name, "bright_black"))
+        table.add_row(number, state, cell)
+    Console(highlight=False).print(table)
+
+
+def _try_it(hunt: BugHunt, number: int) -> str:
+    command = hunt.find(number).command
+    workspace = f"LLM_LAB_WORKSPACE={_short(hunt.workspace(number))} "
+    return re.sub(r"(?=python -m )", workspace, f"try it  {command}\n", count=1) if command else ""
+
+
+def text_width() -> int:
+    """Columns of running text: the terminal's, 100 at most."""
     return min(100, shutil.get_terminal_size().columns - 2)
 
 
 def _show_statement(book: ExerciseBook, exercise: Exercise) -> None:
     source = book.source_file(exercise)
     typer.echo(f"{exercise.name}: {exercise.task}\n")
-    typer.echo(signature(source.read_bytes(), exercise.symbol, source) + "\n")
+    typer.echo(filled_signature(signature(source.read_bytes(), exercise.symbol, source), text_width()) + "\n")
     if statement := book.statement(exercise):
-        typer.echo("\n\n".join(_filled(part) for part in statement.split("\n\n")))
+        typer.echo("\n\n".join(filled(part, text_width()) for part in statement.split("\n\n")))
     lines = book.expected_lines(exercise)
     typer.echo(f"\nThe milestone's own body has {lines} line{'' if lines == 1 else 's'} of code.")
-
-
-def _filled(paragraph: str) -> str:
-    """A paragraph in lines of the terminal's width; one that is laid out by hand as it is."""
-    if any(line.startswith(("  ", "|")) for line in paragraph.splitlines()):
-        return textwrap.indent(paragraph, "  ")
-    return textwrap.fill(paragraph, _width(), initial_indent="  ", subsequent_indent="  ")
 
 
 def _show_example(book: ExerciseBook, exercise: Exercise) -> None:
     typer.echo("\na call from the tests:", nl=False)
     found = book.example(exercise)
-    typer.echo("\n" + textwrap.indent(found, "  ") if found else " none could be shown; read the tests")
+    typer.echo("\n" + filled_call(found) if found else " none could be shown; read the tests")
+
+
+def filled_call(call: str) -> str:
+    """A call's values, each in lines of the terminal's width."""
+    return "\n".join(textwrap.fill(line, text_width(), initial_indent="  ", subsequent_indent="      ",
+                                   break_on_hyphens=False) for line in call.splitlines())
+
+
+def keep_line(book: ExerciseBook, exercise: Exercise) -> str:
+    """How a solved exercise is kept, where the workspace is a repository of the learner's own; else ""."""
+    if not (book.workspace / ".git").exists():
+        return ""
+    return (f"keep it: git -C {_short(book.workspace)} add -A && git -C {_short(book.workspace)} commit -m "
+            f"'{book.package}: {exercise.symbol}'")
 
 
 def _check(book: ExerciseBook, exercise: Exercise) -> bool:
+    book.require_started(exercise)
     typer.echo(f"{exercise.name}: running {', '.join(exercise.tests)} on your code")
     result = book.check(exercise)
-    _show_result(result)
+    if not result.still_blank:
+        _show_result(result)
     typer.echo(f"{exercise.name}: " + ("passed" if result.passed else "not passed"))
     if result.still_blank and not result.passed:
         typer.echo(f"the tests met a function that is still blank: {', '.join(result.still_blank)}; "
@@ -185,9 +220,8 @@ def _check(book: ExerciseBook, exercise: Exercise) -> bool:
     if result.outdated and not result.passed:
         typer.echo(f"{_short(book.source_file(exercise))} has changed since your copy was made: if the failure lies "
                    "outside your function, keep your bodies, reset this module's exercises and start them again")
-    if result.passed and (book.workspace / ".git").exists():
-        typer.echo(f"keep it: git -C {_short(book.workspace)} add -A && git -C {_short(book.workspace)} commit -m "
-                   f"'{book.package}: {exercise.symbol}'")
+    if result.passed and (line := keep_line(book, exercise)):
+        typer.echo(line)
     return result.passed
 
 
@@ -197,7 +231,7 @@ def _show_result(result: CheckResult) -> None:
     typer.echo("\n".join(lines[-1:] if result.passed else lines[-_TAIL_LINES:]))
     if result.difference:
         typer.echo("\non this call your function and the milestone's differ:")
-        typer.echo(textwrap.indent(result.difference, "  "))
+        typer.echo(filled_call(result.difference))
     if result.num_passed or result.failed:
         typer.echo(f"\n{result.score}")
     for test in result.failed[:8]:

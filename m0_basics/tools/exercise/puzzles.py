@@ -2,7 +2,8 @@
 
     tools/puzzles.toml      [hints]         "model.py::RMSNorm.forward" = ["an idea"]
                             [statements]    "model.py::RMSNorm.forward" = "what the docstring leaves open"
-                            [[bug]]         title, symptom, file, find, replace, tests, why
+                            [examples]      "model.py::RMSNorm.forward" = "regular expression: what a call should show"
+                            [[bug]]         title, symptom, file, find, replace, tests, why; command, which shows it
 
 The first hint is an idea in words. The last one is the milestone's own function with what matters cut out.
 """
@@ -24,7 +25,10 @@ FILE = "tools/puzzles.toml"
 
 @dataclass(frozen=True)
 class Bug:
-    """A known bug to be found: in `file`, the text `find` becomes `replace`; `tests` notice, `why` explains it."""
+    """A known bug to be found: in `file`, the text `find` becomes `replace`; `tests` notice, `why` explains it.
+
+    `command` (`python -m ...`) shows the symptom; "" where nothing does that is done in a minute.
+    """
 
     title: str
     symptom: str
@@ -33,6 +37,7 @@ class Bug:
     replace: str
     tests: tuple[str, ...]
     why: str
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Puzzles:
 
     hints: dict[str, list[str]] = field(default_factory=dict)           # exercise's name -> ideas in words
     statements: dict[str, str] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)              # exercise's name -> regular expression
     bugs: tuple[Bug, ...] = ()
 
 
@@ -53,9 +59,9 @@ def read_puzzles(folder: Path) -> Puzzles:
         data: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
         bugs = tuple(Bug(**{**bug, "tests": tuple(bug["tests"])}) for bug in data.get("bug", []))
     except (tomllib.TOMLDecodeError, TypeError, KeyError) as error:
-        raise ConfigError(f"{file} is not valid: {error}; allowed: [hints], [statements], and [[bug]] with title, "
-                          "symptom, file, find, replace, tests, why") from error
-    return Puzzles(data.get("hints", {}), data.get("statements", {}), bugs)
+        raise ConfigError(f"{file} is not valid: {error}; allowed: [hints], [statements], [examples], and [[bug]] "
+                          "with title, symptom, file, find, replace, tests, why, command") from error
+    return Puzzles(data.get("hints", {}), data.get("statements", {}), data.get("examples", {}), bugs)
 
 
 def expected_lines(source: bytes, symbol: str, path: Path) -> int:
@@ -84,6 +90,55 @@ def class_docstring(source: bytes, symbol: str) -> str:
             return ""
         scope, text = node.body, ast.get_docstring(node) or ""
     return f"class {path[-1]}: {text}" if text else ""
+
+
+def base_docstring(path: Path, symbol: str) -> str:
+    """What a base class says of a method, introduced by its name; "" where none does.
+
+    Bases are looked up by their names in the file, and in the files that it imports them from.
+    """
+    owner, _, method = symbol.rpartition(".")
+    for base_path, base in _bases(path, owner) if owner else ():
+        for node in base.body:
+            named = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == method
+            if named and (text := ast.get_docstring(node)):     # type: ignore[arg-type]
+                return f"{base.name}.{method}: {text}"
+        if text := base_docstring(base_path, f"{base.name}.{method}"):
+            return text
+    return ""
+
+
+def _bases(path: Path, name: str) -> list[tuple[Path, ast.ClassDef]]:
+    """The base classes of a class of a file, each with the file that it stands in. Standard library's are left out."""
+    tree = ast.parse(path.read_bytes())
+    own = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
+    found = [_find_class(path, base.id) for base in own.bases if isinstance(base, ast.Name)] if own else []
+    return [f for f in found if f is not None]
+
+
+def _find_class(path: Path, name: str) -> tuple[Path, ast.ClassDef] | None:
+    tree = ast.parse(path.read_bytes())
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return path, node
+        if isinstance(node, ast.ImportFrom):
+            alias = next((a for a in node.names if (a.asname or a.name) == name), None)
+            file = _module_file(path, node) if alias else None
+            if alias and file:
+                return _find_class(file, alias.name)
+    return None
+
+
+def _module_file(path: Path, node: ast.ImportFrom) -> Path | None:
+    """The file that `from module import ...` in `path` reads, if it lies in the lab."""
+    folder = path.parents[node.level - 1] if node.level else _root(path)
+    place = folder.joinpath(*(node.module or "").split("."))
+    return next((f for f in (place.with_suffix(".py"), place / "__init__.py") if node.module and f.is_file()), None)
+
+
+def _root(path: Path) -> Path:
+    """The folder that holds the package of a file."""
+    return next(folder for folder in path.parents if not (folder / "__init__.py").is_file())
 
 
 def signature(source: bytes, symbol: str, path: Path) -> str:

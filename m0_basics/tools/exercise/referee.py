@@ -15,6 +15,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import textwrap
 import time
 from collections.abc import Callable
@@ -25,9 +26,13 @@ from typing import Any
 import pytest
 
 from .show import differs, show_call, show_value
+from .source import MARK
 
 VARIABLE = "LLM_LAB_REFEREE"
 _MAX_CALLS, _MAX_SECONDS = 400, 20.0
+# An argument or a result that is empty, or a field of one.
+_EMPTY = re.compile(r"(?:= |returns )(?:\[\]|\(\)|\{\}|''|None|0|\w+ \[(?:[\d, ]+, )?0(?:, [\d, ]+)?\])$|"
+                    r"=(?:\[\]|\(\)|\{\})", re.MULTILINE)
 _GOOD_LENGTH = 500                      # characters of an example that says enough and is read at a glance
 
 
@@ -38,6 +43,7 @@ class Referee:
         self.orders = orders
         self.passed, self.failed, self.skipped = 0, list[str](), 0
         self.watch: Watch | None = None
+        self.met_blank = False
 
     def pytest_collection_finish(self) -> None:
         """The tests are imported: the function can be found, and nothing has called it yet."""
@@ -48,6 +54,8 @@ class Referee:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             self.failed.append(report.nodeid)
+            blanks = re.findall(re.escape(MARK) + r"([\w.]+)", report.longreprtext)
+            self.met_blank |= any(symbol != self.orders.get("mine", symbol) for symbol in blanks)
         elif report.skipped:
             self.skipped += 1
         elif report.when == "call":
@@ -57,6 +65,8 @@ class Referee:
     def pytest_runtest_teardown(self, item: pytest.Item) -> None:
         if self.watch is not None and not self.orders.get("compare") and self.watch.has_enough():
             item.session.shouldstop = "the example is there"
+        if self.met_blank:                  # the tests that follow would say no more than this one
+            item.session.shouldstop = "another function is still blank"
 
     def pytest_sessionfinish(self) -> None:
         found = self.watch.report() if self.watch is not None else ""
@@ -72,6 +82,7 @@ class Watch:
         self.module: ModuleType = importlib.import_module(orders["module"])
         self.symbol: str = orders["symbol"]
         self.compare = bool(orders.get("compare"))
+        self.wanted = re.compile(orders.get("wanted") or "")
         self.spec = specification(orders["specification"], self.symbol, self.module) if self.compare else None
         self.calls, self.busy, self.started = 0, False, time.monotonic()
         self.found: list[str] = []
@@ -145,25 +156,28 @@ class Watch:
         expected = attempt(self.spec, *theirs)
         lines = [show_call(bound, before, None, None)]
         if where := differs(outcome, expected):
-            lines += [f"yours  {show_value(outcome)}", f"spec   {show_value(expected)}", f"differ: {where}"]
+            lines += [f"yours      {show_value(outcome)}", f"milestone  {show_value(expected)}", f"differ: {where}"]
         else:
             names, mine, right = changed(bound, after, theirs)
             if not names:
                 return
             for name in names:
-                lines += [f"{name} afterwards, yours  {show_value(mine[name])}",
-                          f"{name} afterwards, spec   {show_value(right[name])}",
+                lines += [f"{name} afterwards, yours      {show_value(mine[name])}",
+                          f"{name} afterwards, milestone  {show_value(right[name])}",
                           f"differ: {differs(mine[name], right[name])}"]
         self.found.append("\n".join(lines))
 
     def has_enough(self) -> bool:
-        return len(self.found) >= 12
+        """A dozen calls, and among them what the example should show."""
+        return len(self.found) >= 12 and any(map(self.wanted.search, self.found))
 
     def report(self) -> str:
-        """The shortest difference; or the example whose length is nearest to what is read at a glance."""
+        """The shortest difference; or the example that shows most: what is wanted, little that is empty, and of a
+        length that is read at a glance."""
         if self.compare:
             return min(self.found, key=len, default="")
-        return min(self.found, key=lambda text: abs(len(text) - _GOOD_LENGTH), default="")
+        return min(self.found, default="", key=lambda text: (
+            not self.wanted.search(text), len(_EMPTY.findall(text)), abs(len(text) - _GOOD_LENGTH)))
 
 
 class Failure:

@@ -1,10 +1,12 @@
-"""Values as a learner wants to see them: tensors with shape and numbers, objects with their fields, all of it short."""
+"""What a learner sees: tensors with shape and numbers, objects with their fields, all of it short; text that fits."""
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import math
+import re
 import sys
+import textwrap
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
@@ -21,9 +23,15 @@ def show_call(signature: inspect.Signature, before: Any, after: Any, result: Any
     if after is not None:
         lines.append(f"returns {show_value(result)}")
         later = dict(signature.bind(*after[0], **after[1]).arguments)
-        lines += [f"{name} afterwards: {show_value(later[name])}"
-                  for name in arguments if differs(later[name], arguments[name])]
+        lines += [f"{name} afterwards: {_changed(later[name], arguments[name], where)}"
+                  for name in arguments if (where := differs(later[name], arguments[name]))]
     return "\n".join(lines)
+
+
+def _changed(later: Any, before: Any, where: str) -> str:
+    """A value that was changed; only where, if that cannot be seen from what is shown of it."""
+    text = show_value(later)
+    return text if text != show_value(before) else where
 
 
 def show_value(value: Any, depth: int = 0) -> str:
@@ -37,6 +45,8 @@ def _show(value: Any, depth: int) -> str:
         return _show_tensor(value)
     if isinstance(value, Enum):
         return f"{type(value).__name__}.{value.name}"
+    if isinstance(value, bytes) and len(value) > 12:
+        return f"b'{value[:4].hex()}...'"
     if value is None or isinstance(value, (bool, int, float, str, bytes, range)):
         return repr(value)
     if depth >= _DEEPEST:
@@ -163,4 +173,33 @@ def _fields(value: Any) -> dict[str, Any]:
     return found | dict(getattr(value, "__dict__", {}))
 
 
-__all__ = ["differs", "show_call", "show_value"]
+def filled(paragraph: str, width: int, indent: str = "  ") -> str:
+    """A paragraph, or a list, in lines of a width; one that is laid out by hand as it is."""
+    items = list[list[str]]()
+    for line in paragraph.splitlines():
+        hanging, indented = len(_item(items[-1][0])) if items else 0, len(line) - len(line.lstrip(" "))
+        if items and not _item(line) and indented == hanging:
+            items[-1].append(line)
+        elif indented and items:
+            return textwrap.indent(paragraph, indent)
+        else:
+            items.append([line])
+    if any(item[0].startswith(("  ", "|")) for item in items):
+        return textwrap.indent(paragraph, indent)
+    return "\n".join(textwrap.fill(" ".join(map(str.strip, item)), width, initial_indent=indent,
+                                   subsequent_indent=indent + " " * len(_item(item[0]))) for item in items)
+
+
+def filled_signature(text: str, width: int) -> str:
+    """`def name(...)` in lines of a width, the arguments below each other."""
+    return textwrap.fill(text, width, subsequent_indent=" " * (text.index("(") + 1), break_long_words=False,
+                         break_on_hyphens=False)
+
+
+def _item(line: str) -> str:
+    """The bullet or number that begins an item of a list, with its spaces; "" where none does."""
+    found = re.match(r"(?:-|\d+\.) +", line)
+    return found[0] if found else ""
+
+
+__all__ = ["differs", "filled", "filled_signature", "show_call", "show_value"]

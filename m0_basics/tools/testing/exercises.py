@@ -8,12 +8,16 @@ Their runs fork from one Python that has imported the libraries: see `forked_pyt
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
 
+from ..cli.app import build_app
 from ..exercise.book import ExerciseBook, Python
 from ..exercise.bugs import BugHunt
 from ..exercise.source import find_function, replace_function
@@ -78,11 +82,21 @@ class ExerciseConformance:
             assert result.failed and not result.passed, f"bug {number}: {result.output}"
             assert hunt.state(number) == "planted"
 
+    def test_what_shows_a_bug_can_be_called(self) -> None:
+        """The command and each of its options exist."""
+        for bug in ExerciseBook(self.package).puzzles.bugs:
+            if bug.command:
+                python, flag, package, name, *arguments = shlex.split(bug.command.rpartition(" | ")[2])
+                command = get_command(build_app(package))
+                assert (python, flag) == ("python", "-m") and isinstance(command, TyperGroup)
+                command.commands[name].make_context(name, arguments)
+
     def test_each_exercise_has_its_hints(self) -> None:
         """An idea in words, and the skeleton."""
         book = ExerciseBook(self.package)
         assert [e.name for e in book.exercises if len(book.hints(e)) < 2] == []
-        assert set(book.puzzles.hints) | set(book.puzzles.statements) <= {e.name for e in book.exercises}
+        named = set(book.puzzles.hints) | set(book.puzzles.statements) | set(book.puzzles.examples)
+        assert named <= {e.name for e in book.exercises}
         assert all(book.expected_lines(e) > 0 and "____" in book.hints(e)[-1] for e in book.exercises)
 
     def test_no_module_is_imported_before_the_overlay(self, forked_python: Python, workspace: Path) -> None:
