@@ -251,6 +251,7 @@ def start(name: _Task, force: Annotated[bool, typer.Option("--force", help="Begi
     text, place = coding_round.start(book, exercise, _load(state), force)
     Screen().show(text)
     typer.echo(f"write  {place}\ngrade  python -m interview code check {exercise.number}\n"
+               f"hint   python -m interview exercise hint {exercise.number}\n"
                f"{coding_round.MINUTES} minutes from now")
 
 

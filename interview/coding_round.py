@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 import typer
 
 from m0_basics.tools.exercise.book import Exercise, ExerciseBook
+from m0_basics.tools.exercise.commands import filled_call, keep_line, text_width
+from m0_basics.tools.exercise.show import filled, filled_signature
 
 from .state import State, now
 
@@ -30,8 +32,10 @@ def statement(book: ExerciseBook, exercise: Exercise) -> str:
     assert isinstance(scope, ast.FunctionDef)
     returns = f" -> {ast.unparse(scope.returns)}" if scope.returns else ""
     head = f"def {scope.name}({ast.unparse(scope.args)}){returns}"
-    contract = ast.get_docstring(scope) or ""
-    return (f"## {exercise.number}. {exercise.task}\n\n{ast.get_docstring(tree)}\n\n```python\n{head}:\n```\n\n"
+    parts = (ast.get_docstring(scope) or "").split("\n\n")
+    contract = "\n\n".join(filled(part, text_width() - 2, "") for part in parts)
+    head = filled_signature(f"{head}:", text_width() - 2)
+    return (f"## {exercise.number}. {exercise.task}\n\n{ast.get_docstring(tree)}\n\n```python\n{head}\n```\n\n"
             f"```\n{contract}\n```\n")
 
 
@@ -49,12 +53,14 @@ def check(book: ExerciseBook, exercise: Exercise, state: State) -> bool:
     lines = result.output.splitlines()
     typer.echo("\n".join(lines[-1:] if result.passed else lines[-_TAIL:]))
     if result.difference:
-        typer.echo(f"\non this call yours and the specification differ:\n{result.difference}")
+        typer.echo(f"\non this call your function and the lab's own differ:\n{filled_call(result.difference)}")
     if result.num_passed or result.failed:
         typer.echo(f"\n{result.score}")
     used = minutes_used(state, exercise)
     clock = "" if used is None else f", {used:.0f} of {MINUTES} minutes" + (" (over time)" if used > MINUTES else "")
     typer.echo(f"{exercise.name}: {'passed' if result.passed else 'not passed'}{clock}")
+    if result.passed and (line := keep_line(book, exercise)):
+        typer.echo(line)
     if result.passed:
         state.started.pop(exercise.name, None)
         state.save()

@@ -1,8 +1,7 @@
 """GPTQ's loop over columns: quantise one, and let the others make up for its error.
 
-For a linear layer y = W x the error is measured on calibration inputs X, so it is weighed by H = X X^T. Quantising
-column j by an error e moves the best values of all later columns by -e H⁻¹[j, later] / H⁻¹[j, j]. The Cholesky factor
-of H⁻¹ holds what is needed for each j, after the columns before it are fixed.
+For a linear layer y = W x the error that counts is that of the outputs on calibration inputs X: for each row w of W,
+rounded to q, it is (w - q) H (w - q)^T with H = X X^T.
 """
 from __future__ import annotations
 
@@ -19,11 +18,12 @@ def quantise_columns(weight: Tensor, hessian: Tensor, quantise: Callable[[Tensor
     weight [rows, columns] and hessian [columns, columns] float64; quantise(column [rows], index) -> the nearest
     values of the grid, float64. Returns [rows, columns]. The arguments are not changed.
 
-    1. Dead inputs: where H[j, j] = 0, set it to 1 and the weight's column j to 0.
-    2. Damping: add `damping` times the mean of H's diagonal to the diagonal.
-    3. U = the upper Cholesky factor of H⁻¹ (H⁻¹ = U^T U).
-    4. For each column j: q = quantise(w[:, j], j); error = (w[:, j] - q) / U[j, j];
-       w[:, j + 1:] -= error outer U[j, j + 1:].
+    Column j is rounded by `quantise` as it stands when its turn comes, and is fixed from then on. Then all columns
+    behind it move to where (w - q) H (w - q)^T is smallest, given the columns that are fixed. Work out how far they
+    move. All of it is to cost O(columns^3) once, and O(columns^2) for each row: no matrix is inverted for each column.
+
+    Before the first column, an input that was 0 throughout (H[j, j] = 0) gets H[j, j] = 1, and weights of 0; then
+    `damping` times the mean of H's diagonal is added to the diagonal.
 
     Source: Frantar et al., "GPTQ", 2022, algorithm 1 (one block).
     """
