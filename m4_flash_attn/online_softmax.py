@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .reference import visible
 
-Mask = Callable[[range, range], Tensor]         # queries, keys of a tile -> which see which, [n, t]
+Mask = Callable[[range, range], Tensor]         # queries, keys of a tile -> [n, t], True where one sees the other
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, queries: range, keys: range, tile_k:
            trace: list[Trace] | None = None) -> State:
     """The inner loop: some queries meet some keys, tile by tile. q [H_kv, n, G, D], scaled; k, v [H_kv, L, D].
 
-    The G heads that share keys are rows of one tile: its keys and values are read once for all of them.
+    The G heads that share keys are rows of one tile: its keys and values are read once for all of them. Returns the
+    state of all rows, [H_kv, r] with r = len(queries) * G: the G heads of the first query, then those of the second.
+    `mask(queries, tile)` is True where a query sees a key; a tile of which no query sees anything is left out.
     """
     rows = q[:, queries.start:queries.stop].flatten(1, 2)       # [H_kv, r, D], r = len(queries) * G
     state = empty_state(rows.shape[:2], rows.shape[2], rows)

@@ -23,7 +23,7 @@ MIXED = ((0, 7), (20, 1), (5, 3), (0, 1), (31, 1), (16, 17), (0, 33), (47, 2))
 
 
 def visible(queries: Tensor, keys: Tensor, window: int | None = None, num_sinks: int = 0) -> Tensor:
-    """Mask [n, t]: which of the keys at positions `keys` [t] the queries at positions `queries` [n] see.
+    """Mask [n, t], True where the query at position `queries[i]` sees the key at `keys[j]`.
 
     `window` counts a query's own token, as `sliding_window` does in Mistral's configuration; the first `num_sinks`
     tokens are seen from everywhere (StreamingLLM, arXiv 2309.17453).

@@ -16,6 +16,8 @@ def speculative_sample(p: Tensor, q: Tensor, drafts: list[int], accept: Tensor, 
     """One step for one sequence: p [k + 1, V] of the target, q [k, V] of the drafter, the k guesses drawn from q.
 
     `accept` [k] and `resample` [k + 1] are uniform numbers in [0, 1). Returns the kept guesses, and one token more.
+    Guess i is kept if accept[i] is below p(x) / q(x). At the first that is not, the last token is drawn by `invert`
+    with resample[i] from what q left over; if all are kept, from p[k] with resample[k].
     """
     for i, token in enumerate(drafts):
         if accept[i] * q[i, token] >= p[i, token]:

@@ -112,7 +112,11 @@ def quantize_with(weight: Tensor, factor: Factor, options: QuantizeOptions) -> Q
 
 
 def _quantize_rows(w: Tensor, upper: Tensor, size: int, options: QuantizeOptions) -> Rows:
-    """w [K, rows], overwritten -> codes [K, rows] and the grid of each group."""
+    """w [K, rows], w[i] the weights of input i -> codes [K, rows] float32, and the grid of each group.
+
+    Block by block: an error reaches later inputs of its block at once, those behind it when the block is done, in one
+    matrix product. w is working memory: what it holds afterwards means nothing.
+    """
     codes, grids = torch.empty_like(w), list[Grid]()
     importance = upper.diagonal().pow(-2)   # an error of 1 at input i costs 1 / U[i, i]^2, once the rest has made up
     for first in range(0, len(w), BLOCK):

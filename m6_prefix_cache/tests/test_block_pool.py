@@ -73,6 +73,18 @@ def test_who_was_spared_is_the_oldest_again_when_nobody_wants_it() -> None:
     assert [pool.allocate() for _ in range(4)] == [0, 1, 3, 4]
 
 
+def test_who_was_evicted_is_not_wanted_any_more() -> None:
+    """What the block holds next is not what a request was waiting for: it is not spared for it."""
+    pool = make(2, 2)
+    for block in range(2):
+        pool.release(block)
+    pool.wanted = {0, 1}
+    assert pool.allocate() == 0
+    assert pool.index.insert(make_sequence([7]), 0, None, 0) == 0
+    pool.release(0)
+    assert [pool.allocate() for _ in range(2)] == [0, 1]
+
+
 def test_the_cap_is_kept_when_it_is_asked_for() -> None:
     pool = make(4, 4, max_cached=2)
     for block in range(4):

@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from m0_basics.config import ConfigError
-from m7_gptq.gptq import factorise, inverse_factor, output_errors, quantize_matrix
+from m7_gptq.gptq import factorise, inverse_factor, output_errors, quantize_matrix, quantize_with
 from m7_gptq.rtn import QuantizeOptions, find_grid, round_to_nearest
 
 TEXTBOOK = QuantizeOptions(search=False, desc_act=False, damp_percent=0.01)
@@ -59,6 +61,28 @@ def test_same_as_the_textbook(bits: int, width: int, group_size: int, sym: bool,
     assert same_but_for_ties(matrix.zeros, zeros)
     # The first row of the first group meets no accumulated rounding at all.
     assert torch.equal(matrix.scales[:, 0], scales[:, 0]) and torch.equal(matrix.codes[:, 0].double(), codes[:, 0])
+
+
+class _Written(TorchDispatchMode):
+    """Counts the numbers that are computed; looking at a part of a tensor is none."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        alias = func._schema.returns[0].alias_info if func._schema.returns else None
+        if isinstance(out, Tensor) and (alias is None or alias.is_write):
+            self.count += out.numel()
+        return out
+
+
+def test_inputs_behind_a_block_are_brought_up_to_date_once() -> None:
+    """Eight blocks: after each input it would be about a thousand numbers for each weight, not some dozens."""
+    weight, _, hessian = draw(4, 1024)
+    factor = factorise(hessian, TEXTBOOK)
+    with _Written() as written:
+        quantize_with(weight, factor, TEXTBOOK)
+    assert written.count < 60 * weight.numel()
 
 
 def test_activation_order_is_the_textbook_on_permuted_inputs() -> None:

@@ -172,8 +172,10 @@ class _Counting:
 
 def _command(
     quantize_options: dict[str, Any],
-    model: Annotated[str, typer.Argument(help="The default model's name, a Hugging Face folder or id, a GGUF file.")],
-    folder: Annotated[Path, typer.Argument(help="Where the quantised model is written.")],
+    model: Annotated[str | None, typer.Argument(
+        help="The default model's name, a Hugging Face folder or id, a GGUF file.", show_default=False)] = None,
+    folder: Annotated[Path | None, typer.Argument(help="Where the quantised model is written.",
+                                                  show_default=False)] = None,
     calibration: Annotated[list[Path] | None, typer.Option(
         help="UTF-8 text to calibrate on; may be repeated (default: prose that comes with the lab).")] = None,
     num_samples: Annotated[int | None, typer.Option(
@@ -187,6 +189,9 @@ def _command(
 
     Transformers reads it with --no-lm-head, vLLM with --sym --act-group-aware --no-lm-head.
     """
+    if model is None or folder is None:
+        raise ConfigError("quantize wants a model and a folder to write; allowed: such as quantize "
+                          "smollm2-135m-instruct smollm2-4bit")
     console = Console()
     try:
         written = quantize(model, folder, QuantizeOptions(**quantize_options), calibration=calibration or (),
