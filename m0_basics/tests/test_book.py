@@ -74,8 +74,9 @@ def test_every_address_within_the_book_leads_somewhere(book: Path) -> None:
 @pytest.mark.slow
 def test_pages_hold_what_a_reader_needs(book: Path) -> None:
     """Both languages; answers folded; chapter notes; a search that needs no network; next and previous."""
-    for folder, before, three in ((book, "Before you begin", "Three things to take away"),
-                                  (book / "zh", "需要先会", "记住三件事")):
+    for folder, before, three, text, words in (
+            (book, "Before you begin", "Three things to take away", "(a, 1) b-c", ["a", "1", "b", "c"]),
+            (book / "zh", "需要先会", "记住三件事", "a-b：抢占GPU", ["a", "b", "抢", "占", "GPU"])):
         chapter = (folder / "m3/index.html").read_text(encoding="utf-8")
         assert before in chapter and three in chapter and "md-footer__link--next" in chapter
         assert 'class="term" href="../glossary.html#' in chapter
@@ -84,7 +85,11 @@ def test_pages_hold_what_a_reader_needs(book: Path) -> None:
         assert "<!-- fact" not in questions
         index = (folder / "search/search_index.js").read_text(encoding="utf-8")
         assert index.startswith("var __index = ") and "m3/interview.html#m3-q01" in index
-        assert "code/m3_paged_kv/attention.py" not in json.loads(index.removeprefix("var __index = "))["docs"]
+        search = json.loads(index.removeprefix("var __index = "))
+        assert not any(entry["location"].startswith("code/") for entry in search["docs"])
+        assert search["config"]["pipeline"] == []
+        cut = re.split(search["config"]["separator"], text)
+        assert [word for word in cut if word] == words
     home = (book / "index.html").read_text(encoding="utf-8")
     assert "https://unpkg" not in home and "fonts.googleapis" not in home
     notebook = (book / "m3/notebook.html").read_text(encoding="utf-8")

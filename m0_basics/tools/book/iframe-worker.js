@@ -37,11 +37,13 @@ if (location.protocol === "file:") {
   window.IFrameWorker = window.Worker;  // by this name the theme's worker knows to look for languages beside itself
 }
 
-// Chinese has no spaces, so the index has each of its characters by itself: a query asks for all of them.
+// A query asks for all of its words, not for any, each as far as it is typed. Chinese has no spaces, so the index has each
+// of its characters by itself. Who writes operators (+ - " * ~ ^ :) means something else, and gets it.
 window.Worker = class extends window.Worker {
   postMessage(message) {
-    const QUERY = 2;
-    super.postMessage(message.type !== QUERY ? message : { ...message, data: message.data.replace(
-      /[\u4e00-\u9fff]+/g, run => ` ${[...run].map(character => `+${character}`).join(" ")} `) });
+    const QUERY = 2, simple = message.type === QUERY && !/["+*~^:]|(^|\s)-/.test(message.data);
+    super.postMessage(!simple ? message : { ...message, data: message.data
+      .replace(/[\u4e00-\u9fff]/g, character => ` ${character} `).split(/\s+/).filter(Boolean)
+      .map(word => /[\u4e00-\u9fff]/.test(word) ? `+${word}` : `+${word}*`).join(" ") });
   }
 };
