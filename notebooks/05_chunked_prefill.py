@@ -45,6 +45,7 @@ import matplotlib.pyplot as plt
 import torch
 from IPython.display import HTML
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter
 
 import m4_flash_attn as m4
 from m0_basics.request import Request
@@ -92,7 +93,7 @@ def add(llm: LLM | m4.LLM, prompt: dict[str, list[int]], length: int) -> Request
 # **Predict.** With the prompt in pieces, what becomes shorter, and what longer: the streams' longest wait, the time
 # until the long prompt has its first token, the time until all is done?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 rng = random.Random(0)
 LONG = [rng.randrange(1000, 40_000) for _ in range(600)]
 SHORT = [[rng.randrange(1000, 40_000) for _ in range(12)] for _ in range(2)]
@@ -101,7 +102,7 @@ SHORT = [[rng.randrange(1000, 40_000) for _ in range(12)] for _ in range(2)]
 def serve(llm_class: type, **options: object) -> tuple[StepWatch, dict[str, Request]]:
     """Two streams of 40 tokens; the long prompt comes after the eighth step."""
     watch = StepWatch()
-    llm = llm_class(plugins=[watch], **COMMON, **options)
+    llm = llm_class(plugins=[watch], dtype="float32", **COMMON, **options)      # rounding then changes no token
     add(llm, {"prompt_token_ids": SHORT[0][:4]}, 24)
     while llm.engine.has_unfinished_requests():         # warm: the engine learns what its steps cost
         llm.engine.step()
@@ -168,7 +169,7 @@ print("the same tokens from both:", outputs[0] == outputs[1])
 # **Predict.** The model knows how many tokens and how many cached keys a step has, and nothing of the machine. How
 # near does it come, for half of the steps: within a tenth, or within a half?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 check = CostCheck()
 llm = LLM(plugins=[check], **COMMON, max_step_slowdown=4.0)
 for round_number in range(3):
@@ -188,6 +189,10 @@ for colour, mixed in ((BLUE, False), (ORANGE, True)):
 limit = 1e3 * max(s for _, _, s in predictions)
 axes.plot([0, limit], [0, limit], color=GREY, linewidth=1)
 axes.set(xlabel="predicted, ms", ylabel="measured, ms", xscale="log", yscale="log")
+for axis in (axes.xaxis, axes.yaxis):
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 axes.set_title("Each step, before and after it ran", pad=28)
 style.names_above(axes, {"only decodes": BLUE, "with a chunk": ORANGE})
 plt.show()
@@ -214,7 +219,7 @@ for kind, numbers in check.summary().items():
 # nothing: how many guesses are made for it?
 
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 class GuessWatch(SchedulerPlugin):
     """For each step of one sequence: what was guessed, and what the model said."""
 
@@ -260,7 +265,7 @@ answer("story", 24)                     # warm
 watch, with_guesses = answer("quote")
 show(watch)
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 story, _ = answer("story")
 for name, w in (("notes to repeat", watch), ("a story", story)):
     drafted = sum(len(g) for g, _ in w.steps)
@@ -282,7 +287,7 @@ show(story)
 #
 # **Predict.** A wrong guess costs a row of a step. Does it ever cost a token?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, axes = plt.subplots(2, 1, figsize=(13, 4.6), sharey=True)
 for row, (name, w) in zip(axes, (("notes to repeat", watch), ("a story", story)), strict=True):
     right = [sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(g, said, strict=False)))
@@ -316,7 +321,7 @@ plt.show()
 # **Predict.** Half of the guesses are right. What does a draft of sixteen bring, in tokens of a step? And is it worth
 # guessing at all, if a row costs three tenths of a step?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.4))
 lengths = range(17)
 for p, colour in ((0.5, RED), (0.8, ORANGE), (0.9, BLUE), (0.97, GREEN)):
@@ -327,9 +332,9 @@ style.name_lines(left, "brings {:.1f}")
 for row_cost, colour in ((0.02, GREEN), (0.1, BLUE), (0.3, RED)):
     chances = [i / 50 for i in range(1, 50)]
     right.plot(chances, [plan([p], [16], 16, lambda n, depth, c=row_cost: 1 + c * n)[0] for p in chances], color=colour,
-               label=f"{row_cost:.0%}")
+               label=f"{row_cost:.0%} of a step")
 right.set(xlabel="chance that a guess is right", ylabel="guesses that pay")
-right.set_title("How far it pays, by a row's share of a step", loc="left")
+right.set_title("How far it pays, by what a row costs", loc="left")
 style.name_lines(right)
 plt.show()
 
@@ -350,7 +355,7 @@ plt.show()
 #
 # **Predict.** Which way keeps more of a drafting model's guesses?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 torch.manual_seed(0)
 logits, other = 2 * torch.randn(40), 2 * torch.randn(40)
 mixes = [i / 20 for i in range(21)]
@@ -371,5 +376,105 @@ plt.show()
 #
 # </details>
 #
-# The same draw needs no probabilities of the drafter, so it
-# works with look-ups, and the answer does not depend on whether anybody guessed.
+# The same draw needs no probabilities of the drafter, so it works with look-ups, and the answer does not depend on
+# whether anybody guessed.
+#
+# ## 6. When it does not help
+#
+# Pieces are for others, who would have to wait. Now nobody else is there: the long prompt alone, in pieces of a fixed
+# size, and as the engine cuts it by itself.
+#
+# **Predict.** How many times longer does the prompt take in pieces of sixteen tokens? And what does the engine do if
+# nobody tells it a size?
+
+# %% jupyter={"outputs_hidden": true}
+PIECES = (16, 32, 64, 128, 256, 512)
+
+
+def alone(engine: LLM | m4.LLM) -> tuple[float, int, int]:
+    """The long prompt with nobody beside it: milliseconds to its first token, the steps, and the token."""
+    waits = []
+    for _ in range(3):
+        request, steps = add(engine, {"prompt_token_ids": LONG}, 1), 0
+        while engine.engine.has_unfinished_requests():
+            engine.engine.step()
+            steps += 1
+        waits.append(1e3 * (request.metrics.first_token_time - request.metrics.arrival_time))
+    return min(waits), steps, request.sequences[0].output_token_ids[0]
+
+
+ways = {str(size): alone(LLM(**COMMON, max_num_batched_tokens=size)) for size in PIECES}
+ways |= {"by itself": alone(LLM(**COMMON)), "m4": alone(m4.LLM(**COMMON))}
+for way, (ms, steps, _) in ways.items():
+    print(f"{way:>9}: {steps:2} steps, {ms:6.0f} ms, {ms / ways['m4'][0]:.2f} times as long as m4's one step")
+
+figure, axes = plt.subplots(figsize=(9, 3.8))
+bars = axes.bar(list(ways), [ms for ms, _, _ in ways.values()], 0.62,
+                color=[style.SKY] * len(PIECES) + [BLUE, GREY])
+axes.bar_label(bars, fmt="{:,.0f}", padding=2)
+axes.set(xlabel="tokens of a piece", ylabel="ms to the first token", ylim=(0, 1.12 * max(ms for ms, _, _ in ways.values())))
+axes.yaxis.set_major_formatter("{x:,.0f}")
+axes.set_title(f"A prompt of {len(LONG)} tokens, and nobody else")
+plt.show()
+
+# %% [markdown]
+# <details><summary>Answer</summary>
+#
+# Longer, but by far less than the number of steps says. A step of sixteen tokens computes little. What is paid again
+# and again is the weights and the keys of all tokens before, which every step reads. In pieces of some hundred tokens
+# little of that is left.
+#
+# Left to itself the engine takes pieces as long as is efficient, since nobody waits for the end of a step. Then the
+# prompt takes about as long as in one piece, or a little longer. It never gets shorter: nothing is won where nobody
+# waits.
+#
+# </details>
+#
+# Guesses need slack as well: rows that cost little, because the step waits for weights. And they need a text that can be
+# foreseen. For a new story nothing is won, as section 3 has shown.
+#
+# **Question.** Sixty-four requests are being answered at once. Each could have a draft of four tokens. Why do guesses
+# bring less there than for one request alone?
+#
+# <details><summary>Answer</summary>
+#
+# The rows of the others have used the slack. With so many rows a step is near the point where arithmetic sets its time,
+# and a row of a guess costs as much as a row of anybody. Then a guess only pays if it is right nearly always. And what
+# it brings comes to one request, while its row makes the step longer for all.
+#
+# </details>
+#
+# ## Read on
+#
+# - `idea.py`: all of this in a few dozen lines that run
+# - `scheduler.py`: decodes first, then pieces; who gives way when blocks run out
+# - `step_cost.py`: what a step costs, fitted to steps that ran, and how much of a prompt fits into the next one
+# - `speculation.py`: which guesses are kept, and how far it pays to guess
+# - `suffix_automaton.py`, `lookup_drafters.py`, `draft_model.py`: who guesses
+# - `rejection.py`: the textbook's sampler
+#
+# ## Try it
+#
+# 1. In section 1, write `serve(LLM, max_num_batched_tokens=34)` for this milestone's engine. How many steps read the
+#    prompt? Who gains, and who pays?
+# 2. In section 3, ask for a class to be written out again with one name changed: `answer("code")`. More steps than for
+#    the notes, or fewer?
+# 3. In section 3, let it tell the same story once more: call `answer("story")` again. How many steps does it take? And
+#    with `speculative_method="ngram"`?
+# 4. In section 5, replace both `2` by `0.2`: distributions that are nearly flat, and so nearly alike. Why does one way
+#    keep nearly nine tenths even at the right end, and the other only about half?
+#
+# <details><summary>Answers</summary>
+#
+# 1. Nineteen: two of the tokens are the streams', so each step takes `32` of the prompt's. The streams gain, their
+#    longest wait is that of a short step. The prompt pays: its first token comes later, since every step reads the
+#    weights and the keys before it once more.
+# 2. More, about three times as many, and still fewer than half as many as tokens. The copy has to leave its original
+#    wherever the name was changed, and wherever the model writes something of its own.
+# 3. A dozen or so, even fewer than for the notes: at temperature zero it is the same story, and `suffix` also looks
+#    into answers that are over. `ngram` looks at the request alone: nearly each token has its own step, both times.
+# 4. Flat distributions have nearly everything in common, and that is what rejection keeps. The same draw wants more: one
+#    number has to meet the same token in both running sums. Each token shifts them a little against each other, and by
+#    the middle of the vocabulary they are apart by more than a token is wide.
+#
+# </details>
