@@ -209,8 +209,9 @@ class ExerciseBook:
         path = self.source_file(exercise)
         source = path.read_bytes()
         own = docstring(source, exercise.symbol, path)
+        inherited = "" if "\n" in own else base_docstring(path, exercise.symbol)
         parts = [class_docstring(source, exercise.symbol), own,
-                 "" if "\n" in own else base_docstring(path, exercise.symbol),
+                 "" if inherited.partition(": ")[2] in own else inherited,
                  self.puzzles.statements.get(exercise.name, "")]
         return "\n\n".join(part.strip() for part in parts if part)
 
