@@ -93,7 +93,7 @@ print(f"SmolLM2: {len(model.layers)} layers; the matrix that we look at, down of
 # **Predict.** In the picture the weights of one group stand over both grids. Which grid has the smaller step? Which one
 # misses the largest weight?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 GROUP = 64
 
 
@@ -141,7 +141,7 @@ assert asymmetric[0][1] - asymmetric[0][0] < symmetric[0][1] - symmetric[0][0]
 #
 # **Predict.** You have half a bit per weight to spend. Is it better spent on smaller groups?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 sizes, points = (16, 32, 64, 192), defaultdict(list)
 for bits in (2, 3, 4, 8):
     for size in sizes:
@@ -149,12 +149,12 @@ for bits in (2, 3, 4, 8):
         error = float((round_to_nearest(weight, options).dequantise() - weight).norm() / weight.norm())
         points[bits].append((bits + (16 + bits) / size, error))
 
-figure, axes = plt.subplots(figsize=(8.5, 4.2))
+figure, axes = plt.subplots(figsize=(8.5, 5.4))
 for (bits, own), colour in zip(points.items(), (RED, ORANGE, BLUE, GREEN), strict=True):
     axes.plot(*zip(*own, strict=True), "o-", color=colour)
     axes.annotate(f"{bits} bits", own[-1], textcoords="offset points", xytext=(-6, 8), ha="right", color=colour)
 for size, (x, y) in zip(sizes, points[4], strict=True):
-    axes.annotate(f"group {size}", (x, y), textcoords="offset points", xytext=(6, 2), fontsize=8, color=GREY)
+    axes.annotate(f"group {size}", (x, y), textcoords="offset points", xytext=(6, 2), fontsize=9, color=style.MUTED)
 axes.set_yscale("log")
 axes.set(xlabel="bits per weight, scales and zero points included", ylabel="relative error of the weights",
          xlim=(1.2, 10), ylim=(None, 0.8))
@@ -181,7 +181,7 @@ for bits, own in points.items():
 # **Predict.** The weights are both `1.4`, and whole numbers are allowed. Which of the four neighbours has the smallest
 # error of the output?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 H = torch.tensor([[1.0, 0.8], [0.8, 1.0]], dtype=torch.float64)
 w = torch.tensor([1.4, 1.4], dtype=torch.float64)
 
@@ -207,7 +207,7 @@ assert (first, second) == (1, 2) and math.isclose(shifted, 1.72)
 assert math.isclose(cost((1, 2)), 0.136) and math.isclose(cost((1, 1)), 0.576)
 assert math.isclose(error_1 ** 2 + error_2 ** 2, cost((1, 2))), "scaled errors add up to the layer's error"
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, axes = plt.subplots(figsize=(6.4, 5.2))
 x, y = torch.meshgrid(torch.linspace(0, 3, 200, dtype=torch.float64), torch.linspace(0, 3, 200, dtype=torch.float64),
                       indexing="xy")
@@ -290,7 +290,7 @@ print(f"{samples.numel()} tokens of samples, {strangers.numel()} of other text; 
 # **Predict.** How much do the inputs of a layer have to do with each other? If they were unrelated, the picture of their
 # correlations would be a diagonal. And how many directions hold most of what they say?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 def hessian_of(x: Tensor) -> Tensor:
     return 2 / len(x) * x.T @ x
 
@@ -315,6 +315,7 @@ right.set_title("What the inputs say, in how many directions", loc="left")
 plt.show()
 off = correlation - torch.diag(correlation.diagonal())
 print(f"an input's strongest relative has a correlation of {float(off.abs().amax(1).median()):.2f} (median)")
+print(f"{share_of[0]:.0%} of the energy is in one direction, 90% in {most} of {len(spectrum)}")
 assert most < len(spectrum) / 2
 
 # %% [markdown]
@@ -333,7 +334,7 @@ assert most < len(spectrum) / 2
 # **Predict.** Compare with rounding to the nearest: is the error of the *weights* larger or smaller? And the error of the
 # *outputs*, on text that was not among the samples?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 def output_error(name: str, values: Tensor, x: Tensor) -> float:
     """Of a layer on inputs x, relative to its output."""
     wanted = F.linear(x, model.get_submodule(name).weight)
@@ -360,7 +361,7 @@ for (bits, way), lines in table.items():
 for bits in (4, 3):
     assert sum(line[2] for line in table[bits, "GPTQ, default"]) < sum(line[2] for line in table[bits, "nearest"])
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, axes = plt.subplots(1, 2, figsize=(12, 4), sharey=True)
 for place, title in zip(axes, ("error of the weights", "error of the outputs, other text"), strict=True):
     column = 0 if place is axes[0] else 2
@@ -402,24 +403,25 @@ for damping in (0.001, 0.05):
                                 output_error(DOWN, values, unseen[DOWN])))
 plain = output_error(DOWN, round_to_nearest(weight, replace(NEAREST, bits=3)).dequantise(), unseen[DOWN])
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, axes = plt.subplots(figsize=(9, 4.4))
 axes.axvline(weight.shape[1], color=LIGHT, linewidth=4, zorder=0)
 axes.axhline(plain, color=ORANGE)
 axes.annotate("to the nearest: no text at all", (counts[0], plain), textcoords="offset points", xytext=(0, -14),
               color=ORANGE)
-axes.annotate("as many as inputs", (weight.shape[1], 0.01), rotation=90, xytext=(-14, 0), textcoords="offset points",
-              color=GREY, fontsize=9)
+axes.text(weight.shape[1], 1.01, "as many as inputs", transform=axes.get_xaxis_transform(), ha="center",
+          color=style.MUTED, fontsize=9)
 for (damping, curve), colour in zip(curves.items(), (RED, BLUE), strict=True):
     axes.plot(counts, [new for _, new in curve], "o-", color=colour)
     axes.annotate(f"on other text, damping {100 * damping:g} %", (counts[3], curve[3][1]), textcoords="offset points",
                   xytext=(-6, 10), ha="center", color=colour)
 axes.plot(counts, [known for known, _ in curves[0.05]], "o--", color=GREY)
 axes.annotate("on the samples themselves", (counts[2], curves[0.05][2][0]), textcoords="offset points", xytext=(8, -12),
-              color=GREY)
+              color=style.MUTED)
 axes.set_xscale("log", base=2)
+axes.set_xticks(counts, [f"{count:,}" for count in counts])
 axes.set(xlabel="tokens of calibration", ylabel="relative error of the output", ylim=(0, None))
-axes.set_title("down, 3 bits", loc="left")
+axes.set_title("The matrix down, 3 bits", loc="left")
 plt.show()
 for damping, curve in curves.items():
     for count, (known, new) in zip(counts, curve, strict=True):
@@ -448,7 +450,7 @@ assert many[1] < plain < curves[0.001][3][1], "and makes things worse than round
 # **Predict.** Look at how much attention the first token gets. What does GPTQ do with an error in its value: avoid it, or
 # trade it for the others'? And what becomes of that error in the output of attention?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 parts = model.spec.num_attention_heads * model.spec.head_dim, model.spec.num_key_value_heads * model.spec.head_dim
 values_from = parts[0] + parts[1]
 at_first: dict[str, list[float]] = defaultdict(list)
@@ -502,7 +504,7 @@ seen = unseen = {}              # the memory is wanted for other things
 #
 # **Predict.** At how many bits does rounding to the nearest begin to hurt? At how many bits does GPTQ?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 TINY = str(Path(m7.__file__).parent / "tests" / "tiny_qwen3")
 tiny_text = text_windows(TINY, evaluation_text("test"), 128, 96)
 tiny_samples = text_windows(TINY, calibration_text(), 128, 96)
@@ -527,7 +529,7 @@ for way, own in by_method.items():
 assert by_method["GPTQ, default"][0] < by_method["nearest"][0]
 assert by_method["GPTQ, default"][1] < by_method["nearest"][1]
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, axes = plt.subplots(figsize=(8.5, 4.2))
 for (way, own), colour in zip(by_method.items(), (GREY, ORANGE, BLUE), strict=True):
     axes.plot((2, 3, 4), own, "o-", color=colour, label=way)
@@ -556,7 +558,7 @@ plt.show()
 #
 # **Predict.** We round it to four bits, in groups of thirty-two, with a minimum in floating point. How large is the error?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 def with_minimum(own: Tensor, size: int) -> Tensor:
     """Rounded on a grid of 16 values from the smallest weight of each group to the largest."""
     groups = own.double().view(own.shape[0], -1, size)
@@ -589,7 +591,7 @@ assert errors["floating-point minimum, group 32"] < 0.01 * errors["floating-poin
 # **Predict.** For one row, how much faster is the packed matrix? For many rows: who wins, and why could it be the packed
 # one even there?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 ROWS, DEPTH, COLUMNS, COPIES = (1, 4, 16, 64), 576, 3072, 24
 DTYPE = torch.bfloat16
 packed_matrix = round_to_nearest(torch.randn(COLUMNS, DEPTH), NEAREST)
@@ -620,7 +622,7 @@ exact, reference = products["4 bits, exact"][0](x).float(), F.linear(x.float(), 
 assert (exact - reference).abs().max() < 0.02 * reference.abs().max()
 products.clear()
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 def one_request(engine: type[m0.LLM]) -> tuple[float, str]:
     """Tokens per second while decoding, and the answer."""
     llm = engine(max_model_len=256, num_blocks=64, swap_space=0)
@@ -638,7 +640,7 @@ engines = {name: one_request(engine) for name, engine in (("m6, in full", m6.LLM
 for name, (speed, text) in engines.items():
     print(f"{name:12} {speed:6.1f} tokens/s while decoding: {text.strip().splitlines()[0][:60]!r}")
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), width_ratios=(1.6, 1))
 for (name, own), colour in zip(timed.items(), (GREY, ORANGE, BLUE), strict=True):
     left.plot(ROWS, own, "o-", color=colour, label=name)
@@ -660,9 +662,9 @@ plt.show()
 # For one row several times: the gain comes from bytes, at most fourfold against sixteen bits and a little more where the
 # plain product is not at its limit, and a call's own price takes some of it away. A whole engine gains less than the
 # best product: attention, norms and Python do not shrink. For many rows arithmetic decides: with exact activations the
-# lines meet, and the plain weights may be ahead. Where the packed
-# matrix still gains, it is because its products are integers of eight bits, of which a processor does several where it
-# does one in floating point. On a GPU with fast sixteen-bit arithmetic there would be nothing left.
+# lines meet, or cross, and from there on the plain weights are no slower, or win. Where the packed matrix still gains,
+# it is because its products are integers of eight bits, of which a processor does several where it does one in floating
+# point. On a GPU with fast sixteen-bit arithmetic there would be nothing left.
 # </details>
 #
 # **Question.** A server runs a model in four bits. Sixty-four users write at once, each with a long text. What would
@@ -687,7 +689,8 @@ plt.show()
 #
 # 1. In section 3, set the correlation to `0`, then to `-0.8`. What does GPTQ choose?
 # 2. In section 5, use `QuantizeOptions(damp_percent=10.0)`. How near does GPTQ come to rounding to the nearest?
-# 3. In section 6, set `damp_percent=0.1`. What becomes of the two curves?
+# 3. In section 6, replace the damping of `0.05` by `0.1`, in the loop and wherever a curve is looked up. What becomes
+#    of its two curves?
 # 4. In section 7, use windows of `LENGTH = 64`. Why is the textbook better then?
 # 5. In section 8, calibrate on the Chinese text: `evaluation_text("chinese")`. How much is lost?
 #

@@ -97,7 +97,7 @@ def bars(axes: plt.Axes, values: list[float], form: str) -> None:
 #
 # **Predict.** Is the first token at which two engines part, if they do, an early or a late one?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 QUESTION = [{"role": "user", "content": "Why is the sky dark at night? Answer in two sentences."}]
 answers: dict[str, list[int]] = {}
 for name in NAMES:
@@ -127,7 +127,7 @@ print(f"{len(answers)} engines, {len(answers['m0'])} tokens each, all equal:\n{t
 #
 # **Predict.** Which of the eight makes the largest step here, and for which do you expect no step at all?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 def serve(llm: BaseLLM, name: str, workload: Workload) -> RunResult:
     """Run the workload once, after a small taste of it."""
     contender = EngineContender(name, llm, before_run=getattr(llm, "reset_prefix_cache", lambda: None))
@@ -190,7 +190,7 @@ for name in NAMES:
     del llm
     gc.collect()
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.2), width_ratios=(1, 1.35))
 lines = {}
 for name in NAMES:
@@ -238,7 +238,7 @@ plt.show()
 # **Predict.** For how long does the last request wait for its first token, in an engine that takes one at a time?
 # From which milestone on does that change?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), sharey=True)
 for place, name in zip(axes, ("m0", "m1", "m2", "m7"), strict=True):
     for row, record in enumerate(eight[name].records):
@@ -253,7 +253,7 @@ axes[0].set(ylabel="request", yticks=range(len(EIGHT.requests)))
 figure.suptitle("Light: it waits for its first token. Dark: its answer comes.", fontsize=11)
 plt.show()
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, axes = plt.subplots(figsize=(10, 3.8))
 bars(axes, [eight[name].metrics.output_throughput for name in NAMES], "{:.0f}")
 axes.set_ylabel("output tokens per second")
@@ -289,7 +289,7 @@ print(f"most with {best}: {gain:.0f} times the first engine")
 #
 # **Predict.** Which milestone was made for this?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, axes = plt.subplots(figsize=(8.5, 3.4))
 shown = list(gaps)
 drawn = axes.barh(shown[::-1], [gaps[name] for name in shown[::-1]], 0.6,
@@ -318,15 +318,12 @@ assert max(gaps[name] for name in ("m5", "m6", "m7")) < min(gaps[name] for name 
 #
 # **Predict.** Which engines answer the second question sooner than the first?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, axes = plt.subplots(figsize=(10, 3.8))
 for row, name in enumerate(NAMES):
     first, again = firsts[name]
-    axes.plot([row - 0.14] * 2, [0, first], color=LIGHT, lw=14, solid_capstyle="butt")
-    axes.plot([row + 0.14] * 2, [0, again], color=COLOURS[name] if name == "m7" else GREY, lw=14,
-              solid_capstyle="butt")
-    axes.annotate(f"{again:.0f}", (row + 0.14, again), xytext=(0, 3), textcoords="offset points", ha="center",
-                  fontsize=9)
+    for place, ms, colour in ((row - 0.2, first, LIGHT), (row + 0.2, again, COLOURS[name])):
+        axes.bar_label(axes.bar(place, ms, 0.3, color=colour), fmt="{:.0f}", padding=2, fontsize=9)
 axes.set_xticks(range(len(NAMES)), labels(), fontsize=9)
 axes.set(ylabel="ms to the first token", ylim=(0, 1.1 * max(max(pair) for pair in firsts.values())))
 axes.set_title("Light: the first question. Dark: the next one, with the same beginning", loc="left")
@@ -347,7 +344,7 @@ assert all(firsts[name][1] < 0.6 * firsts[name][0] for name in ("m6", "m7")), "w
 #
 # **Predict.** Does only the last engine differ?
 
-# %%
+# %% jupyter={"outputs_hidden": true}
 figure, axes = plt.subplots(figsize=(10, 3.6))
 bars(axes, [sizes[name] / 1e6 for name in NAMES], "{:.0f}")
 axes.set_ylabel("MB of weights")
@@ -366,17 +363,22 @@ assert sizes["m7"] < 0.5 * sizes["m6"]
 #
 # ## 7. The road in one picture
 #
-# Each column is one of the questions above. In each the first engine that could be asked is one, and a higher number
-# is better: more tokens per second, a shorter wait, fewer bytes.
+# Each column is one of the questions above. In each the first engine that could be asked is set to `1`, and a
+# higher number is better: more tokens per second, a shorter wait, fewer bytes.
 
 # %%
+def throughputs(runs: dict[str, RunResult]) -> dict[str, float]:
+    return {n: runs[n].metrics.output_throughput / runs["m0"].metrics.output_throughput for n in NAMES}
+
+
 QUESTIONS = {
-    "one request": {n: one[n].metrics.output_throughput / one["m0"].metrics.output_throughput for n in NAMES},
-    "eight at once": {n: eight[n].metrics.output_throughput / eight["m0"].metrics.output_throughput for n in NAMES},
-    "shortest pause": {n: gaps["m2"] / gaps[n] for n in gaps},
-    "known beginning": {n: firsts["m0"][1] / firsts[n][1] for n in NAMES},
-    "weights": {n: sizes["m0"] / sizes[n] for n in NAMES}}
-figure, axes = plt.subplots(figsize=(9, 4.4))
+    "one request:\ntokens per second": throughputs(one),
+    "eight at once:\ntokens per second": throughputs(eight),
+    "a long prompt:\nlongest gap": {n: gaps["m2"] / gaps[n] for n in gaps},
+    "known beginning:\nfirst token": {n: firsts["m0"][1] / firsts[n][1] for n in NAMES},
+    "weights:\nbytes": {n: sizes["m0"] / sizes[n] for n in NAMES}}
+figure, axes = plt.subplots(figsize=(9.5, 4.6))
+axes.set_title("How many times better than the first engine that was asked", pad=12)
 for column, gains in enumerate(QUESTIONS.values()):
     top = max(gains.values())
     for row, name in enumerate(NAMES):
@@ -385,7 +387,7 @@ for column, gains in enumerate(QUESTIONS.values()):
             axes.add_patch(plt.Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, color=BLUE, alpha=0.08 + 0.8 * strength,
                                          lw=0))
             axes.text(column, row, f"{gains[name]:.1f}x", ha="center", va="center",
-                      color="white" if strength > 0.55 else INK)
+                      color="white" if strength > 0.7 else INK)
 axes.set_xticks(range(len(QUESTIONS)), QUESTIONS)
 axes.set_yticks(range(len(NAMES)), [f"{name}  {idea}" for name, (_, idea) in ROAD.items()])
 axes.set(xlim=(-0.5, len(QUESTIONS) - 0.5), ylim=(len(NAMES) - 0.5, -0.5))
