@@ -57,7 +57,7 @@ class Grader:
             # --verbosity sets what -q in a project's own settings would only add to.
             left_out = [part for name in _SLOW_PLUGINS for part in ("-p", f"no:{name}")]
             arguments = ["-m", "pytest", "-p", _OVERLAY, "-p", _REFEREE, *(["-x"] if first_failure_only else []),
-                         "--verbosity=-1", "-rN", "--show-capture=no", "--color=no", "-p", "no:cacheprovider",
+                         "--verbosity=-1", "-rN", "--color=no", "-p", "no:cacheprovider",
                          *left_out, *tests]
             environment = os.environ | {WORKSPACE_VARIABLE: str(self.workspace),
                                         VARIABLE: json.dumps({"report": str(report), **orders})}
@@ -73,14 +73,14 @@ class Grader:
 
 
 def first_failure(output: str) -> str:
-    """pytest's report of the first test that failed, without those of others, and without its counts.
+    """pytest's report of the first test that failed, without those of others, what was printed, and the counts.
 
     They would be those of a run that ends early.
     """
     parts = re.split(r"^_{3,} .+ _{3,}$", output, flags=re.MULTILINE)
     if len(parts) < 2:
         return output
-    return re.split(r"^(?:=+ short test summary info =+|!{3,} .+ !{3,}|(?:=+ )?\d+ failed.* in [\d.]+s.*)$", parts[1],
+    return re.split(r"^(?:-+ Captured .+ -+|=+ short test summary info =+|!{3,} .+ !{3,}|(?:=+ )?\d+ failed.* in [\d.]+s.*)$", parts[1],
                     maxsplit=1, flags=re.MULTILINE)[0].strip()
 
 

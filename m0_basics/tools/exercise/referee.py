@@ -54,7 +54,8 @@ class Referee:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             self.failed.append(report.nodeid)
-            blanks = re.findall(re.escape(MARK) + r"([\w.]+)", report.longreprtext)
+            said = report.longreprtext + report.capstderr + report.caplog       # an engine catches, and logs
+            blanks = re.findall(re.escape(MARK) + r"([\w.]+)", said)
             self.met_blank |= any(symbol != self.orders.get("mine", symbol) for symbol in blanks)
         elif report.skipped:
             self.skipped += 1
