@@ -213,10 +213,16 @@ def test_chapter_notes(tmp_path: Path) -> None:
 def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
-    (root / "README.md").write_text("# T\n\n[a](gone.md) [b](code.py) [c](https://x.org) [d](#here)\n")
+    (root / "README.md").write_text("# T\n\n[a](gone.md) [b](code.py) [c](https://x.org) [d](#here) [e](part/)\n")
+    (root / "part").mkdir()
+    (root / "part/__init__.py").touch()
+    (root / "part/inner.py").write_text("y = 2\n")
     (root / "code.py").write_text("x = 1\n")
     site = Site("en", tmp_path / "docs", root)
     site.write()
     assert site.problems == ["README.md: gone.md leads nowhere"]
     assert (tmp_path / "docs/code/code.py.md").is_file() and 'href="code/code.py.html"' in (
         tmp_path / "docs/index.md").read_text()
+    folder = (tmp_path / "docs/code/part/__init__.py.md").read_text()
+    assert 'href="../../code/part/inner.py.html"' in folder and "<strong>" not in folder
+    assert "y" in (tmp_path / "docs/code/part/inner.py.md").read_text()

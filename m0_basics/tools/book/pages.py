@@ -119,7 +119,8 @@ class Site:
     def _write_code(self, page: Page) -> None:
         file = self.root / page.source
         text = file.read_text(encoding="utf-8")
-        html, headings = render(f"# {page.source}\n\n````{_CODE[file.suffix]}\n{text}\n````\n", self._follow(page))
+        shown = f"````{_CODE[file.suffix]}\n{text}\n````\n" if text.strip() else _beside(file)
+        html, headings = render(f"# `{page.source}`\n\n{shown}", self._follow(page))
         self._save(page, html, headings, in_search=False)
 
     def _save(self, page: Page, html: str, headings: list[Heading], in_search: bool = True) -> None:
@@ -173,6 +174,12 @@ class Site:
             if page.source == source:
                 return ACROSS[self.lang] + page.place.removesuffix(".md") + ".html"
         return None
+
+
+def _beside(empty: Path) -> str:
+    """What a package holds, for a link to its folder that ends at an empty `__init__.py`."""
+    files = sorted(file for file in empty.parent.iterdir() if file.suffix in _CODE and file.is_file() and file != empty)
+    return "\n".join(f"- [`{file.name}`]({file.name})" for file in files)
 
 
 def find_pages(root: Path, lang: str) -> list[Page]:
