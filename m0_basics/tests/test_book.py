@@ -215,7 +215,7 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     root.mkdir()
     (root / "README.md").write_text("# T\n\n[a](gone.md) [b](code.py) [c](https://x.org) [d](#here) [e](part/)\n")
     (root / "part").mkdir()
-    (root / "part/__init__.py").touch()
+    (root / "part/__init__.py").write_text('"""Words."""\n')
     (root / "part/inner.py").write_text("y = 2\n")
     (root / "code.py").write_text("x = 1\n")
     site = Site("en", tmp_path / "docs", root)

@@ -7,6 +7,7 @@
 """
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -119,7 +120,9 @@ class Site:
     def _write_code(self, page: Page) -> None:
         file = self.root / page.source
         text = file.read_text(encoding="utf-8")
-        shown = f"````{_CODE[file.suffix]}\n{text}\n````\n" if text.strip() else _beside(file)
+        shown = f"````{_CODE[file.suffix]}\n{text}\n````\n" if text.strip() else ""
+        if file.name == "__init__.py" and all(isinstance(line, ast.Expr) for line in ast.parse(text).body):
+            shown += _beside(file)
         html, headings = render(f"# `{page.source}`\n\n{shown}", self._follow(page))
         self._save(page, html, headings, in_search=False)
 
@@ -176,10 +179,10 @@ class Site:
         return None
 
 
-def _beside(empty: Path) -> str:
-    """What a package holds, for a link to its folder that ends at an empty `__init__.py`."""
-    files = sorted(file for file in empty.parent.iterdir() if file.suffix in _CODE and file.is_file() and file != empty)
-    return "\n".join(f"- [`{file.name}`]({file.name})" for file in files)
+def _beside(init: Path) -> str:
+    """What a package holds, for a link to its folder that ends at an `__init__.py` with a sentence or nothing in it."""
+    files = sorted(file for file in init.parent.iterdir() if file.suffix in _CODE and file.is_file() and file != init)
+    return "\n" + "\n".join(f"- [`{file.name}`]({file.name})" for file in files)
 
 
 def find_pages(root: Path, lang: str) -> list[Page]:
