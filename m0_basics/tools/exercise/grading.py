@@ -80,8 +80,8 @@ def first_failure(output: str) -> str:
     parts = re.split(r"^_{3,} .+ _{3,}$", output, flags=re.MULTILINE)
     if len(parts) < 2:
         return output
-    return re.split(r"^(?:-+ Captured .+ -+|=+ short test summary info =+|!{3,} .+ !{3,}|(?:=+ )?\d+ failed.* in [\d.]+s.*)$", parts[1],
-                    maxsplit=1, flags=re.MULTILINE)[0].strip()
+    end = r"^(?:-+ Captured .+ -+|=+ short test summary info =+|!{3,} .+ !{3,}|(?:=+ )?\d+ failed.* in [\d.]+s.*)$"
+    return re.split(end, parts[1], maxsplit=1, flags=re.MULTILINE)[0].strip()
 
 
 def run_python(arguments: Sequence[str], folder: Path, environment: Mapping[str, str],
