@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from m0_basics.config import ConfigError
-from m7_gptq.gptq import factorise, inverse_factor, output_errors, quantize_matrix, quantize_with
+from m7_gptq import gptq
+from m7_gptq.gptq import factorise, inverse_factor, output_errors, quantize_matrix
 from m7_gptq.rtn import QuantizeOptions, find_grid, round_to_nearest
 
 TEXTBOOK = QuantizeOptions(search=False, desc_act=False, damp_percent=0.01)
@@ -77,11 +78,11 @@ class _Written(TorchDispatchMode):
 
 
 def test_inputs_behind_a_block_are_brought_up_to_date_once() -> None:
-    """Eight blocks: after each input it would be about a thousand numbers for each weight, not some dozens."""
+    """Eight blocks: after each input it would be more than a thousand numbers for each weight, not some dozens."""
     weight, _, hessian = draw(4, 1024)
     factor = factorise(hessian, TEXTBOOK)
-    with _Written() as written:
-        quantize_with(weight, factor, TEXTBOOK)
+    with _Written() as written:                 # in this thread: `quantize_with` may use others
+        gptq._quantize_rows(weight.T.contiguous(), factor.upper, 64, TEXTBOOK)
     assert written.count < 60 * weight.numel()
 
 
