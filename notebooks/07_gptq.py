@@ -660,8 +660,9 @@ plt.show()
 # <details><summary>Answer</summary>
 #
 # For one row several times: the gain comes from bytes, at most fourfold against sixteen bits and a little more where the
-# plain product is not at its limit, and a call's own price takes some of it away. A whole engine gains less than the
-# best product: attention, norms and Python do not shrink. For many rows arithmetic decides: with exact activations the
+# plain product is not at its limit, and a call's own price takes some of it away. A whole engine mostly gains less
+# than the best product: attention, norms and Python do not shrink. It gains more where the packed model fits into the
+# processor's last cache and the plain one does not. For many rows arithmetic decides: with exact activations the
 # lines meet, or cross, and from there on the plain weights are no slower, or win. Where the packed matrix still gains,
 # it is because its products are integers of eight bits, of which a processor does several where it does one in floating
 # point. On a GPU with fast sixteen-bit arithmetic there would be nothing left.

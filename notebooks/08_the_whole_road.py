@@ -213,8 +213,8 @@ plt.show()
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The first step, the KV cache, is the largest by far. Two others follow, the kernels and the weights in four bits: each
-# makes a token cheaper by itself. Batching, pages, chunks and known beginnings bring nothing to a single request, and
+# Three steps stand out. The KV cache, whose gain grows with every token; the kernels; and the weights in four bits, which
+# gain most where memory is slow. Each makes a token cheaper by itself. Batching, pages, chunks and known beginnings bring nothing to a single request, and
 # pages may even cost it something.
 #
 # </details>
