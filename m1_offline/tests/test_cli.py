@@ -92,7 +92,7 @@ class TestChat:
         assert (result.status, result.out) == (0, texts[1] + "\n")
 
     def test_a_conversation(self, command: Command, folder: Path) -> None:
-        """Each turn sees those before it; /reset forgets them; an error leaves them, an unknown command too; the end of input ends it."""
+        """Each turn sees those before it; /reset forgets them; an error or an unknown command leaves them."""
         limit = greedy(6, ignore_eos=False)
 
         def user(text: str) -> dict[str, str]:

@@ -70,8 +70,9 @@ def say_whose_code_runs() -> None:
         return
     if not Path(folder).is_dir() and "exercise" not in sys.argv[1:2]:           # `exercise start` makes it
         raise reject(WORKSPACE_VARIABLE, folder, "a folder that `exercise start` has made")
-    said = f"your code is in use: {', '.join(learner_modules())}" if learner_modules() else f"no code of yours in {folder}"
-    typer.secho(said, fg="bright_black", err=True)
+    yours = learner_modules()
+    typer.secho(f"your code is in use: {', '.join(yours)}" if yours else f"no code of yours in {folder}",
+                fg="bright_black", err=True)
 
 
 def build_app(package: str) -> typer.Typer:

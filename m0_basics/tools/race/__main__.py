@@ -38,8 +38,8 @@ def run(only: Annotated[list[str] | None, typer.Option(help="Only this milestone
     # The whole race, for terminals of any size; where there is none, a line for each engine.
     console.print(f'the prompt: "{PROMPT}"', soft_wrap=True, highlight=False)
     if (share := busy_share()) > _BUSY:
-        console.print(f"other programs use {share:.0%} of this machine: engines whose threads wait for each other suffer "
-                      "most, so the order below may be wrong; race again when it is quiet", style="yellow",
+        console.print(f"other programs use {share:.0%} of this machine. Engines whose threads wait for each other "
+                      "suffer most, so the order may be wrong: race again when it is quiet", style="yellow",
                       soft_wrap=True, highlight=False)
     if console.is_terminal:
         with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
