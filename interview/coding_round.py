@@ -11,14 +11,13 @@ from datetime import UTC, datetime
 import typer
 
 from m0_basics.tools.exercise.book import Exercise, ExerciseBook
-from m0_basics.tools.exercise.commands import filled_call, keep_line, text_width
+from m0_basics.tools.exercise.commands import keep_line, show_check, text_width
 from m0_basics.tools.exercise.show import filled, filled_signature
 
 from .state import State, now
 
 PACKAGE = "interview"
 MINUTES = 30
-_TAIL = 30              # lines of the tests' output
 
 
 def statement(book: ExerciseBook, exercise: Exercise) -> str:
@@ -48,17 +47,11 @@ def start(book: ExerciseBook, exercise: Exercise, state: State, force: bool = Fa
 
 
 def check(book: ExerciseBook, exercise: Exercise, state: State) -> bool:
-    """Run the hidden tests; print the first failure, a call that differs, how many pass, and the time used."""
+    """Run the hidden tests; print what they say, and the time used."""
     result = book.check(exercise)
-    lines = result.output.splitlines()
-    typer.echo("\n".join(lines[-1:] if result.passed else lines[-_TAIL:]))
-    if result.difference:
-        typer.echo(f"\non this call your function and the lab's own differ:\n{filled_call(result.difference)}")
-    if result.num_passed or result.failed:
-        typer.echo(f"\n{result.score}")
     used = minutes_used(state, exercise)
     clock = "" if used is None else f", {used:.0f} of {MINUTES} minutes" + (" (over time)" if used > MINUTES else "")
-    typer.echo(f"{exercise.name}: {'passed' if result.passed else 'not passed'}{clock}")
+    show_check(result, exercise.name, clock, "the lab's own")
     if result.passed and (line := keep_line(book, exercise)):
         typer.echo(line)
     if result.passed:

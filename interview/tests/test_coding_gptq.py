@@ -1,8 +1,14 @@
 """GPTQ's columns against the update written out with inverses, and against rounding to nearest."""
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from interview.coding.gptq_columns import quantise_columns
 
@@ -29,6 +35,32 @@ def with_inverses(weight: torch.Tensor, hessian: torch.Tensor, damping: float) -
         w[:, j] = quantised
         w[:, j + 1:] -= torch.outer(error, inverse[0, 1:])
     return w
+
+
+class Inversions(TorchDispatchMode):
+    """Counts what costs O(n^3): inverses, solutions and factors of matrices. Triangular solutions cost less."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        self.count += bool(re.search(r"inv|chol|lu_factor|linalg_lu|solve|lstsq|svd|eig|qr", name)
+                           and not re.search(r"triangular|cholesky_solve|lu_solve", name))
+        return func(*args, **(kwargs or {}))
+
+
+def inversions(quantise: Callable[[Tensor, Tensor], Tensor], columns: int) -> int:
+    weight, hessian = example(0, columns=columns)
+    with Inversions() as seen:
+        quantise(weight, hessian)
+    return seen.count
+
+
+def test_no_matrix_is_inverted_for_each_column() -> None:
+    def mine(weight: Tensor, hessian: Tensor) -> Tensor:
+        return quantise_columns(weight, hessian, grid)
+    assert inversions(mine, 4) == inversions(mine, 16)
+    assert inversions(lambda weight, hessian: with_inverses(weight, hessian, 0.01), 16) == 16     # it would be noticed
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -49,6 +49,26 @@ def test_the_end_of_a_shorter_prompt_is_a_node() -> None:
     assert tree.root.children[1].last_used == 2
 
 
+prompts = st.lists(st.integers(0, 2), max_size=8).map(tuple)
+
+
+@given(st.lists(prompts, max_size=30))
+def test_insert_equals_a_set_of_prefixes(steps: list[Tokens]) -> None:
+    """Insert alone: what follows needs `evict` too."""
+    tree, stamps = RadixTree(), dict[Tokens, int]()
+    for clock, tokens in enumerate(steps, start=1):
+        prefixes = [tokens[:i + 1] for i in range(len(tokens))]
+        assert tree.insert(tokens) == sum(p in stamps for p in prefixes)
+        stamps |= dict.fromkeys(prefixes, clock)
+        assert tree.match(tokens)[2] == len(tokens)
+    stack, seen = [(tree.root, ())], dict[Tokens, int]()
+    while stack:
+        node, above = stack.pop()
+        seen |= {above + node.tokens[:i + 1]: node.last_used for i in range(len(node.tokens))}
+        stack += [(child, above + node.tokens) for child in node.children.values()]
+    assert seen == stamps
+
+
 def test_leaves_go_in_the_order_of_their_last_use() -> None:
     tree = tree_of((1, 2), (3, 4, 5), (6,))
     tree.insert((1, 2))
@@ -75,9 +95,6 @@ def test_what_is_used_stays_with_all_above_it() -> None:
     assert shape(tree.root) == {(1,): {(2,): {}}}
     tree.use((1, 2), by=-1)
     assert tree.evict(100) == 2
-
-
-prompts = st.lists(st.integers(0, 2), max_size=8).map(tuple)
 
 
 @given(st.lists(st.tuples(prompts, st.integers(0, 3)), max_size=30))

@@ -190,9 +190,36 @@ def test_a_blank_neighbour_is_named(toy: Path) -> None:
     assert result.exit_code == 1
     assert "still blank: Shop.Till.total; write it first" in result.output and "has changed" not in result.output
     assert "tests pass" not in result.output and "Traceback" not in result.output
+    assert "fails:" not in result.output and "of the tests before that, 1 of 1 passed" in result.output
     (toy / "tests/test_more.py").write_text("import m9_toy.shop\n" + more + "def test_b(): open('ran', 'w')\n")
     run("check", "2")
     assert not (toy.parent / "ran").exists(), "the first blank ends the run"
+
+
+@pytest.mark.slow
+def test_what_fails_before_a_blank_neighbour_is_met_is_shown(toy: Path) -> None:
+    (toy / "tests/test_more.py").write_text(
+        "import m9_toy.shop\ndef test_motto(): assert m9_toy.shop.motto()\n"
+        "def test_till(): assert m9_toy.shop.Shop.Till().total(('tea',)) == 3\n")
+    run("start", "1", "--no-example")
+    run("start", "2", "--no-example")
+    edit(toy, BLANK_GREET, 'return "Hi, Ann"')
+    output = run("check", "2").output
+    assert "assert 'Hi, Ann' == 'Hello, Ann'" in output and "NotImplementedError" not in output
+    assert "  fails: m9_toy/tests/test_shop.py::test_greet\n" in output and "::test_till" not in output
+    assert "still blank: Shop.Till.total; write it first" in output
+    assert "of the tests before that, 1 of 2 passed" in output
+
+
+@pytest.mark.slow
+def test_a_line_to_copy_is_quoted(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_LAB_WORKSPACE", "my work")
+    (toy.parent / "my work/.git").mkdir(parents=True)
+    run("start", "1", "--no-example")
+    file = toy.parent / "my work/m9_toy/shop.py"
+    file.write_text(file.read_text().replace(BLANK_TOTAL, TOTAL))
+    assert ("keep it: git -C 'my work' add -A && git -C 'my work' commit -m 'm9_toy: Shop.Till.total'\n"
+            in run("check", "1").output)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from m0_basics.config import ConfigError
 from m0_basics.tools.exercise import book
 from m0_basics.tools.exercise.book import ExerciseBook, Python
 from m0_basics.tools.exercise.commands import exercise_app
+from m0_basics.tools.exercise.grading import first_failure
 from m0_basics.tools.exercise.puzzles import base_docstring, expected_lines, read_puzzles, signature, skeleton
 from m0_basics.tools.exercise.show import differs, filled, filled_signature, show_call, show_value
 
@@ -142,6 +143,25 @@ def test_an_object_that_is_left_in_another_state(toy: Path) -> None:
     assert "0 of 1 test pass" in output and "x = 1" in output and "yours      1\n  milestone  2" in output
 
 
+@pytest.mark.slow
+def test_what_the_learner_prints_is_shown_and_logs_are_not(toy: Path) -> None:
+    run("start", "1", "--no-example")
+    write(toy, "Till.total", "import sys; print(*range(41), sep='\\n'); print('log', file=sys.stderr); return 0")
+    output = run("check", "1").output
+    assert "--- Captured stdout call, the last 20 of 41 lines ---\n21\n22\n" in output and "\n40\n" in output
+    assert "\n20\n" not in output and "\nlog\n" not in output and "tests pass" in output
+
+
+def test_the_first_failure_is_cut_out() -> None:
+    report = ("F.\n=== FAILURES ===\n___ test_a ___\nexercise: write f_of\n--- Captured log call ---\nsent\n"
+              "___ test_b ___\nassert 2 == 3\n--- Captured stdout setup ---\nnot mine\n"
+              "--- Captured stdout call ---\nx\ny\n--- Captured stderr call ---\nnoise\n2 failed, 1 passed in 0.1s\n")
+    assert first_failure(report) == "exercise: write f_of"
+    assert first_failure(report, without=["f"]) == "exercise: write f_of"           # another function
+    assert first_failure(report, without=["f_of"]) == "assert 2 == 3\n\n--- Captured stdout call ---\nx\ny"
+    assert first_failure("no tests ran") == "no tests ran" and first_failure("no tests ran", without=["f"]) == ""
+
+
 def test_hints_come_one_by_one(toy: Path) -> None:
     first, second = run("hint", "1").output, run("hint", "1").output
     assert first == "hint 1 of 2\n  Add, then multiply.\n"
@@ -177,6 +197,9 @@ def test_a_bug_is_hunted(toy: Path) -> None:
     passed = run("bug", "1", "--check")
     assert passed.exit_code == 0 and "found. What it was: the factor is lost" in passed.output
     assert "bug 1  found        Cheap" in run("list").output
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_LAB_WORKSPACE", "my work")
+        assert "LLM_LAB_WORKSPACE='my work/bugs/m8_toy-1' python -m m8_toy pay" in run("bug", "1").output
     (toy / "tools/puzzles.toml").write_text(PUZZLES[:PUZZLES.index("command")])
     assert "try it" not in run("bug", "1", "--force").output
     file.write_text(SHOP)

@@ -224,6 +224,19 @@ def test_the_command(tmp_path, tiny_model):
     assert f"{sum(f.stat().st_size for f in (tmp_path / 'made').iterdir()):,}" in ran.output
 
 
+@pytest.mark.parametrize("arguments", [[], ["smollm2-135m-instruct"]])
+def test_the_command_without_its_arguments(arguments):
+    """One line that says what is missing; the help says it before."""
+    app = typer.Typer()
+    app.command("quantize")(with_flags(COMMAND, {}))
+    ran = CliRunner().invoke(app, arguments)
+    assert isinstance(ran.exception, ConfigError)
+    assert str(ran.exception).startswith("quantize wants a model and a folder to write; allowed: such as quantize smol")
+    assert "\n" not in str(ran.exception)
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "160"}).output
+    assert "Required: the default model's name" in shown and "Required: where the" in shown
+
+
 def test_the_command_interrupted(tmp_path, tiny_model, monkeypatch):
     app = typer.Typer()
     app.command("quantize")(with_flags(COMMAND, {}))

@@ -173,8 +173,9 @@ class _Counting:
 def _command(
     quantize_options: dict[str, Any],
     model: Annotated[str | None, typer.Argument(
-        help="The default model's name, a Hugging Face folder or id, a GGUF file.", show_default=False)] = None,
-    folder: Annotated[Path | None, typer.Argument(help="Where the quantised model is written.",
+        help="Required: the default model's name, a Hugging Face folder or id, or a GGUF file.",
+        show_default=False)] = None,
+    folder: Annotated[Path | None, typer.Argument(help="Required: where the quantised model is written.",
                                                   show_default=False)] = None,
     calibration: Annotated[list[Path] | None, typer.Option(
         help="UTF-8 text to calibrate on; may be repeated (default: prose that comes with the lab).")] = None,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -25,11 +26,11 @@ from m0_basics.config import ConfigError
 
 from .book import Exercise, ExerciseBook, State
 from .bugs import BugHunt
-from .grading import CheckResult
+from .grading import CheckResult, first_failure
 from .puzzles import signature
 from .show import filled, filled_signature
 
-_TAIL_LINES = 40                # of pytest's output: one failure with its source lines
+_TAIL_LINES = 60                # of pytest's output: one failure with its source lines, and what it printed
 _Name = Annotated[str, typer.Argument(help="Number, symbol or file::symbol of the exercise.", show_default=False)]
 
 
@@ -168,8 +169,8 @@ def print_rows(rows: Sequence[tuple[str, str, str, str]]) -> None:
 
 def _try_it(hunt: BugHunt, number: int) -> str:
     command = hunt.find(number).command
-    workspace = f"LLM_LAB_WORKSPACE={_short(hunt.workspace(number))} "
-    return re.sub(r"(?=python -m )", workspace, f"try it  {command}\n", count=1) if command else ""
+    workspace = f"LLM_LAB_WORKSPACE={shlex.quote(_short(hunt.workspace(number)))} "
+    return re.sub(r"(?=python -m )", lambda _: workspace, f"try it  {command}\n", count=1) if command else ""
 
 
 def text_width() -> int:
@@ -203,20 +204,16 @@ def keep_line(book: ExerciseBook, exercise: Exercise) -> str:
     """How a solved exercise is kept, where the workspace is a repository of the learner's own; else ""."""
     if not (book.workspace / ".git").exists():
         return ""
-    return (f"keep it: git -C {_short(book.workspace)} add -A && git -C {_short(book.workspace)} commit -m "
-            f"'{book.package}: {exercise.symbol}'")
+    folder, message = (shlex.quote(text) for text in (
+        _short(book.workspace), f"{book.package}: {exercise.symbol}"))
+    return f"keep it: git -C {folder} add -A && git -C {folder} commit -m {message}"
 
 
 def _check(book: ExerciseBook, exercise: Exercise) -> bool:
     book.require_started(exercise)
     typer.echo(f"{exercise.name}: running {', '.join(exercise.tests)} on your code")
     result = book.check(exercise)
-    if not result.still_blank:
-        _show_result(result)
-    typer.echo(f"{exercise.name}: " + ("passed" if result.passed else "not passed"))
-    if result.still_blank and not result.passed:
-        typer.echo(f"the tests met a function that is still blank: {', '.join(result.still_blank)}; "
-                   "write it first, or reset it")
+    show_check(result, exercise.name)
     if result.outdated and not result.passed:
         typer.echo(f"{_short(book.source_file(exercise))} has changed since your copy was made: if the failure lies "
                    "outside your function, keep your bodies, reset this module's exercises and start them again")
@@ -225,19 +222,47 @@ def _check(book: ExerciseBook, exercise: Exercise) -> bool:
     return result.passed
 
 
-def _show_result(result: CheckResult) -> None:
+def show_check(result: CheckResult, name: str, note: str = "", whose: str = "the milestone's") -> None:
+    """What the tests say about an exercise, whether it is passed (with a note), and which function is to come first.
+
+    Where the tests met another function's blank body, those that failed without it are shown alone.
+    """
+    if not result.still_blank or result.passed:
+        _show_result(result, whose)
+    elif result.own_failures:
+        _show_failure(first_failure(result.output, without=result.still_blank))
+        _show_names(result.own_failures)
+    typer.echo(f"{name}: {'passed' if result.passed else 'not passed'}{note}")
+    if result.still_blank and not result.passed:
+        typer.echo(f"the tests met a function that is still blank: {', '.join(result.still_blank)}; "
+                   "write it first, or reset it")
+        if before := result.num_passed + len(result.own_failures):
+            typer.echo(f"of the tests before that, {result.num_passed} of {before} passed")
+
+
+def _show_result(result: CheckResult, whose: str = "the milestone's") -> None:
     """The first failure, a call on which the two functions differ, and how many tests pass."""
-    lines = result.output.splitlines()
-    typer.echo("\n".join(lines[-1:] if result.passed else lines[-_TAIL_LINES:]))
+    if result.passed:
+        typer.echo("".join(result.output.splitlines()[-1:]))
+    else:
+        _show_failure(result.output)
     if result.difference:
-        typer.echo("\non this call your function and the milestone's differ:")
+        typer.echo(f"\non this call your function and {whose} differ:")
         typer.echo(filled_call(result.difference))
     if result.num_passed or result.failed:
         typer.echo(f"\n{result.score}")
-    for test in result.failed[:8]:
+    _show_names(result.failed)
+
+
+def _show_failure(output: str) -> None:
+    typer.echo("\n".join(output.splitlines()[-_TAIL_LINES:]))
+
+
+def _show_names(failed: Sequence[str]) -> None:
+    for test in failed[:8]:
         typer.echo(f"  fails: {test}")
-    if len(result.failed) > 8:
-        typer.echo(f"  and {len(result.failed) - 8} more")
+    if len(failed) > 8:
+        typer.echo(f"  and {len(failed) - 8} more")
 
 
 def _check_bug(hunt: BugHunt, number: int) -> bool:

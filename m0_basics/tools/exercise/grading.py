@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from .source import MARK
 Python = Callable[[Sequence[str], Path, Mapping[str, str]], subprocess.CompletedProcess[str]]
 # Plugins of pytest that no exercise needs, and that take longer to import than an exercise to grade.
 _SLOW_PLUGINS = ("schemathesis", "nbmake", "anyio")
+_NUM_PRINTED = 20           # last lines of what a failing test printed: the learner's own print() among them
 _OVERLAY, _REFEREE = "m0_basics.tools.exercise_overlay", "m0_basics.tools.exercise.referee"
 
 
@@ -40,6 +41,11 @@ class CheckResult:
         """"12 of 28 tests pass"."""
         total = self.num_passed + len(self.failed)
         return f"{self.num_passed} of {total} test{'' if total == 1 else 's'} pass"
+
+    @property
+    def own_failures(self) -> tuple[str, ...]:
+        """Tests that failed without meeting another's blank body: a run ends with the first test that meets one."""
+        return self.failed[:-1] if self.still_blank else self.failed
 
 
 @dataclass(frozen=True)
@@ -68,20 +74,32 @@ class Grader:
         if done.returncode in (0, 5) and not num_passed:        # 5: pytest selected none
             nothing = f"{output}\nno test ran: all were skipped or left out, so nothing was graded"
             return CheckResult(False, nothing), found
-        blanks = dict.fromkeys(re.findall(re.escape(MARK) + r"([\w.]+)", output))
-        return CheckResult(done.returncode == 0, output, tuple(blanks), num_passed=num_passed, failed=failed), found
+        return CheckResult(done.returncode == 0, output, blanks(output), num_passed=num_passed, failed=failed), found
 
 
-def first_failure(output: str) -> str:
-    """pytest's report of the first test that failed, without those of others, what was printed, and the counts.
+def blanks(text: str) -> tuple[str, ...]:
+    """The functions whose blank bodies a text of pytest's speaks of."""
+    return tuple(dict.fromkeys(re.findall(re.escape(MARK) + r"([\w.]+)", text)))
 
-    They would be those of a run that ends early.
+
+def first_failure(output: str, without: Collection[str] = ()) -> str:
+    """pytest's report of the first test that failed, with the last lines that it printed, and no logs.
+
+    Left out are other tests, and the counts, which would be those of a run that ends early. `without`: tests that met
+    the blank bodies of these functions do not count; "" where there is no other.
     """
-    parts = re.split(r"^_{3,} .+ _{3,}$", output, flags=re.MULTILINE)
-    if len(parts) < 2:
-        return output
-    end = r"^(?:-+ Captured .+ -+|=+ short test summary info =+|!{3,} .+ !{3,}|(?:=+ )?\d+ failed.* in [\d.]+s.*)$"
-    return re.split(end, parts[1], maxsplit=1, flags=re.MULTILINE)[0].strip()
+    parts = re.split(r"^_{3,} .+ _{3,}$", output, flags=re.MULTILINE)[1:]
+    if not parts:
+        return "" if without else output
+    own = next((part for part in parts if not set(blanks(part)) & set(without)), "")
+    end = r"^(?:=+ short test summary info =+|!{3,} .+ !{3,}|(?:=+ )?\d+ failed.* in [\d.]+s.*)$"
+    own = re.split(end, own, maxsplit=1, flags=re.MULTILINE)[0]
+    report, *captured = re.split(r"^-+ (?=Captured )(.+) -+$", own, flags=re.MULTILINE)
+    printed = dict(zip(captured[::2], captured[1::2], strict=True)).get("Captured stdout call", "").strip().splitlines()
+    if not printed:
+        return report.strip()
+    cut = f", the last {_NUM_PRINTED} of {len(printed)} lines" if len(printed) > _NUM_PRINTED else ""
+    return "\n".join([report.strip(), "", f"--- Captured stdout call{cut} ---", *printed[-_NUM_PRINTED:]])
 
 
 def run_python(arguments: Sequence[str], folder: Path, environment: Mapping[str, str],
