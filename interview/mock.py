@@ -125,7 +125,9 @@ def _ask(name: str, question: Question, rng: random.Random, screen: Screen, grad
     again = ""
     if follow_up:
         screen.show(f"Follow-up: *{follow_up.question}*")
-        again = screen.ask_lines("your answer:")
+        again = screen.ask_lines("your answer (q ends the interview, without this question):")
+        if again.lower() in STOP:
+            return None
     points = must_have(question.entry)
     proposed = grader.grade(question.entry, answer) if grader and answer else None
     proposal = proposed.report(points) if proposed else (grader.problem if grader and answer else "")

@@ -24,7 +24,7 @@ IDEAS = {
     "m2": ("continuous batching", "continuous batching"), "m3": ("a paged KV cache", "分页 KV cache"),
     "m4": ("flash attention and fused layers", "flash attention 与层融合"),
     "m5": ("chunked prefill and speculation", "chunked prefill 与投机解码"),
-    "m6": ("a prefix cache", "prefix cache"), "m7": ("4-bit weights", "4 bit 权重"),
+    "m6": ("a prefix cache", "prefix cache"), "m7": ("4-bit weights and 8-bit activations", "4 bit 权重加 8 bit 激活"),
 }
 _PEERS = ("vllm", "llama.cpp", "transformers-static", "transformers")
 

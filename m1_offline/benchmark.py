@@ -143,12 +143,13 @@ def _print_steps(steps: list[dict[str, Any]]) -> None:
 def draw_growth(points: dict[str, Any], output_dir: Path) -> None:
     """Time and FLOPs of the next token over the length of the sequence, with and without a cache."""
     names = {"m0": "m0: everything again", "m1": "m1: with a KV cache"}
-    for key, file, ylabel, factor, unit, gain in (
-            ("seconds", "growth.png", "milliseconds per token", 1e3, " ms", "times faster"),
-            ("flops", "growth_flops.png", "GFLOP per token", 1e-9, " GFLOP", "times less work")):
+    for key, file, ylabel, factor, unit, message in (
+            ("seconds", "growth.png", "milliseconds per token", 1e3, " ms",
+             "After {length:,} tokens a KV cache makes the next one {ratio:.0f} times faster"),
+            ("flops", "growth_flops.png", "GFLOP per token", 1e-9, " GFLOP",
+             "After {length:,} tokens without a KV cache the next one costs {ratio:.0f} times the work")):
         lines = {names[m]: Series([p["length"] for p in points[m]], [p[key] * factor for p in points[m]])
                  for m in points}
         ends = [points[m][-1] for m in ("m0", "m1")]
-        title = (f"After {ends[1]['length']:,} tokens a KV cache makes the next one "
-                 f"{ends[0][key] / ends[1][key]:.0f} {gain}")
+        title = message.format(length=ends[1]["length"], ratio=ends[0][key] / ends[1][key])
         line_plot(lines, output_dir / file, title=title, xlabel="tokens so far", ylabel=ylabel, unit=unit)

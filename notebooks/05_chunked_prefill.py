@@ -88,7 +88,7 @@ def add(llm: LLM | m4.LLM, prompt: dict[str, list[int]], length: int) -> Request
 # ## 1. Two streams, and a long prompt in the middle
 #
 # Two requests are being answered. After some tokens a long prompt arrives. First the engine of the milestone before,
-# then this one, on the same work.
+# then this one, on the same work; both in `float32`, in which the sizes of the pieces change no token.
 #
 # **Predict.** With the prompt in pieces, what becomes shorter, and what longer: the streams' longest wait, the time
 # until the long prompt has its first token, the time until all is done?
@@ -431,7 +431,7 @@ plt.show()
 # </details>
 #
 # Guesses need slack as well: rows that cost little, because the step waits for weights. And they need a text that can be
-# foreseen. For a new story nothing is won, as section 3 has shown.
+# foreseen. For a new story little is won, as section 3 has shown.
 #
 # **Question.** Sixty-four requests are being answered at once. Each could have a draft of four tokens. Why do guesses
 # bring less there than for one request alone?

@@ -88,5 +88,7 @@ def test_leaving_early_keeps_what_was_answered(tmp_path: Path) -> None:
     _, interview = hold(["x", "", "", "y", "y", "y", "n", "q", ""], tmp_path / "s.json")
     assert [a.question.id for a in interview.asked] == ["m1-q01"]
     assert "m1-q01" in transcript(interview) and "p-q01" not in transcript(interview)
+    _, interview = hold(["x", "", "", "y", "y", "y", "n", "an answer", "", "q", ""], tmp_path / "u.json")
+    assert [a.question.id for a in interview.asked] == ["m1-q01"]
     _, nothing = hold([], tmp_path / "t.json")
     assert nothing.asked == [] and nothing.score() == (0, 0)

@@ -71,6 +71,12 @@ def test_names_stand_where_lines_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert box.y0 >= axes.bbox.y1                                   # above the data, not over it
 
 
+def test_a_line_without_points_is_left_out(tmp_path: Path) -> None:
+    """What a variant has only from some length on may be nothing in a quick run."""
+    for series in ({"none": Series([], []), "m1": Series([1, 2], [3, 4])}, {"none": Series([], [])}):
+        assert line_plot(series, tmp_path / "a.png", title="t", xlabel="x", ylabel="y", log_y=True).is_file()
+
+
 def test_a_line_has_another_hero_labels_and_levels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     monkeypatch.setattr(style, "write", lambda figure, path: drawn.append(figure) or path)

@@ -344,11 +344,16 @@ def test_the_command_line_says_whose_code_runs(tmp_path: Path) -> None:
 def test_a_workspace_without_code_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                           capsys: pytest.CaptureFixture[str]) -> None:
     """A misspelt folder would run the milestone's own code, as if it were the learner's."""
+    monkeypatch.setattr("m0_basics.tools.cli.app.learner_modules", list)
+    monkeypatch.setattr(sys, "argv", ["m0_basics", "generate"])
     monkeypatch.setenv("LLM_LAB_WORKSPACE", str(tmp_path))
     say_whose_code_runs()
     assert capsys.readouterr().err == f"no code of yours in {tmp_path}\n"
+    (tmp_path / "m7_gptq").mkdir()
+    (tmp_path / "m7_gptq/rtn.py").touch()                   # of a milestone that this command does not load
+    say_whose_code_runs()
+    assert capsys.readouterr().err == ""
     monkeypatch.setenv("LLM_LAB_WORKSPACE", "workspce")
-    monkeypatch.setattr(sys, "argv", ["m0_basics", "generate"])
     with pytest.raises(ConfigError, match="LLM_LAB_WORKSPACE='workspce' is not valid; allowed: a folder that"):
         say_whose_code_runs()
     monkeypatch.setattr(sys, "argv", ["m0_basics", "exercise", "start", "1"])

@@ -100,7 +100,8 @@ def line_plot(series: Mapping[str, Series], path: Path, *, title: str, xlabel: s
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(axis="y", color=style.FAINT)
-    last = max(x for line in series.values() for x in line.x)
+    series = {name: line for name, line in series.items() if line.x}        # nothing to draw, nothing to name
+    last = max((x for line in series.values() for x in line.x), default=0)
     ends = []
     for name, line in series.items():
         value = "" if unit is None else f"  {style.short(line.y[-1])}{unit}"

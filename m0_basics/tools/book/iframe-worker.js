@@ -37,8 +37,8 @@ if (location.protocol === "file:") {
   window.IFrameWorker = window.Worker;  // by this name the theme's worker knows to look for languages beside itself
 }
 
-// A query asks for all of its words, not for any, each as far as it is typed. Chinese has no spaces, so the index has each
-// of its characters by itself. Who writes operators (+ - " * ~ ^ :) means something else, and gets it.
+// A query asks for all of its words, not for any, each as far as it is typed. Chinese has no spaces, so the index has
+// each of its characters by itself. Who writes operators (+ - " * ~ ^ :) means something else, and gets it.
 window.Worker = class extends window.Worker {
   postMessage(message) {
     const QUERY = 2, simple = message.type === QUERY && !/["+*~^:]|(^|\s)-/.test(message.data);

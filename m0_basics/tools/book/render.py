@@ -55,7 +55,9 @@ def render(text: str, follow: Callable[[str], str]) -> tuple[str, list[Heading]]
 def _roomy(cell: re.Match[str]) -> str:
     """A cell with a sentence in it gets room for some words a line: its table scrolls where that is too wide."""
     text = re.sub(r"<[^>]+>", "", cell["body"])
-    return f'<td class="prose"{cell["style"]}>{cell["body"]}</td>' if len(text.encode()) > 40 else cell[0]
+    if len(text.encode()) <= 40 or "class=" in cell["style"]:
+        return cell[0]
+    return f'<td class="prose"{cell["style"]}>{cell["body"]}</td>'
 
 
 def _breakable(code: re.Match[str]) -> str:

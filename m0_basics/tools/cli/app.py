@@ -65,14 +65,16 @@ def main(package: str) -> None:
 
 
 def say_whose_code_runs() -> None:
-    """Name the learner's modules that are in use; where a workspace is wanted and there are none, say so."""
+    """Name the learner's modules that are loaded by now; where a workspace is wanted and empty, say so."""
     if not (folder := os.environ.get(WORKSPACE_VARIABLE)):
         return
-    if not Path(folder).is_dir() and "exercise" not in sys.argv[1:2]:           # `exercise start` makes it
-        raise reject(WORKSPACE_VARIABLE, folder, "a folder that `exercise start` has made")
-    yours = learner_modules()
-    typer.secho(f"your code is in use: {', '.join(yours)}" if yours else f"no code of yours in {folder}",
-                fg="bright_black", err=True)
+    if yours := learner_modules():
+        typer.secho(f"your code is in use: {', '.join(yours)}", fg="bright_black", err=True)
+    elif "exercise" not in sys.argv[1:2]:                                       # which makes it, and fills it
+        if not Path(folder).is_dir():
+            raise reject(WORKSPACE_VARIABLE, folder, "a folder that `exercise start` has made")
+        if not any(Path(folder).glob("*/**/*.py")):
+            typer.secho(f"no code of yours in {folder}", fg="bright_black", err=True)
 
 
 def build_app(package: str) -> typer.Typer:
