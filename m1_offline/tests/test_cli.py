@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -212,14 +213,11 @@ class TestHelp:
         monkeypatch.setenv("LLM_LAB_WORKSPACE", str(tmp_path))
         result = command("exercise", "list", package=package)
         assert result.status == 0
-        lines = result.out.splitlines()
-        exercises = [line for line in lines if "::" in line]
-        assert len(exercises) >= 5 and lines[-1] == f"0 of {len(exercises)} solved"
-        assert all(line.startswith("bug ") for line in lines[len(exercises):-1])
-        for number, line in enumerate(exercises, start=1):
-            assert line.split()[:3] == [str(number), "not", "started"]
-            file = line.split()[3].split("::")[0]
-            assert (Path(__file__).parents[2] / package / file).is_file()
+        numbers = re.findall(r"^ *(\d+)  not started  \w", result.out, re.MULTILINE)
+        files = re.findall(r"^ +(\S+\.py)::\S+ *$", result.out, re.MULTILINE)
+        assert len(numbers) >= 5 and numbers == [str(n + 1) for n in range(len(files))]
+        assert all((Path(__file__).parents[2] / package / file).is_file() for file in files)
+        assert "\nbug 1  not planted  " in result.out and f"\n0 of {len(files)} solved\n" in result.out
 
     def test_divergence(self, command: Command, folder: Path) -> None:
         """FX.6, F1.9: the same tokens as transformers' in float32, said in words."""

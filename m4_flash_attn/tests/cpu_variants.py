@@ -8,9 +8,12 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
+import pytest
 import torch
 
+from m4_flash_attn.kernels.cpu import linear
 from m4_flash_attn.kernels.cpu.build import library
 
 _FLAGS = {"avx512": ("-march=x86-64-v4",), "avx2": ("-march=x86-64-v3",), "sse2": ("-march=x86-64",)}
@@ -22,3 +25,13 @@ VARIANTS = ["native", *_ABLE.get(torch.backends.cpu.get_cpu_capability(), [])]
 def variant_library(name: str) -> ctypes.CDLL:
     """The kernels of that variant, built where this was not done before. Raises BuildError."""
     return library(_FLAGS.get(name))
+
+
+@pytest.fixture
+def own_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Linear products by linear.hpp in bfloat16 too. On a processor with matrix tiles the engine takes oneDNN's, which
+    are no part of a native call, and do not promise the same bits."""
+    monkeypatch.setattr(linear, "_has_matrix_tiles", lambda: False)
+    linear.choose.cache_clear()
+    yield
+    linear.choose.cache_clear()

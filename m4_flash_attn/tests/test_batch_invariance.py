@@ -19,7 +19,7 @@ from m4_flash_attn.kernels.cpu import bindings, linear
 from m4_flash_attn.kernels.cpu.bindings import CpuOps, PagedKernels, make_step
 from m4_flash_attn.kernels.cpu.linear import PackedGatedLinear, PackedLinear
 from m4_flash_attn.reference import PagedBatch, random_paged_batch
-from m4_flash_attn.tests.cpu_variants import VARIANTS, variant_library
+from m4_flash_attn.tests.cpu_variants import VARIANTS, own_products, variant_library  # noqa: F401
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [1, 2, 3, 7, 8, 12, 13, 16, 64, 300]
@@ -36,14 +36,13 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     linear.choose.cache_clear()
 
 
+pytestmark = pytest.mark.usefixtures("own_products")        # a library's promise nothing of the kind
+
+
 @pytest.fixture(autouse=True)
-def _own_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Not a library's: on a processor with matrix tiles those are faster, and promise nothing of the kind."""
+def _same_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    monkeypatch.setattr(linear, "_has_matrix_tiles", lambda: False)
-    linear.choose.cache_clear()
     yield
-    linear.choose.cache_clear()
     torch.set_num_threads(before)
 
 

@@ -29,7 +29,7 @@ from m4_flash_attn.kernels.cpu.linear import PackedLinear
 from m4_flash_attn.kernels.cpu.runner import DecodeRunner
 from m4_flash_attn.kernels.layer_kernels import layer_kernels_for, plain_layer_kernels
 from m4_flash_attn.layers import FusedDecoderLayer, fuse
-from m4_flash_attn.tests.cpu_variants import VARIANTS, variant_library
+from m4_flash_attn.tests.cpu_variants import VARIANTS, own_products, variant_library  # noqa: F401
 
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -132,6 +132,7 @@ def test_bfloat16_is_as_exact_as_m0s(tiny_model: TinyModels, name: str, threads:
         assert 0 < (ours - exact).abs().mean() <= 1.05 * (theirs - exact).abs().mean()
 
 
+@pytest.mark.usefixtures("own_products")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "qwen2"])
 def test_bfloat16_on_other_processors(tiny_model: TinyModels, name: str, variant: str) -> None:
@@ -156,6 +157,7 @@ def test_what_runs_on_a_cpu(tiny_model: TinyModels) -> None:
     assert sum(isinstance(module, nn.Linear) for module in plain.modules()) == 3 * 4 + 1
 
 
+@pytest.mark.usefixtures("own_products")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FAMILIES_UNDER_TEST)
 def test_one_call_gives_the_same_bits_as_layer_by_layer(tiny_model: TinyModels, name: str, dtype: str,
@@ -170,6 +172,7 @@ def test_one_call_gives_the_same_bits_as_layer_by_layer(tiny_model: TinyModels, 
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.usefixtures("own_products")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_decode_step_ends_with_the_output_matrix(tiny_model: TinyModels, dtype: str, threads: int) -> None:

@@ -14,6 +14,7 @@ from m4_flash_attn.kernels import layer_kernels
 from m4_flash_attn.kernels.cpu.decoder import CpuDecoder
 from m4_flash_attn.kernels.cpu.runner import DecodeRunner, can_decode
 from m4_flash_attn.layers import FusedDecoderLayer
+from m4_flash_attn.tests.cpu_variants import own_products  # noqa: F401
 from m7_gptq.kernels import fuse_packed as module
 from m7_gptq.kernels.cpu.linear import Activations
 from m7_gptq.kernels.fuse_packed import fuse_packed
@@ -43,6 +44,7 @@ def packed(tiny_model: TinyModels, name: str, dtype: str, activations: Activatio
     return over_cpu_attention(fuse_packed(quantised_model(tiny_model(name), dtype, mixed), activations))
 
 
+@pytest.mark.usefixtures("own_products")
 @pytest.mark.parametrize("activations", ["exact", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["qwen3", "qwen2", "llama"])
@@ -72,6 +74,7 @@ def test_on_every_tier(tiny_model: TinyModels, tier: str, dtype: str, activation
             assert torch.equal(ours, expected), (threads, chunk)
 
 
+@pytest.mark.usefixtures("own_products")
 @pytest.mark.parametrize("activations", ["exact", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 3])
@@ -93,6 +96,7 @@ def test_a_decode_step_ends_with_the_output_matrix(tiny_model: TinyModels, threa
             s.sequence.num_computed_tokens = s.end
 
 
+@pytest.mark.usefixtures("own_products")
 def test_a_plain_output_matrix_ends_the_call_as_well(tiny_model: TinyModels) -> None:
     model = quantised_model(tiny_model("qwen3"), "bfloat16", lambda name: None if name == "lm_head" else nearest())
     assert can_decode(over_cpu_attention(fuse_packed(model, "int8")).runner)

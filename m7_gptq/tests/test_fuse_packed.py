@@ -15,6 +15,7 @@ from m0_basics.tools.testing.fixtures import TinyModels
 from m0_basics.tools.testing.parity import all_logits
 from m4_flash_attn.kernels.cpu.build import BuildError
 from m4_flash_attn.kernels.cpu.linear import PackedGatedLinear, PackedLinear
+from m4_flash_attn.tests.cpu_variants import own_products  # noqa: F401
 from m7_gptq.kernels import fuse_packed as module
 from m7_gptq.kernels.cpu.decoder import weights_of
 from m7_gptq.kernels.cpu.linear import (
@@ -51,6 +52,7 @@ def test_rounded_activations_stay_close(tiny_model: TinyModels, dtype: str) -> N
     assert 0 < difference < 0.1
 
 
+@pytest.mark.usefixtures("own_products")
 def test_what_becomes_of_each_layer(tiny_model: TinyModels) -> None:
     model = fuse_packed(quantised_model(tiny_model("qwen3"), "bfloat16", mixed), "int8")
     layers = list(model.layers[0].layers)

@@ -47,7 +47,8 @@ def _generate(site: Site, target: Path, sites: list[Site]) -> None:
     logging.getLogger("mkdocs").setLevel(logging.WARNING)
     config = load_config(config_file=str(_config_file(site, target, sites)))
     run(config)
-    (target / "404.html").unlink(missing_ok=True)      # for a server that has the book at its top: elsewhere nothing in it is found
+    # It is for a server that has the book at its top: elsewhere nothing in it is found.
+    (target / "404.html").unlink(missing_ok=True)
 
 
 def _config_file(site: Site, target: Path, sites: list[Site]) -> Path:
