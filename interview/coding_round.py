@@ -8,10 +8,8 @@ from __future__ import annotations
 import ast
 from datetime import UTC, datetime
 
-import typer
-
 from m0_basics.tools.exercise.book import Exercise, ExerciseBook
-from m0_basics.tools.exercise.commands import keep_line, show_check, text_width
+from m0_basics.tools.exercise.commands import show_check, text_width
 from m0_basics.tools.exercise.show import filled, filled_signature
 
 from .state import State, now
@@ -51,9 +49,7 @@ def check(book: ExerciseBook, exercise: Exercise, state: State) -> bool:
     result = book.check(exercise)
     used = minutes_used(state, exercise)
     clock = "" if used is None else f", {used:.0f} of {MINUTES} minutes" + (" (over time)" if used > MINUTES else "")
-    show_check(result, exercise.name, clock, "the lab's own")
-    if result.passed and (line := keep_line(book, exercise)):
-        typer.echo(line)
+    show_check(book, exercise, result, clock, "the lab's own")
     if result.passed:
         state.started.pop(exercise.name, None)
         state.save()

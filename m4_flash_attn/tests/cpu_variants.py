@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from m4_flash_attn.kernels.cpu import linear
+from m4_flash_attn.kernels.cpu import bindings, linear
 from m4_flash_attn.kernels.cpu.build import library
 
 _FLAGS = {"avx512": ("-march=x86-64-v4",), "avx2": ("-march=x86-64-v3",), "sse2": ("-march=x86-64",)}
@@ -25,6 +25,16 @@ VARIANTS = ["native", *_ABLE.get(torch.backends.cpu.get_cpu_capability(), [])]
 def variant_library(name: str) -> ctypes.CDLL:
     """The kernels of that variant, built where this was not done before. Raises BuildError."""
     return library(_FLAGS.get(name))
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The kernels as they are compiled for several processors."""
+    for module in (bindings, linear):
+        monkeypatch.setattr(module, "library", lambda: variant_library(request.param))
+    linear.choose.cache_clear()
+    yield request.param
+    linear.choose.cache_clear()
 
 
 @pytest.fixture

@@ -15,25 +15,13 @@ from m0_basics.sampling_params import SamplingParams
 from m0_basics.tools.testing.fixtures import TinyModels
 from m0_basics.tools.testing.parity import schedule
 from m4_flash_attn import LLM
-from m4_flash_attn.kernels.cpu import bindings, linear
 from m4_flash_attn.kernels.cpu.bindings import CpuOps, PagedKernels, make_step
 from m4_flash_attn.kernels.cpu.linear import PackedGatedLinear, PackedLinear
 from m4_flash_attn.reference import PagedBatch, random_paged_batch
-from m4_flash_attn.tests.cpu_variants import VARIANTS, own_products, variant_library  # noqa: F401
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [1, 2, 3, 7, 8, 12, 13, 16, 64, 300]
 THREADS = [1, 2, 3]
-
-
-@pytest.fixture(params=VARIANTS)
-def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The kernels as they are compiled for several processors."""
-    for module in (bindings, linear):
-        monkeypatch.setattr(module, "library", lambda: variant_library(request.param))
-    linear.choose.cache_clear()
-    yield request.param
-    linear.choose.cache_clear()
 
 
 pytestmark = pytest.mark.usefixtures("own_products")        # a library's promise nothing of the kind

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,26 +22,15 @@ from m2_continuous_batching.plugins.base import Attend
 from m4_flash_attn import LLM
 from m4_flash_attn.elementwise import TorchOps
 from m4_flash_attn.kernels import layer_kernels
-from m4_flash_attn.kernels.cpu import bindings, linear
+from m4_flash_attn.kernels.cpu import linear
 from m4_flash_attn.kernels.cpu.decoder import CpuDecoder
 from m4_flash_attn.kernels.cpu.linear import PackedLinear
 from m4_flash_attn.kernels.cpu.runner import DecodeRunner
 from m4_flash_attn.kernels.layer_kernels import layer_kernels_for, plain_layer_kernels
 from m4_flash_attn.layers import FusedDecoderLayer, fuse
-from m4_flash_attn.tests.cpu_variants import VARIANTS, own_products, variant_library  # noqa: F401
 
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@pytest.fixture(params=VARIANTS)
-def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The kernels as they are compiled for several processors."""
-    for module in (bindings, linear):
-        monkeypatch.setattr(module, "library", lambda: variant_library(request.param))
-    linear.choose.cache_clear()
-    yield request.param
-    linear.choose.cache_clear()
 
 
 def make(tiny_model: TinyModels, name: str = "qwen3", **settings: Any) -> LLM:

@@ -200,7 +200,7 @@ def filled_call(call: str) -> str:
                                    break_on_hyphens=False) for line in call.splitlines())
 
 
-def keep_line(book: ExerciseBook, exercise: Exercise) -> str:
+def _keep_line(book: ExerciseBook, exercise: Exercise) -> str:
     """How a solved exercise is kept, where the workspace is a repository of the learner's own; else ""."""
     if not (book.workspace / ".git").exists():
         return ""
@@ -213,17 +213,17 @@ def _check(book: ExerciseBook, exercise: Exercise) -> bool:
     book.require_started(exercise)
     typer.echo(f"{exercise.name}: running {', '.join(exercise.tests)} on your code")
     result = book.check(exercise)
-    show_check(result, exercise.name)
+    show_check(book, exercise, result)
     if result.outdated and not result.passed:
         typer.echo(f"{_short(book.source_file(exercise))} has changed since your copy was made: if the failure lies "
                    "outside your function, keep your bodies, reset this module's exercises and start them again")
-    if result.passed and (line := keep_line(book, exercise)):
-        typer.echo(line)
     return result.passed
 
 
-def show_check(result: CheckResult, name: str, note: str = "", whose: str = "the milestone's") -> None:
-    """What the tests say about an exercise, whether it is passed (with a note), and which function is to come first.
+def show_check(book: ExerciseBook, exercise: Exercise, result: CheckResult, note: str = "",
+               whose: str = "the milestone's") -> None:
+    """What the tests say about an exercise, whether it is passed (with a note), and what to do next: which function is
+    to come first, or how the solved one is kept.
 
     Where the tests met another function's blank body, those that failed without it are shown alone.
     """
@@ -232,12 +232,14 @@ def show_check(result: CheckResult, name: str, note: str = "", whose: str = "the
     elif result.own_failures:
         _show_failure(first_failure(result.output, without=result.still_blank))
         _show_names(result.own_failures)
-    typer.echo(f"{name}: {'passed' if result.passed else 'not passed'}{note}")
+    typer.echo(f"{exercise.name}: {'passed' if result.passed else 'not passed'}{note}")
     if result.still_blank and not result.passed:
         typer.echo(f"the tests met a function that is still blank: {', '.join(result.still_blank)}; "
                    "write it first, or reset it")
         if before := result.num_passed + len(result.own_failures):
             typer.echo(f"of the tests before that, {result.num_passed} of {before} passed")
+    if result.passed and (line := _keep_line(book, exercise)):
+        typer.echo(line)
 
 
 def _show_result(result: CheckResult, whose: str = "the milestone's") -> None:

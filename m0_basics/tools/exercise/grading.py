@@ -14,7 +14,7 @@ from typing import Any
 
 from ..exercise_overlay import WORKSPACE_VARIABLE
 from .referee import VARIABLE
-from .source import MARK
+from .source import blanks
 
 # (arguments, folder, environment) -> what `python arguments` did there; errors go where the output goes.
 Python = Callable[[Sequence[str], Path, Mapping[str, str]], subprocess.CompletedProcess[str]]
@@ -75,11 +75,6 @@ class Grader:
             nothing = f"{output}\nno test ran: all were skipped or left out, so nothing was graded"
             return CheckResult(False, nothing), found
         return CheckResult(done.returncode == 0, output, blanks(output), num_passed=num_passed, failed=failed), found
-
-
-def blanks(text: str) -> tuple[str, ...]:
-    """The functions whose blank bodies a text of pytest's speaks of."""
-    return tuple(dict.fromkeys(re.findall(re.escape(MARK) + r"([\w.]+)", text)))
 
 
 def first_failure(output: str, without: Collection[str] = ()) -> str:

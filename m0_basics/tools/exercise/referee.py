@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 
 from .show import differs, show_call, show_value
-from .source import MARK
+from .source import blanks
 
 VARIABLE = "LLM_LAB_REFEREE"
 _MAX_CALLS, _MAX_SECONDS = 400, 20.0
@@ -55,8 +55,7 @@ class Referee:
         if report.failed:
             self.failed.append(report.nodeid)
             said = report.longreprtext + report.capstderr + report.caplog       # an engine catches, and logs
-            blanks = re.findall(re.escape(MARK) + r"([\w.]+)", said)
-            self.met_blank |= any(symbol != self.orders.get("mine", symbol) for symbol in blanks)
+            self.met_blank |= any(symbol != self.orders.get("mine", symbol) for symbol in blanks(said))
         elif report.skipped:
             self.skipped += 1
         elif report.when == "call":
